@@ -1,0 +1,115 @@
+"""Layer inputs and output gradients, handed over one layer at a time during a backward pass."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from estimators.layers import LinearLayer
+from estimators.measurement import negative_log_likelihood, next_token_logits, sample_labels
+from estimators.tokens import TokenBatch
+
+Visitor = Callable[[LinearLayer, Tensor, Tensor], None]
+"""Receives a layer, its inputs ``a`` [batch, token, in] (1 appended for the bias) and the gradients
+``d`` [batch, token, out] of the summed loss with respect to its outputs. Masked and padded tokens
+have d = 0."""
+
+
+@contextmanager
+def captured(model: nn.Module, layers: Sequence[LinearLayer], visit: Visitor) -> Iterator[None]:
+    """Call ``visit`` for each layer as soon as a backward pass reaches it.
+
+    No weight needs ``requires_grad``: the token embeddings' output is made to require it, so frozen
+    and quantised models work, and no weight gradient is computed that nobody asked for.
+
+    Raises:
+        ValueError: a layer saw inputs that are not [batch, token, feature], or ran twice in one
+            forward pass (its gradient would be the sum of both uses).
+    """
+    handles: list[RemovableHandle] = []
+    seen: set[str] = set()
+
+    def after_forward(layer: LinearLayer, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if not output.requires_grad:
+            return
+        if layer.name in seen:
+            raise ValueError(
+                f"Layer {layer.name} ran twice in one forward pass; shared layers are not "
+                f"supported, leave it out with a layer pattern."
+            )
+        seen.add(layer.name)
+        activations = _with_bias_coordinate(layer, inputs[0].detach())
+        output.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: visit(layer, activations, gradient.detach())
+        )
+
+    embeddings = getattr(model, "get_input_embeddings", None)
+    if callable(embeddings):
+        handles.append(embeddings().register_forward_hook(_require_grad))
+    for layer in layers:
+        handles.append(
+            layer.module.register_forward_hook(
+                lambda _, inputs, output, layer=layer: after_forward(layer, inputs, output)
+            )
+        )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def visit_gradients(
+    model: nn.Module,
+    layers: Sequence[LinearLayer],
+    batch: TokenBatch,
+    visit: Visitor,
+    label_seed: int | None = None,
+) -> Float[Tensor, "batch"]:
+    """One forward and one backward pass of the batch's losses, handing each layer to ``visit``.
+
+    The losses are summed over the batch, not averaged, so that each sequence's part of ``d`` is its
+    own gradient.
+
+    Args:
+        model: in evaluation mode.
+        layers: layers to hand over.
+        batch: sequences on the model's device.
+        visit: called once a layer, last layer first.
+        label_seed: draw the labels from the model's own distribution (true Fisher) with this seed;
+            None takes the batch's own tokens.
+
+    Returns:
+        The loss of each sequence in nats.
+    """
+    with torch.enable_grad(), captured(model, layers, visit):
+        logits = next_token_logits(model, batch)
+        labels = None if label_seed is None else sample_labels(logits, batch, label_seed)
+        losses = negative_log_likelihood(logits, batch, labels)
+        if losses.requires_grad:
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+    return losses.detach()
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Put the model in evaluation mode and stop weight gradients, which nothing here needs."""
+    return model.eval().requires_grad_(False)
+
+
+def _require_grad(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output if output.requires_grad else output.detach().requires_grad_(True)
+
+
+def _with_bias_coordinate(layer: LinearLayer, inputs: Tensor) -> Tensor:
+    if inputs.ndim != 3:
+        raise ValueError(
+            f"Layer {layer.name} saw inputs of shape {tuple(inputs.shape)}, expected "
+            f"[batch, token, feature]; leave it out with a layer pattern."
+        )
+    if not layer.has_bias:
+        return inputs
+    return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)

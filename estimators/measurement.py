@@ -1,0 +1,57 @@
+"""What is differentiated: training losses, log-probabilities of completions, sampled labels."""
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from estimators.tokens import TokenBatch
+
+
+def next_token_logits(
+    model: nn.Module, batch: TokenBatch
+) -> Float[Tensor, "batch token vocabulary"]:
+    """The model's logits at every position but the last, which predicts nothing."""
+    logits: Tensor = model(input_ids=batch.input_ids, use_cache=False).logits
+    return logits[:, :-1]
+
+
+def negative_log_likelihood(
+    logits: Float[Tensor, "batch token vocabulary"], batch: TokenBatch, labels: Tensor | None = None
+) -> Float[Tensor, "batch"]:
+    """Sum of next-token negative log-likelihoods over the counted tokens, in nats, per sequence.
+
+    Computed in float32 at least, whatever the model's own precision.
+
+    Args:
+        logits: from ``next_token_logits``; position t predicts token t + 1.
+        batch: which tokens count.
+        labels: the tokens to predict, ``[batch, token]`` aligned with ``logits``; the batch's own
+            tokens when not given.
+    """
+    targets = batch.input_ids[:, 1:] if labels is None else labels
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    losses = nn.functional.cross_entropy(
+        wide.flatten(0, 1), targets.flatten(), reduction="none"
+    ).view(targets.shape)
+    return (losses * batch.target_mask[:, 1:]).sum(1)
+
+
+@torch.no_grad()
+def sample_labels(
+    logits: Float[Tensor, "batch token vocabulary"], batch: TokenBatch, seed: int
+) -> Int[Tensor, "batch token"]:
+    """Draw next tokens from the model's own distribution, as the true Fisher needs.
+
+    By inversion of the cumulative distribution, with one uniform number per token drawn from a
+    counter-based generator keyed by ``(seed, row)``: the labels of a row do not depend on the batch
+    that it is in.
+    """
+    count = logits.shape[1]
+    uniform = np.stack(
+        [np.random.Generator(np.random.Philox(key=[seed, row])).random(count) for row in batch.rows]
+    )
+    wanted = torch.from_numpy(uniform).to(logits.device, torch.float32).unsqueeze(-1)
+    cumulative = torch.softmax(logits.float(), dim=-1).cumsum_(dim=-1)
+    labels = torch.searchsorted(cumulative, wanted * cumulative[..., -1:]).squeeze(-1)
+    return labels.clamp_(max=logits.shape[-1] - 1)

@@ -1,0 +1,134 @@
+"""Exact scores without stored gradients: one directional derivative of the training loss.
+
+``score(q, z) = <direction, grad L(z)>`` with ``direction = -(H + lambda I)^-1 grad f(q)``. For one
+query, ``sum_t d_t^T V a_t`` a layer needs no gradient of the layer's size and splits by layer and
+by position. For many queries the gradient of each example is formed once and multiplied by all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from estimators.capture import visit_gradients
+from estimators.contracts import Estimator
+from estimators.gradients import Gradients, find_non_finite, sum_over_tokens
+from estimators.kronecker import widen
+from estimators.layers import LinearLayer
+from estimators.tokens import Sequence1D, TokenBatch, collate
+
+
+class NonFiniteGradientError(ValueError):
+    """A query's gradient is NaN or infinite, so nothing can be attributed to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreParts:
+    """Exact scores of one batch for one query, in nats, positive = proponent.
+
+    Attributes:
+        by_layer: the score's split over layers; a row sums to the example's score.
+        by_position: the split over the positions that read a token; sums to the same score.
+    """
+
+    by_layer: Float[Tensor, "batch layer"]
+    by_position: Float[Tensor, "batch token"]
+
+    @property
+    def total(self) -> Float[Tensor, "batch"]:
+        """The scores."""
+        return self.by_layer.sum(1)
+
+
+def query_gradients(
+    model: nn.Module, layers: Sequence[LinearLayer], queries: Sequence[Sequence1D]
+) -> tuple[dict[str, Tensor], Float[Tensor, "query"]]:
+    """Gradients of ``f = log p(completion | prompt)`` (nats) and the values of f.
+
+    Args:
+        model: frozen, in evaluation mode.
+        layers: attributed layers.
+        queries: prompt and completion; ``first_target`` is the length of the prompt.
+
+    Returns:
+        [query, in, out] a layer, and f for each query.
+
+    Raises:
+        ValueError: a query has no completion token.
+        NonFiniteGradientError: the model gives NaN or infinite gradients for a query.
+    """
+    for query in queries:
+        if query.targets == 0:
+            raise ValueError("The completion has no token; give at least one.")
+    batch = collate(queries).to(next(model.parameters()).device)
+    gradients: dict[str, Tensor] = {}
+
+    def visit(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
+        gradients[layer.name] = -sum_over_tokens(widen(a), widen(d))
+
+    losses = visit_gradients(model, layers, batch, visit)
+    name = find_non_finite(gradients)
+    if name is not None:
+        raise NonFiniteGradientError(
+            f"The query's gradient is not finite in layer {name}; the model gives NaN or infinite "
+            f"values for this text, so no influence can be computed. Check the model's weights."
+        )
+    return {layer.name: gradients[layer.name] for layer in layers}, -losses
+
+
+def query_directions(
+    estimator: Estimator, gradients: Gradients, damping: float
+) -> dict[str, Tensor]:
+    """``-(H + lambda I)^-1 grad f``: its inner product with ``grad L(z)`` is the score."""
+    preconditioned = estimator.precondition(gradients, damping)
+    return {name: -value for name, value in preconditioned.items()}
+
+
+def score_batch(
+    model: nn.Module, layers: Sequence[LinearLayer], directions: Gradients, batch: TokenBatch
+) -> ScoreParts:
+    """Exact scores of a batch's sequences for one query.
+
+    Args:
+        model: frozen, in evaluation mode.
+        layers: attributed layers.
+        directions: [in, out] a layer, from ``query_directions``.
+        batch: training sequences on the model's device.
+    """
+    numbers = {layer.name: i for i, layer in enumerate(layers)}
+    shape = batch.input_ids.shape
+    dtype = next(iter(directions.values())).dtype
+    by_layer = torch.zeros(shape[0], len(layers), dtype=dtype, device=batch.input_ids.device)
+    by_position = torch.zeros(shape, dtype=dtype, device=batch.input_ids.device)
+
+    def visit(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
+        products = ((widen(a) @ directions[layer.name]) * widen(d)).sum(-1)
+        by_layer[:, numbers[layer.name]] = products.sum(1)
+        by_position.add_(products)
+
+    visit_gradients(model, layers, batch, visit)
+    return ScoreParts(by_layer=by_layer, by_position=by_position)
+
+
+def score_batch_for_queries(
+    model: nn.Module, layers: Sequence[LinearLayer], directions: Gradients, batch: TokenBatch
+) -> Float[Tensor, "query batch"]:
+    """Exact scores of a batch's sequences for many queries at once.
+
+    Args:
+        model: frozen, in evaluation mode.
+        layers: attributed layers.
+        directions: [query, in, out] a layer.
+        batch: training sequences on the model's device.
+    """
+    first = next(iter(directions.values()))
+    scores = torch.zeros(len(first), len(batch.rows), dtype=first.dtype, device=first.device)
+
+    def visit(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
+        gradients = sum_over_tokens(widen(a), widen(d)).flatten(1)
+        scores.addmm_(directions[layer.name].flatten(1), gradients.T)
+
+    visit_gradients(model, layers, batch, visit)
+    return scores

@@ -1,0 +1,214 @@
+"""Random linear sketches of whitened gradients: two-sided first stage, fold, Hadamard rotation.
+
+A sketch P is a random linear map, drawn from a seed that neither data nor queries can depend on,
+with ``E<P psi, P phi> = <psi, phi>``. It is applied in two stages:
+
+1. Each layer's whitened gradient is multiplied on both sides by random orthonormal frames (Haar,
+   scaled by ``sqrt(width / rank)``) down to ``rank x rank``. Whitening, eigenbasis and frame fold
+   into one matrix a side, so that no gradient of the layer's own size is formed. A side narrower
+   than ``rank`` is kept whole, without noise.
+2. The entries of all layers get random signs, are folded into ``dimensions`` buckets of equal size
+   by a random permutation (CountSketch with balanced buckets) and rotated by a Hadamard matrix, so
+   that each coordinate is nearly Gaussian, as one-bit codes need.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from estimators.capture import visit_gradients
+from estimators.gradients import Gradients
+from estimators.kronecker import widen
+from estimators.layers import LinearLayer
+from estimators.tokens import TokenBatch
+from estimators.whitening import LayerWhitening
+
+
+@dataclass(frozen=True, kw_only=True)
+class SketchPlan:
+    """How a sketch is drawn.
+
+    Attributes:
+        seed: of all its randomness.
+        dimensions: coordinates of the sketch, a power of two.
+        rank: width of each side of a layer's block after the first stage.
+    """
+
+    seed: int
+    dimensions: int = 16384
+    rank: int = 64
+
+    def __post_init__(self) -> None:
+        if self.dimensions < 8 or self.dimensions & (self.dimensions - 1):
+            raise ValueError(
+                f"Sketch dimensions must be a power of two, 8 or more, got {self.dimensions}; "
+                f"16384 is the usual choice."
+            )
+        if self.rank < 1:
+            raise ValueError(f"The first stage's rank must be at least 1, got {self.rank}.")
+
+
+class Sketch:
+    """The sketch of a set of layers, for training gradients and for preconditioned queries.
+
+    Args:
+        layers: attributed layers; their order fixes which random numbers each one gets.
+        whitening: of each layer, by name.
+        plan: seed and sizes.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LinearLayer],
+        whitening: Mapping[str, LayerWhitening],
+        plan: SketchPlan,
+    ) -> None:
+        self.plan = plan
+        self._layers = tuple(layers)
+        self._whitening = dict(whitening)
+        self._train: dict[str, tuple[Tensor, Tensor]] = {}
+        self._query: dict[str, tuple[Tensor, Tensor]] = {}
+        self._slices: dict[str, slice] = {}
+        start = 0
+        for number, layer in enumerate(layers):
+            start = self._add_layer(number, layer, start)
+        self._entries = start
+        self._fold = _Fold(start, plan)
+
+    def _add_layer(self, number: int, layer: LinearLayer, start: int) -> int:
+        white = self._whitening[layer.name]
+        frames = [
+            _orthonormal_frame(width, self.plan, 2 * number + side)
+            for side, width in enumerate((layer.in_features, layer.out_features))
+        ]
+        for maps, dual in ((self._train, False), (self._query, True)):
+            maps[layer.name] = (
+                _fold_frame(frames[0], white.left_map(dual=dual)),
+                _fold_frame(frames[1], white.right_map(dual=dual)),
+            )
+        left, right = self._train[layer.name]
+        end = start + left.shape[0] * right.shape[0]
+        self._slices[layer.name] = slice(start, end)
+        return end
+
+    @property
+    def entries(self) -> int:
+        """Entries of all layers' blocks after the first stage."""
+        return self._entries
+
+    def predicted_noise(self) -> float:
+        """Standard deviation of the one-bit estimate of a cosine, by the second stage alone.
+
+        For vectors whose energy is spread over many entries. Two entries share a bucket of the
+        balanced fold with probability ``(c - 1) / (M - 1)``, M being the padded entries and c the
+        entries a bucket; one bit after a random rotation adds ``(pi / 2 - 1) / k``. With
+        independent buckets the first would be ``1 / k`` and the sum the familiar ``pi / (2 k)``.
+        """
+        padded, k = self._fold.padded, self.plan.dimensions
+        collision = (padded // k - 1) / (padded - 1)
+        return math.sqrt(collision + (math.pi / 2 - 1) / k)
+
+    def training(
+        self, model: nn.Module, batch: TokenBatch
+    ) -> tuple[Float[Tensor, "batch dimension"], Float[Tensor, "batch"]]:
+        """Sketches and whitened norms of the loss gradients of a batch's sequences.
+
+        One forward and one backward pass. The norm is that of the first stage's blocks: exact where
+        no side is wider than the rank, otherwise an estimate with a relative error of about
+        ``1 / rank`` over the square root of the number of layers.
+
+        Returns:
+            The sketch P phi of each sequence and its norm ``|phi|``.
+        """
+        blocks = torch.zeros(len(batch.rows), self._entries, device=batch.input_ids.device)
+
+        def visit(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
+            left, right = (side.to(blocks) for side in self._train[layer.name])
+            projected = torch.bmm((widen(a) @ left.T).transpose(1, 2), widen(d) @ right.T)
+            blocks[:, self._slices[layer.name]] = projected.flatten(1).to(blocks)
+
+        visit_gradients(model, self._layers, batch, visit)
+        return self._fold(blocks), torch.linalg.vector_norm(blocks, dim=1)
+
+    def query(
+        self, directions: Gradients
+    ) -> tuple[Float[Tensor, "query dimension"], Float[Tensor, "query"]]:
+        """Sketches and norms of preconditioned query gradients ``-(H + lambda)^-1 grad f``.
+
+        With the sign of the score: ``<P psi, P phi>`` estimates the score itself when
+        ``directions`` holds ``-(H + lambda)^-1 grad f``.
+
+        Args:
+            directions: [query, in, out] a layer.
+
+        Returns:
+            The sketch P psi of each query and the exact norm ``|psi|``.
+        """
+        count, device = next((len(g), g.device) for g in directions.values())
+        blocks = torch.zeros(count, self._entries, device=device)
+        square = torch.zeros(count, dtype=torch.float64, device=device)
+        for name, gradient in directions.items():
+            left, right = (side.to(gradient) for side in self._query[name])
+            blocks[:, self._slices[name]] = (left @ gradient @ right.T).flatten(1).to(blocks)
+            square += self._whitened_square(name, gradient)
+        return self._fold(blocks), square.sqrt()
+
+    def _whitened_square(self, name: str, gradient: Tensor) -> Float[Tensor, "query"]:
+        white = self._whitening[name]
+        left, right = white.left_map(dual=True), white.right_map(dual=True)
+        psi = left.to(gradient) @ gradient @ right.to(gradient).T
+        return psi.double().square().sum((-2, -1))
+
+
+class _Fold:
+    """Second stage: random signs, balanced buckets, Hadamard rotation."""
+
+    def __init__(self, entries: int, plan: SketchPlan) -> None:
+        k = plan.dimensions
+        self.padded = max(k, k * math.ceil(entries / k))
+        generator = np.random.Generator(np.random.Philox(key=[plan.seed, 2**32]))
+        self._order = torch.from_numpy(generator.permutation(self.padded))
+        signs = generator.integers(0, 2, self.padded).astype(np.float32) * 2 - 1
+        self._signs = torch.from_numpy(signs)
+        power = int(math.log2(k))
+        self._hadamard = (_hadamard(power // 2), _hadamard(power - power // 2))
+
+    def __call__(self, blocks: Float[Tensor, "batch entry"]) -> Float[Tensor, "batch dimension"]:
+        first, second = (h.to(blocks) for h in self._hadamard)
+        k = len(first) * len(second)
+        padded = nn.functional.pad(blocks, (0, self.padded - blocks.shape[1]))
+        mixed = padded[:, self._order.to(blocks.device)] * self._signs.to(blocks)
+        buckets = mixed.view(len(blocks), -1, k).sum(1)
+        rotated = first @ buckets.view(-1, len(first), len(second)) @ second
+        return rotated.reshape(len(blocks), k)
+
+
+def _hadamard(power: int) -> Float[Tensor, "n n"]:
+    matrix = torch.ones(1, 1)
+    step = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / math.sqrt(2)
+    for _ in range(power):
+        matrix = torch.kron(matrix, step)
+    return matrix
+
+
+def _orthonormal_frame(
+    width: int, plan: SketchPlan, stream: int
+) -> Float[Tensor, "rank width"] | None:
+    """Transposed Haar frame scaled by sqrt(width / rank); None where nothing is to be reduced."""
+    if width <= plan.rank:
+        return None
+    generator = np.random.Generator(np.random.Philox(key=[plan.seed, stream]))
+    q, r = np.linalg.qr(generator.standard_normal((width, plan.rank)))
+    q *= np.sign(np.diag(r)) * math.sqrt(width / plan.rank)
+    return torch.from_numpy(q.T.copy())
+
+
+def _fold_frame(frame: Tensor | None, side: Tensor) -> Tensor:
+    if frame is None:
+        return side
+    return (frame @ side.double()).to(side.dtype)

@@ -1,0 +1,54 @@
+"""Hashes of models and tensors, and estimators on disk (safetensors; no pickle)."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from estimators.contracts import Estimator
+from estimators.registry import rebuild_estimator
+
+
+def fingerprint_tensors(tensors: Mapping[str, Tensor], salt: str = "") -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of ``tensors`` in order of name."""
+    digest = hashlib.sha256(salt.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def fingerprint_model(model: nn.Module) -> str:
+    """SHA-256 of the model's parameters and buffers as loaded."""
+    return fingerprint_tensors(model.state_dict())
+
+
+def serialise_estimator(name: str, estimator: Estimator, facts: Mapping[str, str]) -> bytes:
+    """The estimator as a safetensors file; ``facts`` (model fingerprint, ...) go to its header."""
+    tensors = {key: value.contiguous() for key, value in estimator.tensors().items()}
+    header = {"etymon_estimator": name, "facts": json.dumps(dict(facts), sort_keys=True)}
+    return bytes(save(tensors, metadata=header))
+
+
+def load_estimator(path: Path) -> tuple[str, Estimator, dict[str, str]]:
+    """Read what ``serialise_estimator`` wrote: name, estimator and facts.
+
+    Raises:
+        ValueError: the file is not an estimator's.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}).") from error
+    if "etymon_estimator" not in header:
+        raise ValueError(f"{path} holds no fitted estimator; write one with scripts.fit_estimator.")
+    name = header["etymon_estimator"]
+    return name, rebuild_estimator(name, tensors), json.loads(header["facts"])

@@ -1,0 +1,119 @@
+"""Token sequences and the padded batches that a model reads."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence1D:
+    """One token sequence, of which the tokens from ``first_target`` on are predicted and count.
+
+    Attributes:
+        tokens: token ids.
+        first_target: index of the first token whose log-likelihood counts; at least 1, since
+            nothing precedes token 0. A training example has 1, a query the length of its prompt.
+        row: the example's row number; sampled labels are drawn per row, so that batching cannot
+            change them.
+    """
+
+    tokens: tuple[int, ...]
+    first_target: int = 1
+    row: int = 0
+
+    def __post_init__(self) -> None:
+        if self.first_target < 1:
+            raise ValueError(
+                f"first_target must be at least 1 (nothing precedes token 0), got "
+                f"{self.first_target}; begin the prompt with the beginning-of-sequence token."
+            )
+
+    @property
+    def targets(self) -> int:
+        """How many tokens count; 0 for a sequence that is too short to predict anything."""
+        return max(0, len(self.tokens) - self.first_target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """Sequences padded on the right.
+
+    There is no attention mask: under causal attention nothing after a token changes what the model
+    computes for it, so right padding cannot reach a real token, and target_mask keeps the padding
+    out of every loss and gradient.
+
+    Attributes:
+        input_ids: token ids; padding holds token 0.
+        target_mask: True where the token at that position is predicted and counts.
+        rows: row number of each sequence.
+    """
+
+    input_ids: Int[Tensor, "batch token"]
+    target_mask: Bool[Tensor, "batch token"]
+    rows: tuple[int, ...]
+
+    @property
+    def position_mask(self) -> Bool[Tensor, "batch token"]:
+        """True at positions whose hidden state some counted token's loss depends on.
+
+        Position t serves the tokens after t; the last token of a sequence serves none.
+        """
+        later = self.target_mask.flip(1).cumsum(1).flip(1) > 0
+        return torch.cat([later[:, 1:], torch.zeros_like(later[:, :1])], dim=1)
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        """The same batch on ``device``."""
+        return TokenBatch(
+            input_ids=self.input_ids.to(device),
+            target_mask=self.target_mask.to(device),
+            rows=self.rows,
+        )
+
+
+def collate(sequences: Sequence[Sequence1D]) -> TokenBatch:
+    """Pad ``sequences`` on the right to the longest one.
+
+    Raises:
+        ValueError: no sequence given.
+    """
+    if not sequences:
+        raise ValueError("Cannot make a batch of no sequences; pass at least one.")
+    width = max(1, max(len(sequence.tokens) for sequence in sequences))
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for i, sequence in enumerate(sequences):
+        length = len(sequence.tokens)
+        ids[i, :length] = torch.tensor(sequence.tokens, dtype=torch.long)
+        mask[i, sequence.first_target : length] = True
+    return TokenBatch(
+        input_ids=ids, target_mask=mask, rows=tuple(sequence.row for sequence in sequences)
+    )
+
+
+def plan_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Group sequences of similar length so that a padded batch holds at most ``token_budget``.
+
+    The plan depends on the lengths and the budget alone. Positions come out shortest first (ties in
+    their given order); a sequence longer than the budget is a batch by itself.
+
+    Args:
+        lengths: tokens of each sequence.
+        token_budget: padded tokens a batch may hold.
+
+    Yields:
+        Positions in ``lengths``, one list a batch; every position exactly once.
+    """
+    if token_budget < 1:
+        raise ValueError(f"The token budget must be at least 1, got {token_budget}.")
+    batch: list[int] = []
+    for position in np.argsort(np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
+        if batch and (len(batch) + 1) * max(1, lengths[position]) > token_budget:
+            yield batch
+            batch = []
+        batch.append(position)
+    if batch:
+        yield batch
