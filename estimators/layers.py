@@ -1,6 +1,7 @@
 """Which layers of a model are attributed, and what share of its parameters that is."""
 
 import fnmatch
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,7 +84,8 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = ("*",)) -> Coverage:
 
     The output head (``model.get_output_embeddings()``) and the token embeddings are left out: their
     gradients concern single tokens, and they are tied in many models. They are named in
-    ``skipped`` with their share, like norms and every other module that holds parameters.
+    ``skipped`` with their share, like norms and every other module that holds parameters. So are
+    layers that share their weights: the gradient of such a weight is the sum of all its uses.
 
     Args:
         model: a causal language model, or any module tree in tests.
@@ -98,12 +100,14 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = ("*",)) -> Coverage:
     layers: list[LinearLayer] = []
     skipped: list[SkippedModule] = []
     counted: set[int] = set()
+    holders = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if id(p) not in counted]
         counted.update(id(p) for p in own)
         if not own and not isinstance(module, (nn.Linear, Conv1D)):
             continue
-        reason = _reason_to_skip(name, module, head, patterns)
+        tied = any(holders[id(p)] > 1 for p in module.parameters(recurse=False))
+        reason = _reason_to_skip(name, module, head, patterns, tied)
         if reason is None:
             layers.append(_linear_layer(name, module))
             continue
@@ -118,9 +122,10 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = ("*",)) -> Coverage:
             )
         )
     if not layers:
+        names = [m.name for m in skipped if m.reason.startswith("no layer pattern")]
         raise ValueError(
             f"No layer to attribute: none of the model's linear layers matches {list(patterns)}; "
-            f"name at least one, e.g. {[m.name for m in skipped[:3]]}."
+            f"name at least one, e.g. {names[:3]}."
         )
     attributed = sum(layer.parameters for layer in layers)
     return Coverage(
@@ -129,12 +134,14 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = ("*",)) -> Coverage:
 
 
 def _reason_to_skip(
-    name: str, module: nn.Module, head: nn.Module | None, patterns: Sequence[str]
+    name: str, module: nn.Module, head: nn.Module | None, patterns: Sequence[str], tied: bool
 ) -> str | None:
     if not isinstance(module, (nn.Linear, Conv1D)):
         return "not a linear layer"
     if module is head:
         return "output head"
+    if tied:
+        return "its weights are shared with another module"
     if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
         return f"no layer pattern matches it ({', '.join(patterns)})"
     return None

@@ -12,7 +12,10 @@ def next_token_logits(
     model: nn.Module, batch: TokenBatch
 ) -> Float[Tensor, "batch token vocabulary"]:
     """The model's logits at every position but the last, which predicts nothing."""
-    logits: Tensor = model(input_ids=batch.input_ids, use_cache=False).logits
+    everything = torch.ones_like(batch.input_ids)  # see TokenBatch on why padding is not masked
+    logits: Tensor = model(
+        input_ids=batch.input_ids, attention_mask=everything, use_cache=False
+    ).logits
     return logits[:, :-1]
 
 

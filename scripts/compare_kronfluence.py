@@ -1,0 +1,465 @@
+"""Check EK-FAC against kronfluence 1.0.1, an independent implementation of the same mathematics.
+
+Both sides get the same two small models (GPT-2 with Conv1D layers, Llama with grouped queries and
+no biases), fitting examples of unequal lengths, queries and damping (0.1 times the mean eigenvalue
+of a layer); all linear layers but the output head are attributed. kronfluence's side is written
+apart from this package: its own losses, padding with another token to one width, attention masks.
+
+Two conventions are aligned. kronfluence scores ``<(H + lambda I)^-1 grad m(q), grad L(z)>``, so its
+measurement is m = -log p(completion | prompt), which makes positive a proponent on both sides. Its
+covariances leave out each sequence's last position, which predicts nothing.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from estimators.capture import freeze
+from estimators.fitting import Labels, fit_estimator
+from estimators.layers import LinearLayer, find_layers
+from estimators.rescoring import query_directions, query_gradients, score_batch_for_queries
+from estimators.tokens import Sequence1D, collate, plan_batches
+from index.files import write_whole
+
+PEER = "1.0.1"
+DAMPING = 0.1
+VOCABULARY = 64
+SHORTEST, LONGEST = 4, 32
+PADDING = 1
+TOKEN_BUDGET = 1024
+PEER_BATCH = 32
+MOST_DIFFERENCE = 1e-3
+LEAST_PEARSON = 0.99
+DEFINITIONS = {
+    "max_relative_difference": "max |etymon - kronfluence| / max |kronfluence| of a query's "
+    "scores, maxima over the scored examples; the largest of any query",
+    "layer_relative_difference": "the same of one layer's part of the scores, largest of any layer",
+    "pearson_min": "correlation over the scored examples, least of any query",
+    "pearson_min_redraw": "the same between two of etymon's own fits with labels drawn anew",
+    "*_covariance_difference": "max |difference| / max |kronfluence| of A / trace(A) or "
+    "S / trace(S), largest of any layer; eigenvalue_difference: of the corrected eigenvalues as "
+    "they are",
+    "passed": f"empirical: all differences <= {MOST_DIFFERENCE}; sampled: pearson_min >= "
+    f"{LEAST_PEARSON}",
+}
+
+ModelKind = Literal["gpt2", "llama"]
+Example = dict[str, Tensor]
+Factors = tuple[Tensor, Tensor, Tensor]
+"""Input covariance [in, in] and output gradient covariance [out, out], both up to a factor, and
+corrected eigenvalues [in, out]."""
+
+app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What one row of the report compares.
+
+    Attributes:
+        model: architecture.
+        labels: "empirical" (the examples' own tokens) or "sampled" (drawn from the model).
+        dtype: floating-point type of the model and of both sides' arithmetic.
+        fitting_examples: examples that the factors are fitted on.
+        scored_examples: how many of them are scored.
+        queries: how many queries they are scored for.
+    """
+
+    model: ModelKind
+    labels: Labels
+    dtype: Literal["float32", "float64"]
+    fitting_examples: int
+    scored_examples: int
+    queries: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """The input of both sides: a frozen model, the fitting examples and the queries of a case."""
+
+    case: Case
+    model: nn.Module
+    examples: Sequence[Sequence1D]
+    queries: Sequence[Sequence1D]
+
+    @property
+    def scored(self) -> Sequence[Sequence1D]:
+        """The examples to score."""
+        return self.examples[: self.case.scored_examples]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one side computed.
+
+    Attributes:
+        scores: [query, example] in nats, positive = proponent.
+        layer_scores: their split over layers, by name.
+        factors: of each layer.
+    """
+
+    scores: Tensor
+    layer_scores: Mapping[str, Tensor]
+    factors: Mapping[str, Factors]
+
+
+class PeerTask:
+    """kronfluence's view of the models: next-token losses written without this package."""
+
+    enable_post_process_per_sample_gradient = False
+
+    def __init__(self, layers: Sequence[str]) -> None:
+        self._layers = list(layers)
+
+    def get_influence_tracked_modules(self) -> list[str]:
+        """Names of the attributed layers."""
+        return self._layers
+
+    def get_attention_mask(self, batch: Example) -> Tensor:
+        """1 at the positions that count in covariances: those that predict a token."""
+        return batch["predicts"]
+
+    def compute_train_loss(self, batch: Example, model: nn.Module, sample: bool = False) -> Tensor:
+        """Summed negative log-likelihood in nats, of labels drawn from the model if ``sample``."""
+        logits = self._logits(batch, model)
+        labels = batch["input_ids"][:, 1:].flatten()
+        if sample:
+            labels = torch.multinomial(logits.detach().softmax(-1), 1).squeeze(-1)
+        losses = cross_entropy(logits, labels, reduction="none")
+        return (losses * batch["predicts"][:, :-1].flatten()).sum()
+
+    def compute_measurement(self, batch: Example, model: nn.Module) -> Tensor:
+        """``-log p(completion | prompt)``, summed over the batch."""
+        labels = batch["input_ids"][:, 1:].masked_fill(batch["completion"][:, 1:] == 0, -100)
+        return cross_entropy(self._logits(batch, model), labels.flatten(), reduction="sum")
+
+    def _logits(self, batch: Example, model: nn.Module) -> Tensor:
+        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        logits: Tensor = output.logits
+        return logits[:, :-1].flatten(0, 1)
+
+
+@app.command()
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("docs/benchmarks"),
+    queries: Annotated[int, typer.Option(min=1, help="Queries.")] = 20,
+    examples: Annotated[int, typer.Option(min=2, help="Examples fitted on and scored.")] = 200,
+    sampled: Annotated[int, typer.Option(help="Examples fitted on if labels are sampled.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of weights, data and sampled labels.")] = 0,
+) -> None:
+    r"""Compare EK-FAC's factors and scores with kronfluence's, and report as one JSON line.
+
+    Exits with 1 if a limit is missed, with 2 if kronfluence is not there. It wants an environment
+    of its own, torch first:
+
+    \b
+    python3 -m venv /tmp/peers
+    /tmp/peers/bin/pip install torch==2.13.0
+    echo torch==2.13.0 > /tmp/peers/torch.txt
+    /tmp/peers/bin/pip install -c /tmp/peers/torch.txt -e '.[cpu,peers]'
+    /tmp/peers/bin/pip uninstall -y torchvision torchaudio
+    /tmp/peers/bin/python -m scripts.compare_kronfluence
+    """
+    problem = missing_peer()
+    if problem:
+        typer.echo(f"error: {problem}", err=True)
+        raise typer.Exit(2)
+    torch.set_num_threads(1)  # the matrices are too small to share out
+    rows = [compare(case, seed) for case in cases(examples, max(examples, sampled), queries)]
+    now = datetime.now(UTC)
+    report = {
+        "rows": rows,
+        "definitions": DEFINITIONS,
+        "versions": {name: version(name) for name in ("kronfluence", "torch", "transformers")},
+        "command": f"python -m scripts.compare_kronfluence --queries {queries} "
+        f"--examples {examples} --sampled {sampled} --seed {seed}",
+        "date": now.isoformat(timespec="seconds"),
+    }
+    path = out / f"kronfluence_cpu{os.cpu_count()}_{now:%Y%m%d}.json"
+    write_whole(path, json.dumps(report, indent=2).encode() + b"\n")
+    Console(stderr=True).print(table(rows))
+    typer.echo(json.dumps(report))
+    raise typer.Exit(0 if all(row["passed"] for row in rows) else 1)
+
+
+def missing_peer() -> str | None:
+    """One sentence on what to install, or None if the right kronfluence is there."""
+    try:
+        found = version("kronfluence")
+    except PackageNotFoundError:
+        found = "none"
+    if found == PEER:
+        return None
+    return (
+        f"kronfluence {PEER} is needed and {found} is installed; make a separate environment with "
+        f"`pip install -e '.[cpu,peers]'`, as --help shows."
+    )
+
+
+def cases(examples: int, sampled: int, queries: int) -> list[Case]:
+    """Both models; the examples' own labels in either precision, sampled labels in float32."""
+    kinds: tuple[ModelKind, ...] = ("gpt2", "llama")
+    common = {"scored_examples": examples, "queries": queries}
+    result = []
+    for kind in kinds:
+        result += [
+            Case(model=kind, labels="empirical", dtype=dtype, fitting_examples=examples, **common)
+            for dtype in ("float64", "float32")
+        ]
+        result.append(
+            Case(model=kind, labels="sampled", dtype="float32", fitting_examples=sampled, **common)
+        )
+    return result
+
+
+def compare(case: Case, seed: int) -> dict[str, Any]:
+    """One row of the report: how the two sides' factors and scores differ."""
+    started = time.perf_counter()
+    problem = make_problem(case, seed)
+    ours, theirs = etymon(problem, seed), kronfluence(problem, seed)
+    row: dict[str, Any] = {
+        **asdict(case),
+        "layers": len(ours.layer_scores),
+        "max_relative_difference": relative_difference(ours.scores, theirs.scores),
+        "layer_relative_difference": max(
+            relative_difference(ours.layer_scores[name], scores)
+            for name, scores in theirs.layer_scores.items()
+        ),
+        **factor_differences(ours.factors, theirs.factors),
+        "pearson_min": pearson_min(ours.scores, theirs.scores),
+    }
+    if case.labels == "sampled":
+        row["pearson_min_redraw"] = pearson_min(ours.scores, etymon(problem, seed + 1).scores)
+        passed = row["pearson_min"] >= LEAST_PEARSON
+    else:
+        passed = all(v <= MOST_DIFFERENCE for k, v in row.items() if k.endswith("_difference"))
+    seconds = round(time.perf_counter() - started, 1)
+    return {**row, "passed": passed, "commit": commit(), "seconds": seconds}
+
+
+def make_problem(case: Case, seed: int) -> Problem:
+    """Texts of one random Markov chain with few likely successors, and a model of them.
+
+    A query's completion is the second half of its text.
+    """
+    count = case.fitting_examples + case.queries
+    generator = torch.Generator().manual_seed(seed)
+    chain = (3 * torch.randn(VOCABULARY, VOCABULARY, generator=generator)).softmax(-1)
+    tokens = torch.randint(VOCABULARY, (count, 1), generator=generator)
+    while tokens.shape[1] < LONGEST:
+        following = torch.multinomial(chain[tokens[:, -1]], 1, generator=generator)
+        tokens = torch.cat([tokens, following], dim=1)
+    lengths = torch.randint(SHORTEST, LONGEST + 1, (count,), generator=generator).tolist()
+    texts = [tuple(row[:n]) for row, n in zip(tokens.tolist(), lengths, strict=True)]
+    asked = [Sequence1D(tokens=t, first_target=len(t) // 2) for t in texts[case.fitting_examples :]]
+    texts = texts[: case.fitting_examples]
+    examples = [Sequence1D(tokens=text, row=i) for i, text in enumerate(texts)]
+    model = trained_model(case.model, examples, seed).to(getattr(torch, case.dtype))
+    return Problem(case=case, model=model, examples=examples, queries=asked)
+
+
+def trained_model(kind: ModelKind, texts: Sequence[Sequence1D], seed: int) -> nn.Module:
+    """Two layers of width 48, trained for 200 short steps so that its predictions are not flat."""
+    torch.manual_seed(seed)
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 48, "max_position_embeddings": LONGEST}
+    special = {"bos_token_id": 0, "eos_token_id": 0}
+    model: nn.Module
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=4, **shape, **special))
+    else:
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        layers = {"num_hidden_layers": 2, "intermediate_size": 96}
+        model = LlamaForCausalLM(LlamaConfig(**heads, **layers, **shape, **special))
+    optimizer = torch.optim.AdamW(model.eval().parameters(), lr=3e-3)
+    for step in range(200):
+        rows = padded([texts[(16 * step + i) % len(texts)] for i in range(16)])
+        batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        optimizer.zero_grad()
+        (PeerTask([]).compute_train_loss(batch, model) / 256).backward()
+        optimizer.step()
+    return freeze(model)
+
+
+def etymon(problem: Problem, seed: int) -> Outcome:
+    """This package's side, in batches of similar length without an attention mask."""
+    model, labels = problem.model, problem.case.labels
+    layers = find_layers(model).layers
+    ekfac, kfac = (
+        fit_estimator(
+            name, model, layers, problem.examples, token_budget=512, seed=seed, labels=labels
+        )
+        for name in ("ekfac", "kfac")
+    )
+    gradients, _ = query_gradients(model, layers, problem.queries)
+    directions = query_directions(ekfac, gradients, DAMPING)
+    corrected, product = ekfac.tensors(), kfac.tensors()
+    factors = {}
+    for name in gradients:
+        left, right = product[f"{name}.left"], product[f"{name}.right"]
+        spectrum = product[f"{name}.eigenvalues"]
+        factors[name] = (
+            left * spectrum.sum(1) @ left.T,
+            right * spectrum.sum(0) @ right.T,
+            corrected[f"{name}.eigenvalues"],
+        )
+    return Outcome(
+        scores=_scores(problem, layers, directions),
+        layer_scores={x.name: _scores(problem, [x], directions) for x in layers},
+        factors=factors,
+    )
+
+
+def kronfluence(problem: Problem, seed: int) -> Outcome:
+    """The peer's side, on a copy of the model whose Conv1D layers have become nn.Linear."""
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments, ScoreArguments
+
+    twin = linear_twin(problem.model)
+    names = [n for n, m in twin.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    task, dtype = PeerTask(names), getattr(torch, problem.case.dtype)
+    fitting = FactorArguments(
+        strategy="ekfac",
+        use_empirical_fisher=problem.case.labels == "empirical",
+        activation_covariance_dtype=dtype,
+        gradient_covariance_dtype=dtype,
+        per_sample_gradient_dtype=dtype,
+        lambda_dtype=dtype,
+    )
+    scoring = ScoreArguments(
+        damping_factor=None,  # means 0.1 times the mean eigenvalue of each layer
+        compute_per_module_scores=True,
+        per_sample_gradient_dtype=dtype,
+        precondition_dtype=dtype,
+        score_dtype=dtype,
+    )
+    torch.manual_seed(seed)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="kronfluence")
+        peer = Analyzer(
+            "a", prepare_model(twin, task), task, cpu=True, disable_tqdm=True, output_dir=folder
+        )
+        peer.fit_all_factors("f", padded(problem.examples), PEER_BATCH, factor_args=fitting)
+        sets = padded(problem.queries), padded(problem.scored)
+        sizes = {"per_device_train_batch_size": PEER_BATCH, "score_args": scoring}
+        peer.compute_pairwise_scores("s", "f", *sets, PEER_BATCH, **sizes)
+        scores = peer.load_pairwise_scores("s")
+        sums = {**peer.load_covariance_matrices("f"), **peer.load_lambda_matrices("f")}
+    activations, gradients = sums["activation_covariance"], sums["gradient_covariance"]
+    squares, counts = sums["lambda_matrix"], sums["num_lambda_processed"]
+    return Outcome(
+        scores=torch.stack([scores[name] for name in names]).sum(0),
+        layer_scores={n: scores[n] for n in names},
+        factors={n: (activations[n], gradients[n], squares[n].T / counts[n]) for n in names},
+    )
+
+
+def linear_twin(model: nn.Module) -> nn.Module:
+    """A copy that computes the same with nn.Linear, the only affine layer the peer knows."""
+    twin = copy.deepcopy(model)
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, Conv1D):
+            linear = nn.Linear(module.nx, module.nf, dtype=module.weight.dtype)
+            linear.weight.data.copy_(module.weight.data.T)
+            linear.bias.data.copy_(module.bias.data)
+            twin.set_submodule(name, linear)
+    return twin
+
+
+def padded(sequences: Sequence[Sequence1D]) -> list[Example]:
+    """The sequences as the peer's data set: token ids and masks, integer vectors of one width."""
+    examples = []
+    position = torch.arange(LONGEST)
+    for sequence in sequences:
+        length = len(sequence.tokens)
+        tokens = [*sequence.tokens, *[PADDING] * (LONGEST - length)]
+        example = {
+            "input_ids": torch.tensor(tokens),
+            "attention_mask": position < length,
+            "predicts": position < length - 1,
+            "completion": (position >= sequence.first_target) & (position < length),
+        }
+        examples.append({key: value.long() for key, value in example.items()})
+    return examples
+
+
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest over rows of ``max |ours - theirs| / max |theirs|``."""
+    return float(((ours - theirs).abs().amax(1) / theirs.abs().amax(1)).max())
+
+
+def pearson_min(ours: Tensor, theirs: Tensor) -> float:
+    """Least correlation between a row of ``ours`` and the same row of ``theirs``."""
+    pairs = zip(ours, theirs, strict=True)
+    return min(float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in pairs)
+
+
+def factor_differences(
+    ours: Mapping[str, Factors], theirs: Mapping[str, Factors]
+) -> dict[str, float]:
+    """``max |ours - theirs| / max |theirs|`` of each kind of factor, the largest of any layer."""
+    kinds = ("input_covariance", "output_gradient_covariance", "eigenvalue")
+    return {
+        f"{kind}_difference": max(
+            relative_difference(_comparable(ours[n][i], kind), _comparable(theirs[n][i], kind))
+            for n in ours
+        )
+        for i, kind in enumerate(kinds)
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The report for people."""
+    keys = [key for key in rows[-1] if key not in ("commit", "scored_examples")]
+    result = Table("", *[f"{row['model']} {row['labels']}" for row in rows], title="kronfluence")
+    for key in keys:
+        cells = [row.get(key, "") for row in rows]
+        result.add_row(key, *(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells))
+    return result
+
+
+def commit() -> str:
+    """The commit of this repository, with ``-dirty`` if tracked files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    place = Path(__file__).parent
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _scores(
+    problem: Problem, layers: Sequence[LinearLayer], directions: Mapping[str, Tensor]
+) -> Tensor:
+    kept = {layer.name: directions[layer.name] for layer in layers}
+    texts = problem.scored
+    columns = torch.zeros(len(texts), len(problem.queries), dtype=next(iter(kept.values())).dtype)
+    for positions in plan_batches([len(text.tokens) for text in texts], TOKEN_BUDGET):
+        batch = collate([texts[p] for p in positions])
+        columns[positions] = score_batch_for_queries(problem.model, layers, kept, batch).T
+    return columns.T
+
+
+def _comparable(factor: Tensor, kind: str) -> Tensor:
+    scale = factor.trace() if kind.endswith("covariance") else 1
+    return (factor / scale).reshape(1, -1)
+
+
+if __name__ == "__main__":
+    app()

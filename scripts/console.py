@@ -1,0 +1,68 @@
+"""What all commands share: progress on stderr, one JSON line on stdout, errors as one sentence."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+stderr = Console(stderr=True)
+"""For people."""
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def show_progress(description: str, items: Sequence[Any]) -> Iterable[Any]:
+    """Yield ``items`` behind a progress bar with time elapsed and time left.
+
+    Where stderr is no terminal, a line is printed at every tenth of the way.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    total = len(items)
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as progress:
+        task = progress.add_task(description, total=total)
+        for number, item in enumerate(items, start=1):
+            yield item
+            progress.advance(task)
+            done = number * 10 // total
+            if not stderr.is_terminal and done != (number - 1) * 10 // total:
+                left = progress.tasks[task].time_remaining
+                tail = "" if left is None else f", about {left:.0f} s left"
+                print(f"{description}: {number} of {total}{tail}", file=sys.stderr)
+
+
+def print_json(document: Any) -> None:
+    """Print the one JSON line that programs read."""
+    print(json.dumps(document, ensure_ascii=False))
+
+
+def one_sentence_errors(command: Command) -> Command:
+    """Turn errors that people can mend into one sentence on stderr and exit status 1."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> Any:
+        try:
+            return command(*arguments, **options)
+        except (ValueError, RuntimeError) as error:
+            stderr.print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+            raise typer.Exit(1) from error
+
+    return run  # type: ignore[return-value]

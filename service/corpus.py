@@ -1,0 +1,125 @@
+"""Reading a corpus: any source that the datasets library loads, cut into windows of tokens."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+
+from index.examples import Example
+from service.models import LoadedModel
+
+READERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".txt": "text",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSource:
+    """Where the training examples are and which columns hold what.
+
+    Attributes:
+        data: a .jsonl, .json, .parquet, .csv or .txt file (a line an example), or the name of a
+            data set as ``NAME`` or ``NAME:CONFIGURATION``.
+        split: of a named data set.
+        text_column: the text.
+        id_column: unique ids; None numbers the rows.
+        document_column: the document that a row belongs to; None takes its id.
+        metadata_columns: columns to keep beside the text; None keeps all others.
+        limit: read this many rows only; None reads all.
+    """
+
+    data: str
+    split: str = "train"
+    text_column: str = "text"
+    id_column: str | None = None
+    document_column: str | None = None
+    metadata_columns: tuple[str, ...] | None = None
+    limit: int | None = None
+
+
+def read_examples(source: CorpusSource, loaded: LoadedModel, max_tokens: int) -> Iterator[Example]:
+    """Tokenise the corpus; a text of more than ``max_tokens`` tokens is cut into windows.
+
+    Windows follow each other without overlap. Each is an example of its own with the id
+    ``ID#wNUMBER``; all name the same document. Texts that tokenise to nothing are kept, as
+    examples without gradient, so that nothing is skipped in silence.
+
+    Raises:
+        ValueError: the source cannot be read, or a column is missing.
+    """
+    if max_tokens < 2 or max_tokens > loaded.context:
+        raise ValueError(
+            f"max_tokens must be between 2 and the model's context of {loaded.context} tokens, "
+            f"got {max_tokens}."
+        )
+    for number, row in enumerate(_read_rows(source)):
+        yield from _examples_of_row(number, row, source, loaded, max_tokens)
+
+
+def _examples_of_row(
+    number: int, row: dict[str, Any], source: CorpusSource, loaded: LoadedModel, max_tokens: int
+) -> Iterator[Example]:
+    text = _column(row, source.text_column, number)
+    if not isinstance(text, str):
+        raise ValueError(
+            f"Row {number} has {type(text).__name__} in column '{source.text_column}', expected "
+            f"text. Remove the row or name another column."
+        )
+    identifier = str(_column(row, source.id_column, number)) if source.id_column else str(number)
+    document = source.document_column and _column(row, source.document_column, number)
+    roles = {source.text_column, source.id_column, source.document_column}
+    keep = source.metadata_columns
+    if keep is None:
+        keep = tuple(name for name in row if name not in roles)
+    metadata = {name: _column(row, name, number) for name in keep}
+    tokens = loaded.encode(text)
+    windows = [tokens[i : i + max_tokens] for i in range(0, len(tokens), max_tokens)] or [[]]
+    for window, ids in enumerate(windows):
+        whole = len(windows) == 1
+        yield Example(
+            id=identifier if whole else f"{identifier}#w{window}",
+            document=str(document or identifier),
+            text=text if whole else loaded.tokenizer.decode(ids),
+            tokens=tuple(ids),
+            metadata=metadata,
+        )
+
+
+def _read_rows(source: CorpusSource) -> Iterator[dict[str, Any]]:
+    path = Path(source.data)
+    try:
+        if path.suffix in READERS:
+            if not path.is_file():
+                raise ValueError(f"there is no file {path.resolve()}")
+            rows = load_dataset(
+                READERS[path.suffix], data_files=str(path), split="train", streaming=True
+            )
+        else:
+            name, _, configuration = source.data.partition(":")
+            rows = load_dataset(name, configuration or None, split=source.split, streaming=True)
+        yield from rows if source.limit is None else rows.take(source.limit)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"Cannot read the corpus '{source.data}': {error}. Give a file ending in "
+            f"{', '.join(READERS)}, or the name of a data set."
+        ) from error
+
+
+def _column(row: dict[str, Any], name: str, number: int) -> Any:
+    if name not in row:
+        raise ValueError(
+            f"Row {number} of the corpus has no column '{name}'; it has {', '.join(sorted(row))}."
+        )
+    return row[name]
+
+
+def describe(source: CorpusSource) -> str:
+    """The source as one line for the manifest: a file's name or the data set's."""
+    path = Path(source.data)
+    return path.name if path.suffix in READERS else f"{source.data} ({source.split})"

@@ -1,0 +1,171 @@
+"""The model under study: loading, fingerprints, text to tokens, completions."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from estimators.capture import freeze
+from estimators.layers import Coverage, find_layers
+from estimators.storage import fingerprint_model
+from estimators.tokens import Sequence1D
+
+
+class BadQuery(ValueError):  # noqa: N818 - named for what is wrong
+    """A prompt or completion that cannot be measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A frozen causal language model with its tokenizer.
+
+    Attributes:
+        source: folder or name it was loaded from.
+        model: in evaluation mode, without weight gradients.
+        tokenizer: a Hugging Face tokenizer.
+        coverage: its attributed layers and what is left out.
+        context: most tokens it can read.
+        model_sha256: hash of its weights.
+        tokenizer_sha256: hash of its tokenizer.
+    """
+
+    source: str
+    model: nn.Module
+    tokenizer: Any
+    coverage: Coverage
+    context: int
+    model_sha256: str
+    tokenizer_sha256: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text as the model reads a training example, special tokens included."""
+        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        return ids
+
+    def encode_query(self, prompt: str, completion: str) -> Sequence1D:
+        """Prompt and completion as one sequence whose completion tokens count.
+
+        They are tokenised apart, so that the boundary between them is a token boundary. A prompt
+        may be empty if the tokenizer begins every text with a special token.
+
+        Raises:
+            BadQuery: nothing to condition on, an empty completion, or more tokens than the context.
+        """
+        before = self._encode_prompt(prompt)
+        after = self.tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
+        if not after:
+            raise BadQuery("The completion is empty; give the text whose cause you look for.")
+        if len(before) + len(after) > self.context:
+            raise BadQuery(
+                f"Prompt and completion have {len(before)} + {len(after)} tokens, the model reads "
+                f"{self.context} at most; shorten the prompt or the completion."
+            )
+        return Sequence1D(tokens=(*before, *after), first_target=len(before))
+
+    @torch.no_grad()
+    def complete(self, prompt: str, max_new_tokens: int = 24, stop: Sequence[str] = (".",)) -> str:
+        """The model's own greedy completion, up to but not including the first stop string.
+
+        Raises:
+            BadQuery: empty prompt, a prompt that fills the context, or a completion that is empty.
+        """
+        tokens = self._encode_prompt(prompt)
+        room = min(max_new_tokens, self.context - len(tokens))
+        if room < 1:
+            raise BadQuery(
+                f"The prompt has {len(tokens)} tokens and leaves no room in the model's context "
+                f"of {self.context}; shorten it."
+            )
+        written: list[int] = []
+        text = ""
+        end = self.tokenizer.eos_token_id
+        for _ in range(room):
+            ids = torch.tensor([[*tokens, *written]], device=self.device)
+            token = int(self.model(input_ids=ids, use_cache=False).logits[0, -1].argmax())
+            if token == end:
+                break
+            written.append(token)
+            text = self.tokenizer.decode(written)
+            cuts = [text.find(mark) for mark in (*stop, "\n") if mark in text]
+            if cuts:
+                text = text[: min(cuts)]
+                break
+        if not text.strip():
+            raise BadQuery("The model completes this prompt with nothing; give a completion.")
+        return text
+
+    def _encode_prompt(self, prompt: str) -> list[int]:
+        tokens: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
+        if self.tokenizer.eos_token_id is not None:
+            while len(tokens) > 1 and tokens[-1] == self.tokenizer.eos_token_id:
+                tokens = tokens[:-1]
+        if not tokens or not prompt:
+            raise BadQuery("The prompt is empty; give the text that the model was asked with.")
+        return tokens
+
+
+def load_model(
+    source: str,
+    *,
+    layer_patterns: Sequence[str] = ("*",),
+    device: str = "cpu",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer from a folder or by name.
+
+    Args:
+        source: what ``from_pretrained`` takes.
+        layer_patterns: shell patterns over the names of the layers to attribute.
+        device: e.g. "cpu", "cuda".
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ValueError: it cannot be loaded, or no layer is left to attribute.
+    """
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Cannot load a causal language model and its tokenizer from '{source}': {error}"
+        ) from error
+    freeze(model.to(device))
+    return LoadedModel(
+        source=str(Path(source).resolve()) if Path(source).exists() else source,
+        model=model,
+        tokenizer=tokenizer,
+        coverage=find_layers(model, layer_patterns),
+        context=_context(model, tokenizer),
+        model_sha256=fingerprint_model(model),
+        tokenizer_sha256=_fingerprint_tokenizer(tokenizer),
+    )
+
+
+def _context(model: Any, tokenizer: Any) -> int:
+    declared = getattr(model.config, "max_position_embeddings", None)
+    return int(declared or tokenizer.model_max_length)
+
+
+def _fingerprint_tokenizer(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        facts = json.dumps([tokenizer.get_vocab(), str(tokenizer.special_tokens_map)])
+    else:
+        backend.no_padding()
+        backend.no_truncation()
+        facts = backend.to_str()
+    return hashlib.sha256(facts.encode()).hexdigest()

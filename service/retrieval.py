@@ -1,0 +1,254 @@
+"""Answering a query: propose by sketch, rescore exactly, certify. Knows no HTTP.
+
+Two rankings are offered. "score" is the influence itself (nats for a change of weight 1 in the sum
+of training losses). "normalised" divides it by the whitened norm of the training gradient, the one
+that the index stores, so that long or odd examples do not crowd the top; its unit is nats per unit
+of whitened norm.
+"""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from estimators.rescoring import query_directions, query_gradients, score_batch
+from estimators.tokens import Sequence1D, collate, plan_batches
+from index.certificates.sketch import Tail, plan_levels
+from index.certificates.statement import Certificate
+from service.models import BadQuery
+from service.opening import OpenIndex
+from service.search import Clock, Proxies, Search
+
+Ranking = Literal["score", "normalised"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """What to find, and how sure to be.
+
+    Attributes:
+        prompt: what the model was asked.
+        completion: what it said, tokenised by itself (begin it with its space); None lets the
+            model complete the prompt greedily.
+        k: how many training examples to return.
+        ranking: by "score" or "normalised".
+        recall: recall of the exact top k to certify.
+        confidence: of each certificate.
+        budget: most rows to rescore exactly because of their proxies; the sampled rows of the two
+            checks below come on top.
+        calibration_rows: rows drawn uniformly to check the sketch's noise for this query.
+        audit_rows: rows drawn uniformly among those not rescored, for the audit certificate.
+        damping: relative; None takes the index's own.
+        tail: assumed law of the sketch's noise.
+        seed: of the two samples; None draws one, which the answer reports.
+    """
+
+    prompt: str
+    completion: str | None = None
+    k: int = 10
+    ranking: Ranking = "normalised"
+    recall: float = 0.9
+    confidence: float = 0.95
+    budget: int = 1000
+    calibration_rows: int = 64
+    audit_rows: int = 64
+    damping: float | None = None
+    tail: Tail = "gaussian"
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One training example of an answer.
+
+    Attributes:
+        rank: 1 is best.
+        row: in the index.
+        id: of the example.
+        document: that it belongs to.
+        text: of the example.
+        metadata: further columns of the corpus.
+        score: exact influence in nats, positive = training on it raised log p(completion).
+        normalised_score: score divided by ``gradient_norm`` (0 where that is 0).
+        proxy: the sketch's estimate of the value that the answer is ranked by.
+        gradient_norm: whitened norm of the example's gradient.
+    """
+
+    rank: int
+    row: int
+    id: str
+    document: str
+    text: str
+    metadata: dict[str, object]
+    score: float
+    normalised_score: float
+    proxy: float
+    gradient_norm: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Ranked training examples and what is known about those that were not looked at.
+
+    Attributes:
+        prompt: as asked.
+        completion: as asked, or the model's own.
+        completed_by_model: whether it is the model's own.
+        log_probability: ``log p(completion | prompt)`` in nats.
+        completion_tokens: how many tokens count.
+        results: best first.
+        certificates: "sketch" and "audit", each a statement by itself at its own confidence.
+        rescored_rows: rows rescored because of their proxies.
+        sampled_rows: further rows scored exactly for the checks.
+        rows: rows of the index.
+        seed: of the samples.
+        seconds: by stage.
+    """
+
+    prompt: str
+    completion: str
+    completed_by_model: bool
+    log_probability: float
+    completion_tokens: int
+    results: list[Result]
+    certificates: list[Certificate]
+    rescored_rows: int
+    sampled_rows: int
+    rows: int
+    seed: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Retriever:
+    """Answers queries about one model from one index.
+
+    Args:
+        index: opened, with its model.
+        token_budget: padded tokens in a rescoring batch.
+    """
+
+    def __init__(self, index: OpenIndex, token_budget: int = 4096) -> None:
+        self.loaded = index.loaded
+        self.index = index
+        self._token_budget = token_budget
+
+    def answer(self, query: Query) -> Answer:
+        """Find the top k training examples for a query and certify their recall.
+
+        Raises:
+            BadQuery: the query cannot be measured, or its numbers are out of range.
+            NonFiniteGradientError: the model gives NaN or infinite gradients for it.
+        """
+        self._check(query)
+        clock = Clock()
+        completion = query.completion
+        if completion is None:
+            completion = self.loaded.complete(query.prompt)
+            clock.stop("complete")
+        sequence = self.loaded.encode_query(query.prompt, completion)
+        directions, log_probability = self.directions(sequence, query.damping)
+        clock.stop("gradient")
+        proxies = self.proxies(directions, query.ranking)
+        clock.stop("scan")
+        seed = secrets.randbits(62) if query.seed is None else query.seed
+        search = Search(query, proxies, lambda rows: self.score(directions, rows), seed)
+        certificates = search.run(clock)
+        return Answer(
+            prompt=query.prompt,
+            completion=completion,
+            completed_by_model=query.completion is None,
+            log_probability=log_probability,
+            completion_tokens=sequence.targets,
+            results=self._results(search, query.k),
+            certificates=certificates,
+            rescored_rows=search.rescored,
+            sampled_rows=int(search.scored.sum()) - search.rescored,
+            rows=len(self.index.examples),
+            seed=seed,
+            seconds=clock.seconds,
+        )
+
+    def directions(
+        self, sequence: Sequence1D, damping: float | None = None
+    ) -> tuple[dict[str, Tensor], float]:
+        """``-(H + lambda I)^-1 grad f`` ([in, out] a layer) and ``f = log p`` in nats."""
+        layers = self.loaded.coverage.layers
+        gradients, values = query_gradients(self.loaded.model, layers, [sequence])
+        chosen = self.index.manifest.estimator.damping if damping is None else damping
+        directions = query_directions(self.index.estimator, gradients, chosen)
+        return {name: value[0] for name, value in directions.items()}, float(values[0])
+
+    def proxies(self, directions: dict[str, Tensor], ranking: Ranking) -> Proxies:
+        """Sketch estimates of every row's ranking value, with their error scales."""
+        sketch, norm = self.index.sketch.query({n: d[None] for n, d in directions.items()})
+        y = sketch[0].cpu().numpy()
+        length = float(np.linalg.norm(y))
+        psi = float(norm[0])
+        cosines = self.index.vectors.inner_products(y) / length if length else 0 * self.index.norms
+        norms = self.index.norms.astype(np.float64)
+        noise = self.index.manifest.sketch.noise
+        live = norms > 0
+        weights = norms if ranking == "score" else live.astype(np.float64)
+        values = cosines * psi * weights
+        values[list(self.index.failed)] = -np.inf
+        return Proxies(
+            values=values,
+            sigmas=max(noise.predicted, noise.measured) * psi * weights,
+            divisors=np.ones_like(norms) if ranking == "score" else np.where(live, norms, np.inf),
+            failed=np.isin(np.arange(len(norms)), self.index.failed),
+        )
+
+    def score(
+        self, directions: dict[str, Tensor], rows: Sequence[int]
+    ) -> Float[np.ndarray, "scored"]:
+        """Exact scores of ``rows`` in nats, positive = proponent; NaN where not finite."""
+        scores = np.zeros(len(rows))
+        sequences = [Sequence1D(tokens=self.index.examples.tokens(int(r))) for r in rows]
+        lengths = [len(sequence.tokens) for sequence in sequences]
+        layers, device = self.loaded.coverage.layers, self.loaded.device
+        for positions in plan_batches(lengths, self._token_budget):
+            batch = collate([sequences[p] for p in positions]).to(device)
+            parts = score_batch(self.loaded.model, layers, directions, batch)
+            scores[positions] = parts.total.double().cpu().numpy()
+        return np.where(np.isfinite(scores), scores, np.nan)
+
+    def _check(self, query: Query) -> None:
+        rows = len(self.index.examples)
+        if not 1 <= query.k <= rows:
+            raise BadQuery(f"k must be from 1 to {rows:,}, the rows of the index; got {query.k}.")
+        if query.budget < query.k:
+            raise BadQuery(
+                f"The rescoring budget must be at least k = {query.k}, got {query.budget}."
+            )
+        if query.damping is not None and query.damping <= 0:
+            raise BadQuery(f"Damping must be positive, got {query.damping}.")
+        try:
+            plan_levels(query.k, query.recall, query.confidence, query.tail)
+        except ValueError as error:
+            raise BadQuery(str(error)) from error
+
+    def _results(self, search: Search, k: int) -> list[Result]:
+        results = []
+        for rank, row in enumerate(search.best(k), start=1):
+            example = self.index.examples[int(row)]
+            norm = float(self.index.norms[row])
+            score = float(search.exact[row])
+            results.append(
+                Result(
+                    rank=rank,
+                    row=int(row),
+                    id=example.id,
+                    document=example.document,
+                    text=example.text,
+                    metadata=example.metadata,
+                    score=score,
+                    normalised_score=score / norm if norm else 0.0,
+                    proxy=float(search.proxies.values[row]),
+                    gradient_norm=norm,
+                )
+            )
+        return results

@@ -1,0 +1,168 @@
+"""One query's search: adaptive exact rescoring of the best proxies, then the certificates."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from index.certificates.audit import AuditSample, certify_audit, count_above, draw_sample
+from index.certificates.sketch import (
+    SketchEvidence,
+    Tail,
+    certify_sketch,
+    check_calibration,
+    plan_levels,
+    reached_z,
+)
+from index.certificates.statement import Certificate
+from index.vectors import best_rows
+
+if TYPE_CHECKING:
+    from service.retrieval import Query
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proxies:
+    """Sketch estimates of all rows' ranking values.
+
+    Attributes:
+        values: estimates; -inf for failed rows.
+        sigmas: their error scales.
+        divisors: what an exact score is divided by to give the ranking value.
+        failed: rows that have no finite gradient.
+    """
+
+    values: Float[np.ndarray, "row"]
+    sigmas: Float[np.ndarray, "row"]
+    divisors: Float[np.ndarray, "row"]
+    failed: Bool[np.ndarray, "row"]
+
+
+class Search:
+    """One query's adaptive rescoring and its two certificates."""
+
+    def __init__(
+        self,
+        query: "Query",
+        proxies: Proxies,
+        score: Callable[[Sequence[int]], Float[np.ndarray, "scored"]],
+        seed: int,
+    ) -> None:
+        self.query = query
+        self.proxies = proxies
+        self.exact = np.full(len(proxies.values), np.nan)
+        self.scored = np.zeros(len(proxies.values), dtype=bool)
+        self.rescored = 0
+        self._score = score
+        self._seed = seed
+
+    def run(self, clock: "Clock") -> list[Certificate]:
+        """Calibrate, rescore until certified or out of budget, audit."""
+        query, proxies = self.query, self.proxies
+        everything = np.arange(len(proxies.values))
+        sample = draw_sample(everything, query.calibration_rows, self._seed)
+        self._rescore(sample)
+        clock.stop("calibrate")
+        self._adapt()
+        clock.stop("rescore")
+        sketch = self._sketch_certificate(sample)
+        audit = self._audit_certificate()
+        clock.stop("audit")
+        return [sketch, audit]
+
+    def best(self, k: int) -> Int[np.ndarray, "best"]:
+        """The best k exactly scored rows by ranking value; ties go to the lower row."""
+        values = self._values()
+        rows: np.ndarray = best_rows(values, k)
+        return rows[np.isfinite(values[rows])]
+
+    def _values(self) -> Float[np.ndarray, "row"]:
+        values: np.ndarray = self.exact / self.proxies.divisors
+        values[~np.isfinite(values)] = -np.inf
+        return values
+
+    def _threshold(self) -> float:
+        values = self._values()
+        k = self.query.k
+        return float(np.partition(values, len(values) - k)[len(values) - k])
+
+    def _rescore(self, rows: Int[np.ndarray, "row"]) -> None:
+        fresh = rows[~self.scored[rows]]
+        self.exact[fresh] = self._score(fresh.tolist())
+        self.scored[fresh] = True
+
+    def _adapt(self) -> None:
+        query, proxies = self.query, self.proxies
+        target = plan_levels(query.k, query.recall, query.confidence, query.tail)[0]
+        bounds = proxies.values + target.z * proxies.sigmas
+        order = np.argsort(-bounds, kind="stable")
+        order = order[~self.scored[order] & ~proxies.failed[order]]
+        chunk = max(32, 2 * query.k)
+        while self.rescored < min(query.budget, len(order)):
+            threshold = self._threshold()
+            rest = order[self.rescored : query.budget]
+            wanted = int(np.sum(bounds[rest] >= threshold))
+            if wanted == 0:
+                break
+            rows = rest[: min(chunk, wanted)]
+            self._rescore(rows)
+            self.rescored += len(rows)
+            chunk = min(2 * chunk, 256)
+
+    def _unscorable(self) -> int:
+        return int((self.proxies.failed | (self.scored & np.isnan(self.exact))).sum())
+
+    def _sketch_certificate(self, sample: Int[np.ndarray, "row"]) -> Certificate:
+        query, proxies = self.query, self.proxies
+        sampled = sample[~proxies.failed[sample]]
+        exact = self.exact[sampled] / proxies.divisors[sampled]
+        usable = (proxies.sigmas[sampled] > 0) & np.isfinite(exact)
+        check = None
+        if usable.any():
+            check = check_calibration(exact, proxies.values[sampled], proxies.sigmas[sampled])
+        tail: Tail = query.tail if check is not None else "hoeffding"
+        evidence = SketchEvidence(
+            reached=reached_z(
+                proxies.values, proxies.sigmas, ~self.scored & ~proxies.failed, self._threshold()
+            ),
+            rows=len(proxies.values),
+            rescored=int(self.scored.sum()),
+            unscorable=self._unscorable(),
+            check=check,
+        )
+        return certify_sketch(evidence, query.k, query.recall, query.confidence, tail)
+
+    def _audit_certificate(self) -> Certificate:
+        query = self.query
+        threshold = self._threshold()
+        population = np.flatnonzero(~self.scored)
+        unscorable = int((self.scored & np.isnan(self.exact)).sum())
+        sample = draw_sample(population, query.audit_rows, self._seed + 1)
+        self._rescore(sample[~self.proxies.failed[sample]])
+        values = self.exact[sample] / self.proxies.divisors[sample]
+        above, merged = count_above(values, threshold)
+        audit = AuditSample(
+            population=len(population),
+            sampled=len(sample),
+            above=above,
+            merged=merged,
+            unscorable=unscorable,
+        )
+        return certify_audit(audit, query.k, query.recall, query.confidence)
+
+
+class Clock:
+    """Wall-clock seconds of the stages of an answer."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def stop(self, stage: str) -> None:
+        """Book the time since the last stop under ``stage``."""
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._last
+        self._last = now

@@ -1,0 +1,37 @@
+"""The service's settings: the one place that reads the environment (ETYMON_...)."""
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Settings of one service process; each can be set as ETYMON_NAME in the environment."""
+
+    model_config = SettingsConfigDict(env_prefix="ETYMON_", extra="forbid", frozen=True)
+
+    model: str = Field(description="Folder or name of the causal language model.")
+    indexes: dict[str, Path] = Field(
+        description='Indexes by name, as JSON in the environment: {"default": "runs/demo/index"}.',
+        min_length=1,
+    )
+    device: str = Field(default="cpu", description="Where to compute, e.g. cpu or cuda.")
+    dtype: str = Field(default="auto", description="auto, float32, bfloat16 or float16.")
+    token_budget: int = Field(default=4096, ge=1, description="Padded tokens in a batch.")
+    max_in_flight: int = Field(
+        default=8, ge=1, description="Queries accepted at once; more are refused with 503."
+    )
+    max_prompt_characters: int = Field(
+        default=20_000, ge=1, description="Longest prompt or completion, in characters."
+    )
+    max_k: int = Field(default=1000, ge=1, description="Largest k of a query.")
+    max_budget: int = Field(
+        default=100_000, ge=1, description="Largest rescoring budget of a query, in rows."
+    )
+    max_sampled_rows: int = Field(
+        default=10_000, ge=0, description="Largest calibration or audit sample, in rows."
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run code that comes with the model."
+    )

@@ -1,0 +1,108 @@
+"""Shape checks for ``estimators`` and tiny seeded models, none of which is downloaded."""
+
+import copy
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# Before anything imports estimators: every annotated shape and type is checked under pytest.
+install_import_hook("estimators", "beartype.beartype")
+
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from estimators.capture import freeze
+from estimators.tokens import Sequence1D
+
+VOCABULARY = 11
+
+
+def _seeded(model: nn.Module, seed: int) -> nn.Module:
+    """Move every weight, norms and biases included, far enough from its special initial value.
+
+    0.25 keeps the logits of these tiny models of order 1: neither uniform nor saturated.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.25 * torch.randn(parameter.shape, generator=generator))
+    return freeze(model)
+
+
+def _tiny_gpt2() -> nn.Module:
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=16, n_embd=8, n_layer=2, n_head=2, n_inner=12
+    )
+    return _seeded(GPT2LMHeadModel(config), seed=1)
+
+
+def _tiny_llama() -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+        tie_word_embeddings=False,
+    )
+    return _seeded(LlamaForCausalLM(config), seed=2)
+
+
+@pytest.fixture(scope="session")
+def gpt2_float32() -> nn.Module:
+    """Two blocks of width 8 of Conv1D layers with biases and a tied output head; frozen."""
+    return _tiny_gpt2()
+
+
+@pytest.fixture(scope="session")
+def gpt2(gpt2_float32: nn.Module) -> nn.Module:
+    """The same weights in float64."""
+    return copy.deepcopy(gpt2_float32).double()
+
+
+@pytest.fixture(scope="session")
+def llama_float32() -> nn.Module:
+    """Two blocks of width 8 of nn.Linear layers without biases, two query heads a key; frozen."""
+    return _tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def llama(llama_float32: nn.Module) -> nn.Module:
+    """The same weights in float64."""
+    return copy.deepcopy(llama_float32).double()
+
+
+@pytest.fixture(scope="session", params=["gpt2", "llama"])
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    """Each tiny model in float64. Shared by all tests: copy it before changing a weight."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def sequences() -> list[Sequence1D]:
+    """Nine training examples of 2 to 10 tokens, not in order of length: 45 predicting positions.
+
+    More positions than any tiny layer has inputs (13), so that no covariance is singular.
+    """
+    generator = torch.Generator().manual_seed(3)
+    lengths = (4, 10, 2, 7, 9, 3, 8, 5, 6)
+    return [
+        Sequence1D(
+            tokens=tuple(torch.randint(VOCABULARY, (length,), generator=generator).tolist()),
+            row=100 + i,
+        )
+        for i, length in enumerate(lengths)
+    ]
+
+
+@pytest.fixture(scope="session")
+def queries() -> list[Sequence1D]:
+    """Three prompts with completions of 1, 3 and 2 tokens."""
+    return [
+        Sequence1D(tokens=(1, 4, 2, 7, 9), first_target=4),
+        Sequence1D(tokens=(3, 8, 10, 0), first_target=1),
+        Sequence1D(tokens=(5, 5, 6, 1, 2, 8, 4), first_target=5),
+    ]
