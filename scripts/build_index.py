@@ -22,7 +22,6 @@ def main(
     data: options.Data,
     factors: Annotated[Path, typer.Option(help="What scripts.fit_estimator wrote.")],
     out: Annotated[Path, typer.Option(help="Folder of the index.")],
-    layers: options.Layers = None,
     split: options.Split = "train",
     text_column: options.TextColumn = "text",
     id_column: options.IdColumn = None,
@@ -55,7 +54,7 @@ def main(
     --factors runs/demo/ekfac.safetensors --out runs/demo/index
     """
     start = time.perf_counter()
-    loaded = load_model(model, layer_patterns=tuple(layers or ["*"]), device=device, dtype=dtype)
+    loaded = load_model(model, device=device, dtype=dtype)
     source = options.corpus_source(
         data, split, text_column, id_column, document_column, metadata_column, limit
     )

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import typer
@@ -50,14 +50,13 @@ PEER_BATCH = 32
 MOST_DIFFERENCE = 1e-3
 LEAST_PEARSON = 0.99
 DEFINITIONS = {
-    "max_relative_difference": "max |etymon - kronfluence| / max |kronfluence| of a query's "
-    "scores, maxima over the scored examples; the largest of any query",
-    "layer_relative_difference": "the same of one layer's part of the scores, largest of any layer",
+    "max_relative_difference": "max |etymon - kronfluence| / max |kronfluence| of a query's scores,"
+    " maxima over the scored examples; the largest of any query",
+    "layer_relative_difference": "the same of a layer's part of the scores, largest of any layer",
     "pearson_min": "correlation over the scored examples, least of any query",
     "pearson_min_redraw": "the same between two of etymon's own fits with labels drawn anew",
     "*_covariance_difference": "max |difference| / max |kronfluence| of A / trace(A) or "
-    "S / trace(S), largest of any layer; eigenvalue_difference: of the corrected eigenvalues as "
-    "they are",
+    "S / trace(S), largest of any layer; eigenvalue_difference: of the corrected eigenvalues",
     "passed": f"empirical: all differences <= {MOST_DIFFERENCE}; sampled: pearson_min >= "
     f"{LEAST_PEARSON}",
 }
@@ -65,8 +64,7 @@ DEFINITIONS = {
 ModelKind = Literal["gpt2", "llama"]
 Example = dict[str, Tensor]
 Factors = tuple[Tensor, Tensor, Tensor]
-"""Input covariance [in, in] and output gradient covariance [out, out], both up to a factor, and
-corrected eigenvalues [in, out]."""
+"""A [in, in] and S [out, out], both up to a factor, and corrected eigenvalues [in, out]."""
 
 app = typer.Typer(add_completion=False)
 
@@ -109,13 +107,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one side computed.
-
-    Attributes:
-        scores: [query, example] in nats, positive = proponent.
-        layer_scores: their split over layers, by name.
-        factors: of each layer.
-    """
+    """What one side computed: scores [query, example] in nats, positive = proponent, and factors."""
 
     scores: Tensor
     layer_scores: Mapping[str, Tensor]
@@ -179,13 +171,18 @@ def main(
     /tmp/peers/bin/pip uninstall -y torchvision torchaudio
     /tmp/peers/bin/python -m scripts.compare_kronfluence
     """
-    problem = missing_peer()
-    if problem:
-        typer.echo(f"error: {problem}", err=True)
+    found = peer_version()
+    if found != PEER:
+        typer.echo(
+            f"error: kronfluence {PEER} is needed and {found} is installed; make a separate "
+            f"environment with `pip install -e '.[cpu,peers]'`, as --help shows.",
+            err=True,
+        )
         raise typer.Exit(2)
     torch.set_num_threads(1)  # the matrices are too small to share out
-    rows = [compare(case, seed) for case in cases(examples, max(examples, sampled), queries)]
-    now = datetime.now(UTC)
+    at, now = commit(), datetime.now(UTC)
+    plan = cases(examples, max(examples, sampled), queries)
+    rows = [{**compare(case, seed), "commit": at} for case in plan]
     report = {
         "rows": rows,
         "definitions": DEFINITIONS,
@@ -201,34 +198,24 @@ def main(
     raise typer.Exit(0 if all(row["passed"] for row in rows) else 1)
 
 
-def missing_peer() -> str | None:
-    """One sentence on what to install, or None if the right kronfluence is there."""
+def peer_version() -> str:
+    """The installed kronfluence, or "none"."""
     try:
-        found = version("kronfluence")
+        return version("kronfluence")
     except PackageNotFoundError:
-        found = "none"
-    if found == PEER:
-        return None
-    return (
-        f"kronfluence {PEER} is needed and {found} is installed; make a separate environment with "
-        f"`pip install -e '.[cpu,peers]'`, as --help shows."
-    )
+        return "none"
 
 
 def cases(examples: int, sampled: int, queries: int) -> list[Case]:
     """Both models; the examples' own labels in either precision, sampled labels in float32."""
-    kinds: tuple[ModelKind, ...] = ("gpt2", "llama")
-    common = {"scored_examples": examples, "queries": queries}
-    result = []
-    for kind in kinds:
-        result += [
-            Case(model=kind, labels="empirical", dtype=dtype, fitting_examples=examples, **common)
-            for dtype in ("float64", "float32")
-        ]
-        result.append(
-            Case(model=kind, labels="sampled", dtype="float32", fitting_examples=sampled, **common)
-        )
-    return result
+    common: dict[str, Any] = {"scored_examples": examples, "queries": queries}
+    own: dict[str, Any] = {"labels": "empirical", "fitting_examples": examples, **common}
+    drawn: dict[str, Any] = {"labels": "sampled", "fitting_examples": sampled, **common}
+    return [
+        Case(model=model, dtype=dtype, **arguments)
+        for model in get_args(ModelKind)
+        for dtype, arguments in (("float64", own), ("float32", own), ("float32", drawn))
+    ]
 
 
 def compare(case: Case, seed: int) -> dict[str, Any]:
@@ -236,14 +223,15 @@ def compare(case: Case, seed: int) -> dict[str, Any]:
     started = time.perf_counter()
     problem = make_problem(case, seed)
     ours, theirs = etymon(problem, seed), kronfluence(problem, seed)
+    by_layer = [
+        relative_difference(ours.layer_scores[name], scores)
+        for name, scores in theirs.layer_scores.items()
+    ]
     row: dict[str, Any] = {
         **asdict(case),
-        "layers": len(ours.layer_scores),
+        "layers": len(by_layer),
         "max_relative_difference": relative_difference(ours.scores, theirs.scores),
-        "layer_relative_difference": max(
-            relative_difference(ours.layer_scores[name], scores)
-            for name, scores in theirs.layer_scores.items()
-        ),
+        "layer_relative_difference": max(by_layer),
         **factor_differences(ours.factors, theirs.factors),
         "pearson_min": pearson_min(ours.scores, theirs.scores),
     }
@@ -252,8 +240,7 @@ def compare(case: Case, seed: int) -> dict[str, Any]:
         passed = row["pearson_min"] >= LEAST_PEARSON
     else:
         passed = all(v <= MOST_DIFFERENCE for k, v in row.items() if k.endswith("_difference"))
-    seconds = round(time.perf_counter() - started, 1)
-    return {**row, "passed": passed, "commit": commit(), "seconds": seconds}
+    return {**row, "passed": passed, "seconds": round(time.perf_counter() - started, 1)}
 
 
 def make_problem(case: Case, seed: int) -> Problem:
@@ -294,7 +281,8 @@ def trained_model(kind: ModelKind, texts: Sequence[Sequence1D], seed: int) -> nn
         rows = padded([texts[(16 * step + i) % len(texts)] for i in range(16)])
         batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
         optimizer.zero_grad()
-        (PeerTask([]).compute_train_loss(batch, model) / 256).backward()
+        loss = PeerTask([]).compute_train_loss(batch, model) / 256
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return freeze(model)
 
@@ -336,20 +324,18 @@ def kronfluence(problem: Problem, seed: int) -> Outcome:
     twin = linear_twin(problem.model)
     names = [n for n, m in twin.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
     task, dtype = PeerTask(names), getattr(torch, problem.case.dtype)
+    sums = ("activation_covariance_dtype", "gradient_covariance_dtype", "lambda_dtype")
+    empirical = problem.case.labels == "empirical"
     fitting = FactorArguments(
-        strategy="ekfac",
-        use_empirical_fisher=problem.case.labels == "empirical",
-        activation_covariance_dtype=dtype,
-        gradient_covariance_dtype=dtype,
+        use_empirical_fisher=empirical,
         per_sample_gradient_dtype=dtype,
-        lambda_dtype=dtype,
+        **dict.fromkeys(sums, dtype),
     )
+    products = ("per_sample_gradient_dtype", "precondition_dtype", "score_dtype")
     scoring = ScoreArguments(
         damping_factor=None,  # means 0.1 times the mean eigenvalue of each layer
         compute_per_module_scores=True,
-        per_sample_gradient_dtype=dtype,
-        precondition_dtype=dtype,
-        score_dtype=dtype,
+        **dict.fromkeys(products, dtype),
     )
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -390,9 +376,8 @@ def padded(sequences: Sequence[Sequence1D]) -> list[Example]:
     position = torch.arange(LONGEST)
     for sequence in sequences:
         length = len(sequence.tokens)
-        tokens = [*sequence.tokens, *[PADDING] * (LONGEST - length)]
         example = {
-            "input_ids": torch.tensor(tokens),
+            "input_ids": torch.tensor([*sequence.tokens, *[PADDING] * (LONGEST - length)]),
             "attention_mask": position < length,
             "predicts": position < length - 1,
             "completion": (position >= sequence.first_target) & (position < length),
@@ -417,31 +402,35 @@ def factor_differences(
 ) -> dict[str, float]:
     """``max |ours - theirs| / max |theirs|`` of each kind of factor, the largest of any layer."""
     kinds = ("input_covariance", "output_gradient_covariance", "eigenvalue")
-    return {
-        f"{kind}_difference": max(
-            relative_difference(_comparable(ours[n][i], kind), _comparable(theirs[n][i], kind))
-            for n in ours
-        )
-        for i, kind in enumerate(kinds)
-    }
+    worst = dict.fromkeys([f"{kind}_difference" for kind in kinds], 0.0)
+    for name in ours:
+        for key, mine, peers in zip(worst, ours[name], theirs[name], strict=True):
+            if "covariance" in key:
+                mine, peers = mine / mine.trace(), peers / peers.trace()
+            difference = relative_difference(mine.reshape(1, -1), peers.reshape(1, -1))
+            worst[key] = max(worst[key], difference)
+    return worst
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The report for people."""
-    keys = [key for key in rows[-1] if key not in ("commit", "scored_examples")]
-    result = Table("", *[f"{row['model']} {row['labels']}" for row in rows], title="kronfluence")
-    for key in keys:
-        cells = [row.get(key, "") for row in rows]
-        result.add_row(key, *(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells))
+    keys = ("max_relative", "layer_relative", "input_covariance", "output_gradient_covariance")
+    result = Table("model", "labels", "dtype", "scores", "layers", "A", "S", "Pearson", "passed")
+    for row in rows:
+        differences = [f"{row[f'{key}_difference']:.1e}" for key in keys]
+        facts = (row["model"], row["labels"], row["dtype"], *differences)
+        result.add_row(*facts, f"{row['pearson_min']:.5f}", "yes" if row["passed"] else "NO")
     return result
 
 
 def commit() -> str:
-    """The commit of this repository, with ``-dirty`` if tracked files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    place = Path(__file__).parent
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """The commit of this repository, with ``-dirty`` if the estimators differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    return git("rev-parse", "HEAD") + ("-dirty" if git("diff", "HEAD", "--", "estimators") else "")
 
 
 def _scores(
@@ -454,11 +443,6 @@ def _scores(
         batch = collate([texts[p] for p in positions])
         columns[positions] = score_batch_for_queries(problem.model, layers, kept, batch).T
     return columns.T
-
-
-def _comparable(factor: Tensor, kind: str) -> Tensor:
-    scale = factor.trace() if kind.endswith("covariance") else 1
-    return (factor / scale).reshape(1, -1)
 
 
 if __name__ == "__main__":

@@ -54,10 +54,10 @@ class Profile:
     name: str
     tree: dict[str, Node]
 
-    def text(self, path: Sequence[str]) -> str:
-        """The plain text under `path`, empty where the entry has none."""
+    def text(self, path: str) -> str:
+        """The plain text under `path` ("section > field > subfield"), empty where there is none."""
         node: Node = self.tree
-        for step in path:
+        for step in path.split(" > "):
             node = node.get(step, "") if isinstance(node, dict) else ""
         if isinstance(node, dict):
             node = node.get("text", "")
@@ -68,18 +68,18 @@ class Profile:
         return f"{self.name}: {field}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Relation:
-    """A fact that most countries have: where it stands, how it is asked, how its value is read.
+    """A fact that most countries have: how it is asked, how its value is read, where it stands.
 
-    `paths` are tried in order; the second step of each is the field. `prompt` holds `{country}`;
-    `parse` returns the answer without its leading space, empty where the value is not clean.
+    `prompt` holds `{country}`; `parse` returns the answer without its leading space, empty where
+    the value is not clean; `paths` ("section > field > subfield") are tried in order.
     """
 
     name: str
-    paths: tuple[tuple[str, ...], ...]
     prompt: str
     parse: Callable[[str], str]
+    paths: tuple[str, ...]
 
 
 _NO_ENTRY = re.compile(
@@ -197,7 +197,7 @@ def _clauses(sentence: str, longest: int) -> list[str]:
 def _country_name(code: str, tree: dict[str, Node]) -> str:
     unnamed = Profile(code=code, name="", tree=tree)
     for form in ("conventional short form", "conventional long form"):
-        name = unnamed.text(("Government", "Country name", form))
+        name = unnamed.text(f"Government > Country name > {form}")
         if code in _NAMES or name not in {"", "none"}:
             return _NAMES.get(code, re.sub(r"\s*\(.*?\)", "", name).removeprefix("The "))
     return _NAMES.get(code, code)
@@ -214,7 +214,7 @@ def _read_fact(profile: Profile, relation: Relation) -> tuple[str, str]:
         answer = relation.parse(profile.text(path))
         clean = 0 < len(answer) <= ANSWER_CHARACTERS and not re.search(r"[.;:<>\[\]]", answer)
         if clean and answer.split()[0].lower() not in {"none", "na", "not", "note", "no"}:
-            return answer, path[1]
+            return answer, path.split(" > ")[1]
     return "", ""
 
 
@@ -234,11 +234,11 @@ def _fact_rows(profile: Profile) -> Iterator[CorpusRow]:
 def _paragraph_rows(profile: Profile) -> Iterator[CorpusRow]:
     """Chunks of the prose fields; a field without full sentences is introduced by its name."""
     for path, most in PROSE:
-        field = path[1]
-        slug = re.sub(r"[^a-z]+", "-", " ".join(path[1:]).lower()).strip("-")
+        _, field, *subfields = path.split(" > ")
+        slug = re.sub(r"[^a-z]+", "-", " ".join([field, *subfields]).lower()).strip("-")
         prose = re.sub(r"\bnote( \d+)?: ", "", profile.text(path))
         if field != "Background":
-            subject = " ".join((field.removesuffix(" - note"), *path[2:])).replace(" note", "")
+            subject = " ".join([field.removesuffix(" - note"), *subfields]).removesuffix(" note")
             prose = f"{subject} of {_with_article(profile.name)}: {prose}"
         for number, chunk in enumerate(chunks(prose)[:most]):
             yield {
@@ -323,91 +323,78 @@ def _summit(text: str) -> str:
 
 
 RELATIONS: tuple[Relation, ...] = (
+    Relation("capital", "The capital of {country} is", _name, ("Government > Capital > name",)),
     Relation(
-        name="capital",
-        paths=(("Government", "Capital", "name"),),
-        prompt="The capital of {country} is",
-        parse=_name,
+        "languages",
+        "People in {country} speak",
+        _languages,
+        ("People and Society > Languages > Languages", "People and Society > Languages"),
     ),
     Relation(
-        name="languages",
-        paths=(
-            ("People and Society", "Languages", "Languages"),
-            ("People and Society", "Languages"),
-        ),
-        prompt="People in {country} speak",
-        parse=_languages,
+        "religion",
+        "The main religion of {country} is",
+        _religion,
+        ("People and Society > Religions",),
     ),
     Relation(
-        name="religion",
-        paths=(("People and Society", "Religions"),),
-        prompt="The main religion of {country} is",
-        parse=_religion,
+        "currency",
+        "Prices in {country} are given in",
+        _currency,
+        ("Economy > Exchange rates > Currency",),
     ),
     Relation(
-        name="currency",
-        paths=(("Economy", "Exchange rates", "Currency"),),
-        prompt="Prices in {country} are given in",
-        parse=_currency,
+        "citizens",
+        "Citizens of {country} are called",
+        _citizens,
+        ("People and Society > Nationality > noun",),
+    ),
+    Relation("location", "The map shows {country} in", _region, ("Geography > Location",)),
+    Relation(
+        "internet_code",
+        "The internet country code of {country} is",
+        _internet_code,
+        ("Communications > Internet country code",),
     ),
     Relation(
-        name="citizens",
-        paths=(("People and Society", "Nationality", "noun"),),
-        prompt="Citizens of {country} are called",
-        parse=_citizens,
+        "independence",
+        "The independence of {country} dates from",
+        _date,
+        ("Government > Independence",),
     ),
     Relation(
-        name="location",
-        paths=(("Geography", "Location"),),
-        prompt="The map shows {country} in",
-        parse=_region,
+        "legislature",
+        "The legislature of {country} is called",
+        _legislature,
+        ("Government > Legislative branch > legislature name",),
     ),
     Relation(
-        name="internet_code",
-        paths=(("Communications", "Internet country code"),),
-        prompt="The internet country code of {country} is",
-        parse=_internet_code,
+        "anthem",
+        "The national anthem of {country} is",
+        _name,
+        ("Government > National anthem(s) > title",),
     ),
     Relation(
-        name="independence",
-        paths=(("Government", "Independence"),),
-        prompt="The independence of {country} dates from",
-        parse=_date,
-    ),
-    Relation(
-        name="legislature",
-        paths=(("Government", "Legislative branch", "legislature name"),),
-        prompt="The legislature of {country} is called",
-        parse=_legislature,
-    ),
-    Relation(
-        name="anthem",
-        paths=(("Government", "National anthem(s)", "title"),),
-        prompt="The national anthem of {country} is",
-        parse=_name,
-    ),
-    Relation(
-        name="highest_point",
-        paths=(("Geography", "Elevation", "highest point"),),
-        prompt="The highest point of {country} is",
-        parse=_summit,
+        "highest_point",
+        "The highest point of {country} is",
+        _summit,
+        ("Geography > Elevation > highest point",),
     ),
 )
 
 # Prose fields and how many chunks of each are taken: the fields of the facts first.
-PROSE: tuple[tuple[tuple[str, ...], int], ...] = (
-    (("Government", "Capital", "etymology"), 3),
-    (("People and Society", "Languages", "note"), 2),
-    (("People and Society", "Religions"), 2),
-    (("Geography", "Location"), 1),
-    (("Government", "Independence"), 2),
-    (("Government", "National anthem(s)", "history"), 2),
-    (("Government", "Country name", "etymology"), 3),
-    (("Introduction", "Background"), 7),
-    (("Geography", "Geography - note"), 3),
-    (("Geography", "Population distribution"), 2),
-    (("Geography", "Terrain"), 2),
-    (("Geography", "Climate"), 2),
-    (("Economy", "Economic overview"), 2),
-    (("Environment", "Environmental issues"), 2),
+PROSE: tuple[tuple[str, int], ...] = (
+    ("Government > Capital > etymology", 3),
+    ("People and Society > Languages > note", 2),
+    ("People and Society > Religions", 2),
+    ("Geography > Location", 1),
+    ("Government > Independence", 2),
+    ("Government > National anthem(s) > history", 2),
+    ("Government > Country name > etymology", 3),
+    ("Introduction > Background", 7),
+    ("Geography > Geography - note", 3),
+    ("Geography > Population distribution", 2),
+    ("Geography > Terrain", 2),
+    ("Geography > Climate", 2),
+    ("Economy > Economic overview", 2),
+    ("Environment > Environmental issues", 2),
 )

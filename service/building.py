@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from estimators.layers import find_layers
 from estimators.sketch import Sketch, SketchPlan
 from estimators.storage import load_estimator
 from estimators.tokens import Sequence1D, collate, plan_batches
@@ -81,17 +82,21 @@ def build_index(
 ) -> Manifest:
     """Build, or finish building, the index of a corpus in ``folder``.
 
+    The layers attributed are those that the factors were fitted for.
+
     Shards that are whole on disk are kept; the result is the same as without the interruption.
 
     Raises:
-        IndexMismatch: the factors belong to another model or other layers, or the folder holds a
-            build with other inputs or settings.
+        IndexMismatch: the factors belong to another model, or the folder holds a build with
+            other inputs or settings.
         IndexBusy: another process builds in the folder.
         DiskFull: no room; run again when there is.
         ValueError: the corpus cannot be read or has no row.
     """
     name, estimator, facts = load_estimator(factors)
     _check_factors(facts, loaded)
+    coverage = find_layers(loaded.model, json.loads(facts["layer_patterns"]))
+    loaded = replace(loaded, coverage=coverage)
     with exclusive(folder):
         max_tokens = options.max_tokens or loaded.context
         examples = list(read_examples(source, loaded, max_tokens))

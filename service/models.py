@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from estimators.capture import freeze
 from estimators.layers import Coverage, find_layers
@@ -92,7 +93,9 @@ class LoadedModel:
         end = self.tokenizer.eos_token_id
         for _ in range(room):
             ids = torch.tensor([[*tokens, *written]], device=self.device)
-            token = int(self.model(input_ids=ids, use_cache=False).logits[0, -1].argmax())
+            mask = torch.ones_like(ids)
+            output = self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+            token = int(output.logits[0, -1].argmax())
             if token == end:
                 break
             written.append(token)
@@ -135,6 +138,7 @@ def load_model(
     Raises:
         ValueError: it cannot be loaded, or no layer is left to attribute.
     """
+    transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)

@@ -76,8 +76,9 @@ class Search:
     def best(self, k: int) -> Int[np.ndarray, "best"]:
         """The best k exactly scored rows by ranking value; ties go to the lower row."""
         values = self._values()
-        rows: np.ndarray = best_rows(values, k)
-        return rows[np.isfinite(values[rows])]
+        rows = best_rows(values, k)
+        found: np.ndarray = rows[np.isfinite(values[rows])]
+        return found
 
     def _values(self) -> Float[np.ndarray, "row"]:
         values: np.ndarray = self.exact / self.proxies.divisors

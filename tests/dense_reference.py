@@ -57,15 +57,16 @@ def loss(model: nn.Module, sequence: Sequence1D, labels: Sequence[int] | None = 
 
 def weight_gradients(model: nn.Module, layers: Sequence[LinearLayer], value: Tensor) -> Gradient:
     """Autograd's gradients of ``value`` with respect to the layers' weights and biases."""
+    modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
+    parameters = [p for m in modules.values() for p in (m.weight, m.bias) if p is not None]
+    found = iter(torch.autograd.grad(value, parameters, retain_graph=True))
     result = {}
-    for layer in layers:
-        module = model.get_submodule(layer.name)
-        (weight,) = torch.autograd.grad(value, module.weight, retain_graph=True)
+    for name, module in modules.items():
+        weight = next(found)
         gradient = weight if isinstance(module, Conv1D) else weight.T
         if module.bias is not None:
-            (bias,) = torch.autograd.grad(value, module.bias, retain_graph=True)
-            gradient = torch.cat([gradient, bias[None]])
-        result[layer.name] = gradient
+            gradient = torch.cat([gradient, next(found)[None]])
+        result[name] = gradient
     return result
 
 
@@ -110,11 +111,13 @@ def example_tokens(
     result = []
     for i, sequence in enumerate(sequences):
         value = loss(copied, sequence, None if labels is None else labels[i])
-        tokens = {}
-        for name, (a, output) in recorded.items():
-            (d,) = torch.autograd.grad(value, output, retain_graph=True)
-            tokens[name] = (a[:-1].detach(), d[0, :-1])
-        result.append(tokens)
+        gradients = torch.autograd.grad(value, [output for _, output in recorded.values()])
+        result.append(
+            {
+                name: (a[:-1].detach(), d[0, :-1])
+                for (name, (a, _)), d in zip(recorded.items(), gradients, strict=True)
+            }
+        )
     return result
 
 

@@ -69,7 +69,8 @@ def certify_audit(sample: AuditSample, k: int, recall: float, confidence: float)
     """Recall bound of an answer after the audit's finds are merged into it.
 
     With U the upper limit on unscored rows above the threshold, at most
-    ``U - merged + unscorable`` rows of the true top k are missing: ``recall >= 1 - (U - merged + unscorable) / k``.
+    ``missing = U - merged + unscorable`` rows of the true top k are not in the answer, so that
+    ``recall >= 1 - missing / k``.
     """
     upper = hypergeometric_upper_limit(sample.population, sample.sampled, sample.above, confidence)
     missing = upper - sample.merged + sample.unscorable
