@@ -45,7 +45,7 @@ class Estimator(Protocol):
 
 
 class Scorer(Protocol):
-    """Scores training rows exactly for one query, by any means."""
+    """Scores training rows exactly for one query, by gradients or by any other means."""
 
     def score(self, rows: Sequence[int]) -> Float[np.ndarray, "rows"]:
         """Exact scores of ``rows`` in nats, positive = proponent; NaN where there is none."""

@@ -80,7 +80,9 @@ class Covariances:
                     f"infinite values on the fitting examples; check the model's weights."
                 )
             values, vectors = torch.linalg.eigh(total / positions)
-            parts.append((vectors.to(self._dtype), values.clamp_min(0).to(self._dtype)))
+            # Row-major like a file's tensors, so that a loaded estimator gives the same bits.
+            vectors = vectors.to(self._dtype).contiguous()
+            parts.append((vectors, values.clamp_min(0).to(self._dtype)))
         (left, left_values), (right, right_values) = parts
         return Eigenbasis(
             left=left, right=right, left_values=left_values, right_values=right_values

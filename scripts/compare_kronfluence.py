@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -35,41 +35,51 @@ from transformers.pytorch_utils import Conv1D
 
 from estimators.capture import freeze
 from estimators.fitting import Labels, fit_estimator
-from estimators.layers import LinearLayer, find_layers
+from estimators.layers import find_layers
 from estimators.rescoring import query_directions, query_gradients, score_batch_for_queries
-from estimators.tokens import Sequence1D, collate, plan_batches
+from estimators.tokens import Sequence1D, collate
 from index.files import write_whole
 
-PEER = "1.0.1"
+HELP = """Compare EK-FAC's factors and scores with kronfluence's; one JSON line on stdout.
+
+Exits with 1 if a limit is missed, with 2 without kronfluence. It wants an environment of its own:
+
+\b
+python3 -m venv /tmp/peers
+/tmp/peers/bin/pip install torch==2.13.0
+echo torch==2.13.0 > /tmp/peers/torch.txt
+/tmp/peers/bin/pip install -c /tmp/peers/torch.txt -e '.[cpu,peers]'
+/tmp/peers/bin/pip uninstall -y torchvision torchaudio
+/tmp/peers/bin/python -m scripts.compare_kronfluence
+"""
 DAMPING = 0.1
 VOCABULARY = 64
 SHORTEST, LONGEST = 4, 32
-PADDING = 1
-TOKEN_BUDGET = 1024
+PADDING, IGNORED = 1, -100
+TOTAL = "all layers"
 PEER_BATCH = 32
 MOST_DIFFERENCE = 1e-3
 LEAST_PEARSON = 0.99
 DEFINITIONS = {
-    "max_relative_difference": "max |etymon - kronfluence| / max |kronfluence| of a query's scores,"
-    " maxima over the scored examples; the largest of any query",
-    "layer_relative_difference": "the same of a layer's part of the scores, largest of any layer",
+    "*_difference": "max |etymon - kronfluence| / max |kronfluence| of a query's scores over the "
+    "examples, or of a factor's entries; the largest of any query and layer",
+    "*_covariance_difference": "of A / trace(A) and S / trace(S)",
     "pearson_min": "correlation over the scored examples, least of any query",
     "pearson_min_redraw": "the same between two of etymon's own fits with labels drawn anew",
-    "*_covariance_difference": "max |difference| / max |kronfluence| of A / trace(A) or "
-    "S / trace(S), largest of any layer; eigenvalue_difference: of the corrected eigenvalues",
-    "passed": f"empirical: all differences <= {MOST_DIFFERENCE}; sampled: pearson_min >= "
+    "passed": f"empirical: every difference <= {MOST_DIFFERENCE}; sampled: pearson_min >= "
     f"{LEAST_PEARSON}",
 }
 
 ModelKind = Literal["gpt2", "llama"]
+Precision = Literal["float32", "float64"]
 Example = dict[str, Tensor]
 Factors = tuple[Tensor, Tensor, Tensor]
 """A [in, in] and S [out, out], both up to a factor, and corrected eigenvalues [in, out]."""
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Case:
     """What one row of the report compares.
 
@@ -77,14 +87,14 @@ class Case:
         model: architecture.
         labels: "empirical" (the examples' own tokens) or "sampled" (drawn from the model).
         dtype: floating-point type of the model and of both sides' arithmetic.
-        fitting_examples: examples that the factors are fitted on.
-        scored_examples: how many of them are scored.
+        fitting_examples: examples to fit on; the first ``scored_examples`` of them are scored.
+        scored_examples: see above.
         queries: how many queries they are scored for.
     """
 
     model: ModelKind
     labels: Labels
-    dtype: Literal["float32", "float64"]
+    dtype: Precision
     fitting_examples: int
     scored_examples: int
     queries: int
@@ -92,25 +102,25 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """The input of both sides: a frozen model, the fitting examples and the queries of a case."""
+    """Input of both sides: frozen model, examples to fit on, the scored ones of them, queries."""
 
     case: Case
     model: nn.Module
     examples: Sequence[Sequence1D]
+    scored: Sequence[Sequence1D]
     queries: Sequence[Sequence1D]
-
-    @property
-    def scored(self) -> Sequence[Sequence1D]:
-        """The examples to score."""
-        return self.examples[: self.case.scored_examples]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one side computed: scores [query, example] in nats, positive = proponent, and factors."""
+    """What one side computed.
 
-    scores: Tensor
-    layer_scores: Mapping[str, Tensor]
+    Attributes:
+        scores: [query, example] in nats, positive = proponent, for each layer and for ``TOTAL``.
+        factors: of each layer.
+    """
+
+    scores: Mapping[str, Tensor]
     factors: Mapping[str, Factors]
 
 
@@ -128,29 +138,28 @@ class PeerTask:
 
     def get_attention_mask(self, batch: Example) -> Tensor:
         """1 at the positions that count in covariances: those that predict a token."""
-        return batch["predicts"]
+        return (batch["next"] != IGNORED).long()
 
     def compute_train_loss(self, batch: Example, model: nn.Module, sample: bool = False) -> Tensor:
         """Summed negative log-likelihood in nats, of labels drawn from the model if ``sample``."""
-        logits = self._logits(batch, model)
-        labels = batch["input_ids"][:, 1:].flatten()
+        logits, labels = self._logits(batch, model), batch["next"].flatten()
         if sample:
-            labels = torch.multinomial(logits.detach().softmax(-1), 1).squeeze(-1)
-        losses = cross_entropy(logits, labels, reduction="none")
-        return (losses * batch["predicts"][:, :-1].flatten()).sum()
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1).squeeze(-1)
+            labels = torch.where(labels == IGNORED, labels, drawn)
+        return cross_entropy(logits, labels, reduction="sum")
 
     def compute_measurement(self, batch: Example, model: nn.Module) -> Tensor:
         """``-log p(completion | prompt)``, summed over the batch."""
-        labels = batch["input_ids"][:, 1:].masked_fill(batch["completion"][:, 1:] == 0, -100)
-        return cross_entropy(self._logits(batch, model), labels.flatten(), reduction="sum")
+        labels = batch["completion"].flatten()
+        return cross_entropy(self._logits(batch, model), labels, reduction="sum")
 
     def _logits(self, batch: Example, model: nn.Module) -> Tensor:
         output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        logits: Tensor = output.logits
-        return logits[:, :-1].flatten(0, 1)
+        logits: Tensor = output.logits.flatten(0, 1)
+        return logits
 
 
-@app.command()
+@app.command(help=HELP)
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("docs/benchmarks"),
     queries: Annotated[int, typer.Option(min=1, help="Queries.")] = 20,
@@ -158,37 +167,26 @@ def main(
     sampled: Annotated[int, typer.Option(help="Examples fitted on if labels are sampled.")] = 2000,
     seed: Annotated[int, typer.Option(help="Of weights, data and sampled labels.")] = 0,
 ) -> None:
-    r"""Compare EK-FAC's factors and scores with kronfluence's, and report as one JSON line.
-
-    Exits with 1 if a limit is missed, with 2 if kronfluence is not there. It wants an environment
-    of its own, torch first:
-
-    \b
-    python3 -m venv /tmp/peers
-    /tmp/peers/bin/pip install torch==2.13.0
-    echo torch==2.13.0 > /tmp/peers/torch.txt
-    /tmp/peers/bin/pip install -c /tmp/peers/torch.txt -e '.[cpu,peers]'
-    /tmp/peers/bin/pip uninstall -y torchvision torchaudio
-    /tmp/peers/bin/python -m scripts.compare_kronfluence
-    """
-    found = peer_version()
-    if found != PEER:
+    """Compare all cases, write and print the report, exit with 1 if a limit is missed."""
+    try:
+        version("kronfluence")
+    except PackageNotFoundError as error:
         typer.echo(
-            f"error: kronfluence {PEER} is needed and {found} is installed; make a separate "
-            f"environment with `pip install -e '.[cpu,peers]'`, as --help shows.",
+            "error: kronfluence is not installed; make a separate environment and run "
+            "`pip install -e '.[cpu,peers]'` in it, as --help shows.",
             err=True,
         )
-        raise typer.Exit(2)
+        raise typer.Exit(2) from error
     torch.set_num_threads(1)  # the matrices are too small to share out
-    at, now = commit(), datetime.now(UTC)
     plan = cases(examples, max(examples, sampled), queries)
+    at, now = commit(), datetime.now(UTC)
+    options = f"--queries {queries} --examples {examples} --sampled {sampled} --seed {seed}"
     rows = [{**compare(case, seed), "commit": at} for case in plan]
     report = {
         "rows": rows,
         "definitions": DEFINITIONS,
         "versions": {name: version(name) for name in ("kronfluence", "torch", "transformers")},
-        "command": f"python -m scripts.compare_kronfluence --queries {queries} "
-        f"--examples {examples} --sampled {sampled} --seed {seed}",
+        "command": f"python -m scripts.compare_kronfluence {options}",
         "date": now.isoformat(timespec="seconds"),
     }
     path = out / f"kronfluence_cpu{os.cpu_count()}_{now:%Y%m%d}.json"
@@ -198,24 +196,15 @@ def main(
     raise typer.Exit(0 if all(row["passed"] for row in rows) else 1)
 
 
-def peer_version() -> str:
-    """The installed kronfluence, or "none"."""
-    try:
-        return version("kronfluence")
-    except PackageNotFoundError:
-        return "none"
-
-
 def cases(examples: int, sampled: int, queries: int) -> list[Case]:
     """Both models; the examples' own labels in either precision, sampled labels in float32."""
-    common: dict[str, Any] = {"scored_examples": examples, "queries": queries}
-    own: dict[str, Any] = {"labels": "empirical", "fitting_examples": examples, **common}
-    drawn: dict[str, Any] = {"labels": "sampled", "fitting_examples": sampled, **common}
-    return [
-        Case(model=model, dtype=dtype, **arguments)
-        for model in get_args(ModelKind)
-        for dtype, arguments in (("float64", own), ("float32", own), ("float32", drawn))
-    ]
+    kinds: tuple[ModelKind, ...] = ("gpt2", "llama")
+    variants: tuple[tuple[Labels, Precision, int], ...] = (
+        ("empirical", "float64", examples),
+        ("empirical", "float32", examples),
+        ("sampled", "float32", sampled),
+    )
+    return [Case(kind, *variant, examples, queries) for kind in kinds for variant in variants]
 
 
 def compare(case: Case, seed: int) -> dict[str, Any]:
@@ -223,20 +212,19 @@ def compare(case: Case, seed: int) -> dict[str, Any]:
     started = time.perf_counter()
     problem = make_problem(case, seed)
     ours, theirs = etymon(problem, seed), kronfluence(problem, seed)
-    by_layer = [
-        relative_difference(ours.layer_scores[name], scores)
-        for name, scores in theirs.layer_scores.items()
-    ]
+    ours_total, theirs_total = ours.scores[TOTAL], theirs.scores[TOTAL]
+    differences = [relative_difference(ours.scores[n], theirs.scores[n]) for n in theirs.scores]
     row: dict[str, Any] = {
         **asdict(case),
-        "layers": len(by_layer),
-        "max_relative_difference": relative_difference(ours.scores, theirs.scores),
-        "layer_relative_difference": max(by_layer),
+        "layers": len(ours.factors),
+        "max_relative_difference": relative_difference(ours_total, theirs_total),
+        "layer_relative_difference": max(differences),
         **factor_differences(ours.factors, theirs.factors),
-        "pearson_min": pearson_min(ours.scores, theirs.scores),
+        "pearson_min": pearson_min(ours_total, theirs_total),
     }
     if case.labels == "sampled":
-        row["pearson_min_redraw"] = pearson_min(ours.scores, etymon(problem, seed + 1).scores)
+        again = etymon(problem, seed + 1).scores[TOTAL]
+        row["pearson_min_redraw"] = pearson_min(ours_total, again)
         passed = row["pearson_min"] >= LEAST_PEARSON
     else:
         passed = all(v <= MOST_DIFFERENCE for k, v in row.items() if k.endswith("_difference"))
@@ -261,7 +249,8 @@ def make_problem(case: Case, seed: int) -> Problem:
     texts = texts[: case.fitting_examples]
     examples = [Sequence1D(tokens=text, row=i) for i, text in enumerate(texts)]
     model = trained_model(case.model, examples, seed).to(getattr(torch, case.dtype))
-    return Problem(case=case, model=model, examples=examples, queries=asked)
+    scored = examples[: case.scored_examples]
+    return Problem(case=case, model=model, examples=examples, scored=scored, queries=asked)
 
 
 def trained_model(kind: ModelKind, texts: Sequence[Sequence1D], seed: int) -> nn.Module:
@@ -273,9 +262,8 @@ def trained_model(kind: ModelKind, texts: Sequence[Sequence1D], seed: int) -> nn
     if kind == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=4, **shape, **special))
     else:
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-        layers = {"num_hidden_layers": 2, "intermediate_size": 96}
-        model = LlamaForCausalLM(LlamaConfig(**heads, **layers, **shape, **special))
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+        model = LlamaForCausalLM(LlamaConfig(intermediate_size=96, **heads, **shape, **special))
     optimizer = torch.optim.AdamW(model.eval().parameters(), lr=3e-3)
     for step in range(200):
         rows = padded([texts[(16 * step + i) % len(texts)] for i in range(16)])
@@ -291,12 +279,9 @@ def etymon(problem: Problem, seed: int) -> Outcome:
     """This package's side, in batches of similar length without an attention mask."""
     model, labels = problem.model, problem.case.labels
     layers = find_layers(model).layers
-    ekfac, kfac = (
-        fit_estimator(
-            name, model, layers, problem.examples, token_budget=512, seed=seed, labels=labels
-        )
-        for name in ("ekfac", "kfac")
-    )
+    fitting: dict[str, Any] = {"token_budget": 512, "seed": seed, "labels": labels}
+    ekfac = fit_estimator("ekfac", model, layers, problem.examples, **fitting)
+    kfac = fit_estimator("kfac", model, layers, problem.examples, **fitting)
     gradients, _ = query_gradients(model, layers, problem.queries)
     directions = query_directions(ekfac, gradients, DAMPING)
     corrected, product = ekfac.tensors(), kfac.tensors()
@@ -309,11 +294,10 @@ def etymon(problem: Problem, seed: int) -> Outcome:
             right * spectrum.sum(0) @ right.T,
             corrected[f"{name}.eigenvalues"],
         )
-    return Outcome(
-        scores=_scores(problem, layers, directions),
-        layer_scores={x.name: _scores(problem, [x], directions) for x in layers},
-        factors=factors,
-    )
+    batch = collate(problem.scored)
+    scores = {x.name: score_batch_for_queries(model, [x], directions, batch) for x in layers}
+    scores[TOTAL] = score_batch_for_queries(model, layers, directions, batch)
+    return Outcome(scores=scores, factors=factors)
 
 
 def kronfluence(problem: Problem, seed: int) -> Outcome:
@@ -324,18 +308,19 @@ def kronfluence(problem: Problem, seed: int) -> Outcome:
     twin = linear_twin(problem.model)
     names = [n for n, m in twin.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
     task, dtype = PeerTask(names), getattr(torch, problem.case.dtype)
-    sums = ("activation_covariance_dtype", "gradient_covariance_dtype", "lambda_dtype")
-    empirical = problem.case.labels == "empirical"
     fitting = FactorArguments(
-        use_empirical_fisher=empirical,
+        use_empirical_fisher=problem.case.labels == "empirical",
+        activation_covariance_dtype=dtype,
+        gradient_covariance_dtype=dtype,
         per_sample_gradient_dtype=dtype,
-        **dict.fromkeys(sums, dtype),
+        lambda_dtype=dtype,
     )
-    products = ("per_sample_gradient_dtype", "precondition_dtype", "score_dtype")
     scoring = ScoreArguments(
         damping_factor=None,  # means 0.1 times the mean eigenvalue of each layer
         compute_per_module_scores=True,
-        **dict.fromkeys(products, dtype),
+        per_sample_gradient_dtype=dtype,
+        precondition_dtype=dtype,
+        score_dtype=dtype,
     )
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -349,13 +334,11 @@ def kronfluence(problem: Problem, seed: int) -> Outcome:
         peer.compute_pairwise_scores("s", "f", *sets, PEER_BATCH, **sizes)
         scores = peer.load_pairwise_scores("s")
         sums = {**peer.load_covariance_matrices("f"), **peer.load_lambda_matrices("f")}
-    activations, gradients = sums["activation_covariance"], sums["gradient_covariance"]
+    scores[TOTAL] = torch.stack(list(scores.values())).sum(0)
+    inputs, gradients = sums["activation_covariance"], sums["gradient_covariance"]
     squares, counts = sums["lambda_matrix"], sums["num_lambda_processed"]
-    return Outcome(
-        scores=torch.stack([scores[name] for name in names]).sum(0),
-        layer_scores={n: scores[n] for n in names},
-        factors={n: (activations[n], gradients[n], squares[n].T / counts[n]) for n in names},
-    )
+    factors = {n: (inputs[n], gradients[n], squares[n].T / counts[n]) for n in names}
+    return Outcome(scores=scores, factors=factors)
 
 
 def linear_twin(model: nn.Module) -> nn.Module:
@@ -371,19 +354,26 @@ def linear_twin(model: nn.Module) -> nn.Module:
 
 
 def padded(sequences: Sequence[Sequence1D]) -> list[Example]:
-    """The sequences as the peer's data set: token ids and masks, integer vectors of one width."""
-    examples = []
-    position = torch.arange(LONGEST)
-    for sequence in sequences:
-        length = len(sequence.tokens)
-        example = {
-            "input_ids": torch.tensor([*sequence.tokens, *[PADDING] * (LONGEST - length)]),
-            "attention_mask": position < length,
-            "predicts": position < length - 1,
-            "completion": (position >= sequence.first_target) & (position < length),
+    """The peer's data set: vectors of one width of token ids, attention mask and the labels.
+
+    The labels of position t are token t + 1: ``next`` of any, ``completion`` of a query's counted.
+    """
+
+    def fill(tokens: Sequence[int], value: int, before: int = 0) -> Tensor:
+        after = LONGEST - before - len(tokens)
+        return torch.tensor([*[value] * before, *tokens, *[value] * after])
+
+    return [
+        {
+            "input_ids": fill(sequence.tokens, PADDING),
+            "attention_mask": fill([1] * len(sequence.tokens), 0),
+            "next": fill(sequence.tokens[1:], IGNORED),
+            "completion": fill(
+                sequence.tokens[sequence.first_target :], IGNORED, sequence.first_target - 1
+            ),
         }
-        examples.append({key: value.long() for key, value in example.items()})
-    return examples
+        for sequence in sequences
+    ]
 
 
 def relative_difference(ours: Tensor, theirs: Tensor) -> float:
@@ -407,7 +397,7 @@ def factor_differences(
         for key, mine, peers in zip(worst, ours[name], theirs[name], strict=True):
             if "covariance" in key:
                 mine, peers = mine / mine.trace(), peers / peers.trace()
-            difference = relative_difference(mine.reshape(1, -1), peers.reshape(1, -1))
+            difference = relative_difference(mine.flatten()[None], peers.flatten()[None])
             worst[key] = max(worst[key], difference)
     return worst
 
@@ -425,24 +415,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def commit() -> str:
     """The commit of this repository, with ``-dirty`` if the estimators differ from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    return git("rev-parse", "HEAD") + ("-dirty" if git("diff", "HEAD", "--", "estimators") else "")
-
-
-def _scores(
-    problem: Problem, layers: Sequence[LinearLayer], directions: Mapping[str, Tensor]
-) -> Tensor:
-    kept = {layer.name: directions[layer.name] for layer in layers}
-    texts = problem.scored
-    columns = torch.zeros(len(texts), len(problem.queries), dtype=next(iter(kept.values())).dtype)
-    for positions in plan_batches([len(text.tokens) for text in texts], TOKEN_BUDGET):
-        batch = collate([texts[p] for p in positions])
-        columns[positions] = score_batch_for_queries(problem.model, layers, kept, batch).T
-    return columns.T
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "estimators"], check=False)
+    head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    return head + ("-dirty" if changed.returncode else "")
 
 
 if __name__ == "__main__":

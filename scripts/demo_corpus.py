@@ -390,11 +390,11 @@ PROSE: tuple[tuple[str, int], ...] = (
     ("Government > Independence", 2),
     ("Government > National anthem(s) > history", 2),
     ("Government > Country name > etymology", 3),
-    ("Introduction > Background", 7),
+    ("Introduction > Background", 6),
     ("Geography > Geography - note", 3),
     ("Geography > Population distribution", 2),
     ("Geography > Terrain", 2),
     ("Geography > Climate", 2),
     ("Economy > Economic overview", 2),
-    ("Environment > Environmental issues", 2),
+    ("Environment > Environmental issues", 1),
 )

@@ -7,20 +7,19 @@ of whitened norm.
 """
 
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float
 from torch import Tensor
 
-from estimators.rescoring import query_directions, query_gradients, score_batch
-from estimators.tokens import Sequence1D, collate, plan_batches
+from estimators.rescoring import query_directions, query_gradients
+from estimators.tokens import Sequence1D
 from index.certificates.sketch import Tail, plan_levels
 from index.certificates.statement import Certificate
 from service.models import BadQuery
 from service.opening import OpenIndex
+from service.scoring import GradientScorer
 from service.search import Clock, Proxies, Search
 
 Ranking = Literal["score", "normalised"]
@@ -155,7 +154,8 @@ class Retriever:
         proxies = self.proxies(directions, query.ranking)
         clock.stop("scan")
         seed = secrets.randbits(62) if query.seed is None else query.seed
-        search = Search(query, proxies, lambda rows: self.score(directions, rows), seed)
+        scorer = GradientScorer(self.loaded, self.index.examples, directions, self._token_budget)
+        search = Search(query, proxies, scorer, seed)
         certificates = search.run(clock)
         return Answer(
             prompt=query.prompt,
@@ -201,20 +201,6 @@ class Retriever:
             divisors=np.ones_like(norms) if ranking == "score" else np.where(live, norms, np.inf),
             failed=np.isin(np.arange(len(norms)), self.index.failed),
         )
-
-    def score(
-        self, directions: dict[str, Tensor], rows: Sequence[int]
-    ) -> Float[np.ndarray, "scored"]:
-        """Exact scores of ``rows`` in nats, positive = proponent; NaN where not finite."""
-        scores = np.zeros(len(rows))
-        sequences = [Sequence1D(tokens=self.index.examples.tokens(int(r))) for r in rows]
-        lengths = [len(sequence.tokens) for sequence in sequences]
-        layers, device = self.loaded.coverage.layers, self.loaded.device
-        for positions in plan_batches(lengths, self._token_budget):
-            batch = collate([sequences[p] for p in positions]).to(device)
-            parts = score_batch(self.loaded.model, layers, directions, batch)
-            scores[positions] = parts.total.double().cpu().numpy()
-        return np.where(np.isfinite(scores), scores, np.nan)
 
     def _check(self, query: Query) -> None:
         rows = len(self.index.examples)

@@ -1,13 +1,13 @@
 """One query's search: adaptive exact rescoring of the best proxies, then the certificates."""
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from estimators.contracts import Scorer
 from index.certificates.audit import AuditSample, certify_audit, count_above, draw_sample
 from index.certificates.sketch import (
     SketchEvidence,
@@ -48,7 +48,7 @@ class Search:
         self,
         query: "Query",
         proxies: Proxies,
-        score: Callable[[Sequence[int]], Float[np.ndarray, "scored"]],
+        scorer: Scorer,
         seed: int,
     ) -> None:
         self.query = query
@@ -56,7 +56,7 @@ class Search:
         self.exact = np.full(len(proxies.values), np.nan)
         self.scored = np.zeros(len(proxies.values), dtype=bool)
         self.rescored = 0
-        self._score = score
+        self._scorer = scorer
         self._seed = seed
 
     def run(self, clock: "Clock") -> list[Certificate]:
@@ -92,7 +92,7 @@ class Search:
 
     def _rescore(self, rows: Int[np.ndarray, "row"]) -> None:
         fresh = rows[~self.scored[rows]]
-        self.exact[fresh] = self._score(fresh.tolist())
+        self.exact[fresh] = self._scorer.score(fresh.tolist())
         self.scored[fresh] = True
 
     def _adapt(self) -> None:

@@ -122,10 +122,8 @@ def example_tokens(
 
 
 def covariances(tokens: Tokens, name: str) -> tuple[Tensor, Tensor, float]:
-    """``A = E[a a^T]``, ``S = E[d d^T]`` over token positions, and the mean positions an example."""
-    pairs = [
-        (a, d) for example in tokens for a, d in zip(*(x for x in example[name]), strict=True)
-    ]
+    """``E[a a^T]`` and ``E[d d^T]`` over token positions; the mean positions an example."""
+    pairs = [(a, d) for example in tokens for a, d in zip(*(x for x in example[name]), strict=True)]
     a_mean = sum(torch.outer(a, a) for a, _ in pairs) / len(pairs)
     d_mean = sum(torch.outer(d, d) for _, d in pairs) / len(pairs)
     return a_mean, d_mean, len(pairs) / len(tokens)

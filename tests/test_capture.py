@@ -320,7 +320,7 @@ def test_batch_layout():
 def test_boundaries_of_batches():
     with pytest.raises(ValueError, match="at least one"):
         collate([])
-    with pytest.raises(ValueError, match="at least 1.*got 0"):
+    with pytest.raises(ValueError, match=r"at least 1.*got 0"):
         Sequence1D(tokens=(1, 2), first_target=0)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         list(plan_batches([3], 0))

@@ -1,0 +1,240 @@
+"""Audit an index: two-stage answers against exact scores, and whether the certificates held."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import typer
+from rich.table import Table
+from scipy import stats
+
+from scripts import options
+from scripts.console import one_sentence_errors, print_json, show_progress, stderr
+from service.exhaustive import exact_scores
+from service.models import load_model
+from service.opening import open_index
+from service.retrieval import Answer, Query, Retriever
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+TIE = 1e-5
+"""Relative difference below which two exact scores count as tied (float32 batches differ so)."""
+
+
+@app.command()
+@one_sentence_errors
+def main(
+    model: options.Model,
+    index: Annotated[Path, typer.Option(help="Folder of the index.")],
+    queries: Annotated[
+        Path,
+        typer.Option(help="JSONL with 'prompt' and 'completion'; without it the model completes."),
+    ],
+    limit: Annotated[int, typer.Option(help="Use the first so many queries.")] = 100,
+    k: Annotated[int, typer.Option(help="Training examples an answer.")] = 10,
+    ranking: Annotated[
+        Literal["normalised", "score"], typer.Option(help="See scripts.query --help.")
+    ] = "normalised",
+    recall: Annotated[float, typer.Option(help="Recall to certify.")] = 0.9,
+    confidence: Annotated[float, typer.Option(help="Of each certificate.")] = 0.95,
+    budget: Annotated[int, typer.Option(help="Most rows to rescore a query.")] = 1000,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            help="Compare with so many random rows instead of the whole corpus, where exact "
+            "scores of everything would take too long. Recall is then over these rows."
+        ),
+    ] = None,
+    token_budget: options.TokenBudget = 4096,
+    seed: Annotated[int, typer.Option(help="Of all random rows.")] = 0,
+    device: options.Device = "cpu",
+    dtype: options.DType = "auto",
+) -> None:
+    """Say how good the index' recall really is.
+
+    For each query: the two-stage answer, the exact scores of every row (or of a sample), recall@k
+    against them, and whether each certificate's bound held. Exits with 2 when more bounds failed
+    than their confidence allows.
+    """
+    start = time.perf_counter()
+    loaded = load_model(model, device=device, dtype=dtype)
+    retriever = Retriever(open_index(index, loaded), token_budget)
+    asked = _read_queries(queries, limit)
+    answers = [
+        retriever.answer(
+            Query(
+                prompt=item["prompt"],
+                completion=item.get("completion"),
+                k=k,
+                ranking=ranking,
+                recall=recall,
+                confidence=confidence,
+                budget=budget,
+                seed=seed + number,
+            )
+        )
+        for number, item in enumerate(show_progress("answers", asked))
+    ]
+    rows = _rows_to_compare(len(retriever.index.examples), sample, seed)
+    truth = _true_values(retriever, answers, rows, ranking, token_budget)
+    report = summarise(answers, truth, rows, k, confidence)
+    report["seconds"] = time.perf_counter() - start
+    _show(report, confidence)
+    print_json(report)
+    if report["violations_beyond_chance"]:
+        raise typer.Exit(2)
+
+
+def _read_queries(path: Path, limit: int) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}; give a JSONL file with a 'prompt' a line.")
+    found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()][:limit]
+    for number, item in enumerate(found, start=1):
+        if "prompt" not in item:
+            raise ValueError(f"Line {number} of {path} has no 'prompt'; it has {sorted(item)}.")
+    if not found:
+        raise ValueError(f"{path} holds no query.")
+    return found
+
+
+def _rows_to_compare(total: int, sample: int | None, seed: int) -> list[int]:
+    if sample is None or sample >= total:
+        return list(range(total))
+    drawn = np.random.default_rng(seed).choice(total, size=sample, replace=False)
+    return sorted(drawn.tolist())
+
+
+def _true_values(
+    retriever: Retriever, answers: Sequence[Answer], rows: list[int], ranking: str, budget: int
+) -> np.ndarray:
+    """Exact ranking values [query, row] of ``rows``; -inf where there is none."""
+    index = retriever.index
+    sequences = [retriever.loaded.encode_query(a.prompt, a.completion) for a in answers]
+    damping = index.manifest.estimator.damping
+    scores = exact_scores(
+        retriever.loaded,
+        {"own": (index.estimator, damping)},
+        index.examples,
+        sequences,
+        rows=rows,
+        token_budget=budget,
+        progress=show_progress,
+    )["own"]
+    if ranking == "normalised":
+        norms = index.norms[rows]
+        scores = np.divide(scores, norms, out=np.zeros_like(scores), where=norms > 0)
+    return np.where(np.isfinite(scores), scores, -np.inf)
+
+
+def summarise(
+    answers: Sequence[Answer], truth: np.ndarray, rows: list[int], k: int, confidence: float
+) -> dict[str, Any]:
+    """Recall of each answer and of the certificates, as the JSON report.
+
+    With a sample of rows, an answer's recall is over the sample's own best ``k * sample / corpus``
+    rows: a noisy view, by which no bound is judged.
+    """
+    whole = answers[0].rows
+    depth = max(1, round(k * len(rows) / whole))
+    position = {row: i for i, row in enumerate(rows)}
+    per_query = []
+    for answer, values in zip(answers, truth, strict=True):
+        top = np.sort(values)[-depth:]
+        threshold = top[0] - TIE * abs(top[0])
+        found = [position[r.row] for r in answer.results if r.row in position]
+        hits = int(np.sum(values[found] >= threshold)) if found else 0
+        bounds = {c.type: (c.recall_lower_bound, c.status) for c in answer.certificates}
+        true_recall = min(1.0, hits / depth)
+        per_query.append(
+            {
+                "prompt": answer.prompt,
+                "completion": answer.completion,
+                "recall": true_recall,
+                "rescored_rows": answer.rescored_rows,
+                "sampled_rows": answer.sampled_rows,
+                "certificates": {
+                    kind: {
+                        "bound": bound,
+                        "status": status,
+                        "held": None
+                        if len(rows) < whole
+                        else bound is None or true_recall >= bound - 1e-9,
+                    }
+                    for kind, (bound, status) in bounds.items()
+                },
+            }
+        )
+    return _totals(per_query, answers, len(rows), k, confidence)
+
+
+def _totals(
+    per_query: list[dict[str, Any]],
+    answers: Sequence[Answer],
+    compared: int,
+    k: int,
+    confidence: float,
+) -> dict[str, Any]:
+    certificates = {}
+    beyond = False
+    for certificate in answers[0].certificates:
+        entries = [query["certificates"][certificate.type] for query in per_query]
+        violations = sum(entry["held"] is False for entry in entries)
+        allowed = _allowed_violations(len(entries), confidence)
+        beyond = beyond or violations > allowed
+        certificates[certificate.type] = {
+            "certified": sum(e["status"] in ("certified", "exhaustive") for e in entries),
+            "refused": sum(e["status"] == "refused" for e in entries),
+            "violations": violations,
+            "allowed_violations": allowed,
+        }
+    return {
+        "queries": len(per_query),
+        "rows": answers[0].rows,
+        "compared_rows": compared,
+        "k": k,
+        "mean_recall": float(np.mean([query["recall"] for query in per_query])),
+        "lowest_recall": min(query["recall"] for query in per_query),
+        "median_rescored_rows": float(np.median([q["rescored_rows"] for q in per_query])),
+        "certificates": certificates,
+        "violations_beyond_chance": beyond,
+        "per_query": per_query,
+    }
+
+
+def _allowed_violations(trials: int, confidence: float) -> int:
+    """What 99.9 % of audits stay within if each bound fails as often as it may."""
+    return int(stats.binom.ppf(0.999, trials, 1 - confidence))
+
+
+def _show(report: dict[str, Any], confidence: float) -> None:
+    table = Table(title=f"Recall audit of {report['queries']} queries", title_justify="left")
+    for heading in ("certificate", "certified", "refused", "bounds that failed", "may fail"):
+        table.add_column(heading)
+    for kind, counts in report["certificates"].items():
+        table.add_row(
+            kind,
+            f"{counts['certified']} of {report['queries']}",
+            str(counts["refused"]),
+            str(counts["violations"]),
+            str(counts["allowed_violations"]),
+        )
+    stderr.print(table)
+    scope = (
+        "every row"
+        if report["compared_rows"] == report["rows"]
+        else f"a sample of {report['compared_rows']:,} rows"
+    )
+    stderr.print(
+        f"Recall@{report['k']} against exact scores of {scope}: mean {report['mean_recall']:.3f}, "
+        f"lowest {report['lowest_recall']:.2f}; rescored {report['median_rescored_rows']:.0f} of "
+        f"{report['rows']:,} rows a query (median). Each certificate states its bound at "
+        f"{confidence:.0%} confidence.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    app()
