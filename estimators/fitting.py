@@ -28,7 +28,7 @@ def fit_estimator(
     layers: Sequence[LinearLayer],
     sequences: Sequence[Sequence1D],
     *,
-    token_budget: int = 4096,
+    token_budget: int = 1024,
     seed: int = 0,
     labels: Labels = "sampled",
     progress: Progress = no_progress,

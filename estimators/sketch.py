@@ -128,8 +128,9 @@ class Sketch:
         blocks = torch.zeros(len(batch.rows), self._entries, device=batch.input_ids.device)
 
         def visit(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
-            left, right = (side.to(blocks) for side in self._train[layer.name])
-            projected = torch.bmm((widen(a) @ left.T).transpose(1, 2), widen(d) @ right.T)
+            a, d = widen(a), widen(d)
+            left, right = (side.to(a) for side in self._train[layer.name])
+            projected = torch.bmm((a @ left.T).transpose(1, 2), d @ right.T)
             blocks[:, self._slices[layer.name]] = projected.flatten(1).to(blocks)
 
         visit_gradients(model, self._layers, batch, visit)

@@ -32,8 +32,9 @@ def fingerprint_model(model: nn.Module) -> str:
 def serialise_estimator(name: str, estimator: Estimator, facts: Mapping[str, str]) -> bytes:
     """The estimator as a safetensors file; ``facts`` (model fingerprint, ...) go to its header."""
     tensors = {key: value.contiguous() for key, value in estimator.tensors().items()}
-    header = {"etymon_estimator": name, "facts": json.dumps(dict(facts), sort_keys=True)}
-    return bytes(save(tensors, metadata=header))
+    # One header entry: safetensors writes several in random order, and a file's hash must not vary.
+    contents = json.dumps({"estimator": name, "facts": dict(facts)}, sort_keys=True)
+    return bytes(save(tensors, metadata={"etymon": contents}))
 
 
 def load_estimator(path: Path) -> tuple[str, Estimator, dict[str, str]]:
@@ -48,7 +49,8 @@ def load_estimator(path: Path) -> tuple[str, Estimator, dict[str, str]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}).") from error
-    if "etymon_estimator" not in header:
+    if "etymon" not in header:
         raise ValueError(f"{path} holds no fitted estimator; write one with scripts.fit_estimator.")
-    name = header["etymon_estimator"]
-    return name, rebuild_estimator(name, tensors), json.loads(header["facts"])
+    contents = json.loads(header["etymon"])
+    name = contents["estimator"]
+    return name, rebuild_estimator(name, tensors), contents["facts"]

@@ -150,7 +150,7 @@ class Manifest(Record):
         try:
             content = json.loads(path.read_bytes())
             checksum = content.pop("checksum", None)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, TypeError) as error:
             raise IndexCorrupt(f"{path} is not a JSON object ({error}); rebuild it.") from error
         if content.get("schema_version") != SCHEMA_VERSION:
             raise IndexCorrupt(

@@ -47,7 +47,7 @@ def main(
             "scores of everything would take too long. Recall is then over these rows."
         ),
     ] = None,
-    token_budget: options.TokenBudget = 4096,
+    token_budget: options.TokenBudget = 1024,
     seed: Annotated[int, typer.Option(help="Of all random rows.")] = 0,
     device: options.Device = "cpu",
     dtype: options.DType = "auto",

@@ -40,7 +40,7 @@ def main(
     rank: Annotated[int, typer.Option(help="Of the sketch's first stage, a side.")] = 64,
     codes: Annotated[str, typer.Option(help=f"One of {', '.join(CODES)}.")] = "one-bit",
     rows_per_shard: Annotated[int, typer.Option(help="What an interruption loses at most.")] = 1024,
-    token_budget: options.TokenBudget = 4096,
+    token_budget: options.TokenBudget = 1024,
     seed: Annotated[
         int | None, typer.Option(help="Of the sketch; drawn if not given (better: keep it so).")
     ] = None,

@@ -52,7 +52,7 @@ def main(
     right: Annotated[int, typer.Option(help="Queries that the model answers rightly.")] = 80,
     wrong: Annotated[int, typer.Option(help="Queries that it answers wrongly.")] = 40,
     learning_rate: Annotated[float, typer.Option(help="Of the one causal training step.")] = 0.1,
-    token_budget: options.TokenBudget = 4096,
+    token_budget: options.TokenBudget = 1024,
     seed: Annotated[int, typer.Option(help="Of the drawn queries and the random baseline.")] = 0,
 ) -> None:
     """Compare Etymon with exhaustive EK-FAC, gradient dot product, BM25 and chance.

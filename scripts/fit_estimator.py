@@ -41,7 +41,7 @@ def main(
     max_tokens: Annotated[
         int | None, typer.Option(help="Cut longer texts into windows of so many tokens.")
     ] = None,
-    token_budget: options.TokenBudget = 4096,
+    token_budget: options.TokenBudget = 1024,
     seed: Annotated[int, typer.Option(help="Of the drawn examples and sampled labels.")] = 0,
     device: options.Device = "cpu",
     dtype: options.DType = "auto",

@@ -39,7 +39,13 @@ MetadataColumn = Annotated[
     typer.Option(help="Column to keep beside the text; may be repeated. All others by default."),
 ]
 Limit = Annotated[int | None, typer.Option(help="Read only this many rows.")]
-TokenBudget = Annotated[int, typer.Option(help="Padded tokens in a batch: memory against speed.")]
+TokenBudget = Annotated[
+    int,
+    typer.Option(
+        help="Padded tokens in a batch. 1024 is best on a CPU (logits stay in its caches); a GPU "
+        "wants more, up to its memory."
+    ),
+]
 
 
 def corpus_source(

@@ -57,7 +57,7 @@ class Recipe:
         betas: of AdamW.
     """
 
-    epochs: int = 11
+    epochs: int = 10
     seed: int = 0
     learning_rate: float = 6e-3
     rows_per_batch: int = 32
@@ -240,7 +240,8 @@ def next_token_loss(
     Padding stands on the right, which a causal model cannot
     see from any position that counts, so no attention mask is needed.
     """
-    hidden = model.transformer(input_ids=inputs, use_cache=False).last_hidden_state
+    embedded = model.transformer.wte(inputs)
+    hidden = model.transformer(inputs_embeds=embedded, use_cache=False).last_hidden_state
     counted = targets != IGNORED
     return functional.cross_entropy(model.lm_head(hidden[counted]), targets[counted])
 

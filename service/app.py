@@ -1,7 +1,7 @@
 """The HTTP API: ``create_app(settings)``."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -9,7 +9,7 @@ from fastapi import Depends, FastAPI, Query, Request
 from starlette.concurrency import run_in_threadpool
 
 from service import errors
-from service.errors import NotReady, Overloaded, UnknownIndex
+from service.errors import ClientGone, NotReady, Overloaded, UnknownIndex
 from service.models import BadQuery, load_model
 from service.opening import open_index
 from service.retrieval import Retriever
@@ -21,6 +21,7 @@ from service.schemas import (
     ProblemResponse,
     QueryRequest,
     QueryResponse,
+    SketchSchema,
 )
 from service.settings import Settings
 
@@ -75,8 +76,15 @@ class Engine:
             )
         return self.retrievers[name]
 
-    async def answer(self, request: QueryRequest) -> QueryResponse:
-        """Answer a query, or refuse it at once when too many are under way."""
+    async def answer(
+        self, request: QueryRequest, is_gone: Callable[[], Awaitable[bool]]
+    ) -> QueryResponse:
+        """Answer a query, or refuse it at once when too many are under way.
+
+        Args:
+            request: the query.
+            is_gone: whether its client has hung up, asked when its turn comes.
+        """
         retriever = self.retriever(request.index)
         self._check_limits(request)
         if self._in_flight >= self.settings.max_in_flight:
@@ -87,6 +95,8 @@ class Engine:
         self._in_flight += 1
         try:
             async with self._turn:
+                if await is_gone():
+                    raise ClientGone("The client hung up before its query's turn came.")
                 answer = await run_in_threadpool(retriever.answer, request.to_query())
         finally:
             self._in_flight -= 1
@@ -111,12 +121,13 @@ class Engine:
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The service; model and indexes are loaded when it starts up."""
+    """The service; model and indexes are loaded when it starts up, unless they already are."""
     engine = Engine(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await run_in_threadpool(engine.load)
+        if not engine.retrievers:
+            await run_in_threadpool(engine.load)
         yield
 
     app = FastAPI(
@@ -140,10 +151,10 @@ def _engine(request: Request) -> Engine:
 def _add_routes(app: FastAPI) -> None:
     @app.post("/v1/query", responses=PROBLEM_RESPONSES)
     async def query(
-        body: QueryRequest, engine: Annotated[Engine, Depends(_engine)]
+        body: QueryRequest, request: Request, engine: Annotated[Engine, Depends(_engine)]
     ) -> QueryResponse:
         """Find the training examples that most raised log p(completion | prompt)."""
-        return await engine.answer(body)
+        return await engine.answer(body, request.is_disconnected)
 
     @app.get("/v1/index", responses=PROBLEM_RESPONSES)
     async def indexes(engine: Annotated[Engine, Depends(_engine)]) -> IndexesResponse:
@@ -187,4 +198,5 @@ def _add_routes(app: FastAPI) -> None:
 def _describe(name: str, retriever: Retriever) -> IndexResponse:
     manifest = retriever.index.manifest
     shared = {f: getattr(manifest, f) for f in IndexResponse.model_fields if hasattr(manifest, f)}
+    shared["sketch"] = SketchSchema(**manifest.sketch.model_dump(exclude={"seed"}))
     return IndexResponse(name=name, failed_rows=manifest.failed, **shared)

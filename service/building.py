@@ -63,7 +63,7 @@ class BuildOptions:
     rank: int = 64
     codes: str = "one-bit"
     rows_per_shard: int = 1024
-    token_budget: int = 4096
+    token_budget: int = 1024
     seed: int | None = None
 
 

@@ -1,6 +1,9 @@
 """From errors to HTTP problem documents (RFC 9457), in one table."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -24,6 +27,10 @@ class NotReady(RuntimeError):  # noqa: N818
     """The model or an index is not loaded yet."""
 
 
+class ClientGone(RuntimeError):  # noqa: N818
+    """The client hung up before its query's turn came; nobody reads this."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """How an error appears over HTTP."""
@@ -43,8 +50,12 @@ PROBLEMS: dict[type[Exception], Problem] = {
     IndexFault: Problem(status=503, title="The index cannot be used"),
     Overloaded: Problem(status=503, title="Too many queries at once", retry_after=1),
     NotReady: Problem(status=503, title="Not ready", retry_after=5),
+    ClientGone: Problem(status=499, title="Client closed the connection"),
 }
 """The nearest class in an error's ancestry counts."""
+
+SHOWN_ERRORS = 5
+"""So many of a request's errors are listed."""
 
 UNEXPECTED = Problem(status=500, title="Internal error")
 
@@ -66,16 +77,15 @@ def install(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        parts = [
-            f"{'.'.join(str(p) for p in e['loc'] if p != 'body') or 'body'}: {e['msg']}"
-            for e in error.errors()
-        ]
-        return _document(request, Problem(status=422, title="Invalid request"), "; ".join(parts))
+        found = [_clause(e) for e in error.errors()]
+        more = f"; and {len(found) - SHOWN_ERRORS} more" if len(found) > SHOWN_ERRORS else ""
+        detail = "; ".join(found[:SHOWN_ERRORS]) + more + "."
+        return _document(request, Problem(status=422, title="Invalid request"), detail)
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        problem = Problem(status=error.status_code, title=str(error.detail))
-        response = _document(request, problem, f"{request.method} {request.url.path}")
+        problem = Problem(status=error.status_code, title=HTTPStatus(error.status_code).phrase)
+        response = _document(request, problem, _refusal(request, error))
         response.headers.update(error.headers or {})
         return response
 
@@ -84,6 +94,22 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, unexpected)
+
+
+def _clause(error: Mapping[str, Any]) -> str:
+    if error["type"] == "json_invalid":
+        return f"The body is not JSON: {error['ctx']['error']} at character {error['loc'][-1]}"
+    name = ".".join(str(part) for part in error["loc"] if part != "body")
+    return f"{name or 'The body'}: {error['msg']}"
+
+
+def _refusal(request: Request, error: HTTPException) -> str:
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        return f"There is nothing at {request.url.path}; /openapi.json lists all routes."
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return f"{request.url.path} does not take {request.method}; use {allowed}."
+    return f"{str(error.detail).rstrip('.')}."
 
 
 def _document(request: Request, problem: Problem, detail: str) -> JSONResponse:

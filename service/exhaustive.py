@@ -30,7 +30,7 @@ def exact_scores(
     queries: Sequence[Sequence1D],
     *,
     rows: Sequence[int] | None = None,
-    token_budget: int = 4096,
+    token_budget: int = 1024,
     progress: Progress = no_progress,
 ) -> dict[str, Float[np.ndarray, "query row"]]:
     """Exact scores for each estimator, in nats, positive = proponent; NaN where not finite.

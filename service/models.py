@@ -57,15 +57,15 @@ class LoadedModel:
     def encode_query(self, prompt: str, completion: str) -> Sequence1D:
         """Prompt and completion as one sequence whose completion tokens count.
 
-        They are tokenised apart, so that the boundary between them is a token boundary. A prompt
-        may be empty if the tokenizer begins every text with a special token.
+        They are tokenised apart, so that the boundary between them is a token boundary.
 
         Raises:
-            BadQuery: nothing to condition on, an empty completion, or more tokens than the context.
+            BadQuery: a prompt or completion of nothing but white space, or more tokens than the
+                context.
         """
         before = self._encode_prompt(prompt)
         after = self.tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
-        if not after:
+        if not after or not completion.strip():
             raise BadQuery("The completion is empty; give the text whose cause you look for.")
         if len(before) + len(after) > self.context:
             raise BadQuery(
@@ -113,7 +113,7 @@ class LoadedModel:
         if self.tokenizer.eos_token_id is not None:
             while len(tokens) > 1 and tokens[-1] == self.tokenizer.eos_token_id:
                 tokens = tokens[:-1]
-        if not tokens or not prompt:
+        if not tokens or not prompt.strip():
             raise BadQuery("The prompt is empty; give the text that the model was asked with.")
         return tokens
 
@@ -143,11 +143,15 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files raise whatever their readers happen to raise
         raise ValueError(
-            f"Cannot load a causal language model and its tokenizer from '{source}': {error}"
+            f"Cannot load a causal language model and its tokenizer from '{source}': "
+            f"{_one_line(error)}"
         ) from error
-    freeze(model.to(device))
+    try:
+        freeze(model.to(device))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"Cannot put the model on '{device}': {_one_line(error)}") from error
     return LoadedModel(
         source=str(Path(source).resolve()) if Path(source).exists() else source,
         model=model,
@@ -157,6 +161,10 @@ def load_model(
         model_sha256=fingerprint_model(model),
         tokenizer_sha256=_fingerprint_tokenizer(tokenizer),
     )
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _context(model: Any, tokenizer: Any) -> int:

@@ -68,7 +68,8 @@ def measure_noise(
     index.add(index.encode(units))
     proxies = np.stack([index.inner_products(query) for query in y.cpu().numpy()])
     proxies /= np.linalg.norm(y.cpu().numpy(), axis=1, keepdims=True)
-    cosines = exact / (query_norms.cpu().numpy()[:, None] * lengths)
+    with np.errstate(divide="ignore", invalid="ignore"):  # rows without a gradient are left out
+        cosines = exact / (query_norms.cpu().numpy()[:, None] * lengths)
     keep = (asked[:, None] != rows) & (lengths > 0) & np.isfinite(cosines)
     residuals = (proxies - cosines)[keep]
     return NoiseRecord(

@@ -130,7 +130,7 @@ class Retriever:
         token_budget: padded tokens in a rescoring batch.
     """
 
-    def __init__(self, index: OpenIndex, token_budget: int = 4096) -> None:
+    def __init__(self, index: OpenIndex, token_budget: int = 1024) -> None:
         self.loaded = index.loaded
         self.index = index
         self._token_budget = token_budget

@@ -9,7 +9,7 @@ from index.manifest import (
     EstimatorRecord,
     FailedRow,
     ModelRecord,
-    SketchRecord,
+    NoiseRecord,
 )
 from service.retrieval import Answer, Query
 
@@ -29,6 +29,8 @@ class Schema(BaseModel):
 
 class QueryRequest(Schema):
     """Which training examples made the model say this?"""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str = Field(min_length=1, description="What the model was asked.")
     completion: str | None = Field(
@@ -51,7 +53,10 @@ class QueryRequest(Schema):
     )
     audit_rows: int = Field(default=64, ge=0, description="Random unscored rows to audit.")
     damping: float | None = Field(
-        default=None, gt=0, description="Relative damping; the index's own if left out."
+        default=None,
+        ge=1e-6,
+        le=1e6,
+        description="Relative damping; the index's own if left out.",
     )
     seed: int | None = Field(
         default=None, ge=0, lt=2**62, description="Of the random rows; drawn if left out."
@@ -125,13 +130,25 @@ class QueryResponse(Schema):
         return cls(**fields, index=request.index, ranking=request.ranking)
 
 
+class SketchSchema(Schema):
+    """How training gradients were sketched.
+
+    The seed is kept back: certificates hold for queries that do not depend on it.
+    """
+
+    dimensions: int
+    rank: int
+    entries: int
+    noise: NoiseRecord
+
+
 class IndexResponse(Schema):
     """What an index is made of."""
 
     name: str
     model: ModelRecord
     estimator: EstimatorRecord
-    sketch: SketchRecord
+    sketch: SketchSchema
     codes: str
     bytes_per_row: int
     data: DataRecord

@@ -18,7 +18,7 @@ class Settings(BaseSettings):
     )
     device: str = Field(default="cpu", description="Where to compute, e.g. cpu or cuda.")
     dtype: str = Field(default="auto", description="auto, float32, bfloat16 or float16.")
-    token_budget: int = Field(default=4096, ge=1, description="Padded tokens in a batch.")
+    token_budget: int = Field(default=1024, ge=1, description="Padded tokens in a batch.")
     max_in_flight: int = Field(
         default=8, ge=1, description="Queries accepted at once; more are refused with 503."
     )

@@ -39,26 +39,27 @@ torch.set_num_threads(1)
 VOCABULARY = 11
 
 
-def _seeded(model: nn.Module, seed: int) -> nn.Module:
-    """Move every weight, norms and biases included, far enough from its special initial value.
+def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Build a frozen model with every weight away from its special initial value, norms included.
 
     0.25 keeps the logits of these tiny models of order 1: neither uniform nor saturated.
     """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = build()
         for parameter in model.parameters():
-            parameter.add_(0.25 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.25 * torch.randn(parameter.shape))
     return freeze(model)
 
 
-def _tiny_gpt2() -> nn.Module:
+def _build_gpt2() -> nn.Module:
     config = GPT2Config(
         vocab_size=VOCABULARY, n_positions=16, n_embd=8, n_layer=2, n_head=2, n_inner=12
     )
-    return _seeded(GPT2LMHeadModel(config), seed=1)
+    return GPT2LMHeadModel(config)
 
 
-def _tiny_llama() -> nn.Module:
+def _build_llama() -> nn.Module:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=8,
@@ -69,13 +70,13 @@ def _tiny_llama() -> nn.Module:
         max_position_embeddings=16,
         tie_word_embeddings=False,
     )
-    return _seeded(LlamaForCausalLM(config), seed=2)
+    return LlamaForCausalLM(config)
 
 
 @pytest.fixture(scope="session")
 def gpt2_float32() -> nn.Module:
     """Two blocks of width 8 of Conv1D layers with biases and a tied output head; frozen."""
-    return _tiny_gpt2()
+    return _seeded(_build_gpt2, seed=1)
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +88,7 @@ def gpt2(gpt2_float32: nn.Module) -> nn.Module:
 @pytest.fixture(scope="session")
 def llama_float32() -> nn.Module:
     """Two blocks of width 8 of nn.Linear layers without biases, two query heads a key; frozen."""
-    return _tiny_llama()
+    return _seeded(_build_llama, seed=2)
 
 
 @pytest.fixture(scope="session")

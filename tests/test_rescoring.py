@@ -49,7 +49,8 @@ def test_every_route_gives_the_dense_score(scored, model, sequences, queries):
             ]
             # grad f = -(gradient of the loss), so the two signs of the definition cancel
             for query in dense.example_gradients(model, layers, queries)
-        ]
+        ],
+        dtype=torch.float64,
     )
     many = score_batch_for_queries(model, layers, directions, batch)
     singles = [score_batch(model, layers, one(directions, i), batch) for i in range(len(queries))]
@@ -153,12 +154,13 @@ def slope(
 def test_score_is_what_a_training_step_does(scored, model, sequences, queries):
     # weights += -eps (H + lambda)^-1 grad L(z): an ordinary descent step where H is the identity.
     layers, estimator, directions = scored
+    some = sequences[::2]
     signs = set()
     for i, query in enumerate(queries):
         direction = one(directions, i)
-        scores = score_batch(model, layers, direction, collate(sequences)).total
+        scores = score_batch(model, layers, direction, collate(some)).total
         for score, example in zip(
-            scores.tolist(), dense.example_gradients(model, layers, sequences), strict=True
+            scores.tolist(), dense.example_gradients(model, layers, some), strict=True
         ):
             steps = {n: -g for n, g in estimator.precondition(example, DAMPING).items()}
             change = slope(model, layers, steps, query)

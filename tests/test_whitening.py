@@ -110,7 +110,9 @@ def test_weights_are_a_minimum_over_u_and_v(seed):
     weights = (log_u[:, None] + log_v).exp()
     value = (inverse**2 * moment / weights).sum().log() + (moment * weights).sum().log()
     slopes = torch.cat(torch.autograd.grad(value, [log_u, log_v]))
-    assert float(slopes.abs().max()) < 1e-6  # what 50 rounds leave of slopes of order 1
+    # What 50 rounds leave, on the hardest of these seeds, of slopes of order 1. The noise exceeds
+    # its minimum by about the square of it, 1e-9: "no measurable change".
+    assert float(slopes.abs().max()) < 1e-4
 
 
 def test_layer_scales_are_a_minimum():

@@ -101,7 +101,9 @@ def certify_audit(sample: AuditSample, k: int, recall: float, confidence: float)
 
 def _sentence(sample: AuditSample, upper: int, rate: float, confidence: float) -> str:
     if sample.population == sample.sampled:
-        return "Every row was scored exactly."
+        lost = sample.above - sample.merged + sample.unscorable
+        but = f" but {lost:,} whose gradient is not finite" if lost else ""
+        return f"Every row{but} was scored exactly."
     return (
         f"Of {sample.sampled:,} unscored rows drawn at random and scored exactly, {sample.above} "
         f"beat the k-th result; with {confidence:.0%} confidence at most {rate:.2%} of the "

@@ -223,6 +223,8 @@ def _sentence(
             f"No statement: the proxies err more than the sketch's law allows ({scored}), so "
             f"their bounds cannot be relied on."
         )
+    if status == "exhaustive" and evidence.rescored < evidence.rows:
+        return f"Every row that has a gradient was scored ({scored}), so nothing was missed."
     if status == "exhaustive":
         return f"All {evidence.rows:,} rows were scored exactly, so nothing was missed."
     if bound == 0:
