@@ -113,7 +113,17 @@ def build_index(
         job = _Job(folder=folder, loaded=loaded, sketch=sketch, options=options)
         shards = job.run(examples, progress)
         write_whole(folder / FACTORS_NAME, factors.read_bytes())
-        noise = measure_noise(loaded, estimator, sketch, examples, options)
+        failed = {failed.row for shard in shards for failed in shard.failed}
+        noise = measure_noise(
+            loaded,
+            estimator,
+            options.damping,
+            sketch,
+            make_index(options.codes, options.dimensions),
+            examples,
+            failed,
+            options.token_budget,
+        )
         manifest = Manifest(
             schema_version=1,
             model=ModelRecord(

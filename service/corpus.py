@@ -1,5 +1,6 @@
 """Reading a corpus: any source that the datasets library loads, cut into windows of tokens."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,14 +78,14 @@ def _examples_of_row(
     keep = source.metadata_columns
     if keep is None:
         keep = tuple(name for name in row if name not in roles)
-    metadata = {name: _column(row, name, number) for name in keep}
+    metadata = {name: _json_value(_column(row, name, number)) for name in keep}
     tokens = loaded.encode(text)
     windows = [tokens[i : i + max_tokens] for i in range(0, len(tokens), max_tokens)] or [[]]
     for window, ids in enumerate(windows):
         whole = len(windows) == 1
         yield Example(
             id=identifier if whole else f"{identifier}#w{window}",
-            document=str(document or identifier),
+            document=identifier if document is None else str(document),
             text=text if whole else loaded.tokenizer.decode(ids),
             tokens=tuple(ids),
             metadata=metadata,
@@ -117,6 +118,11 @@ def _column(row: dict[str, Any], name: str, number: int) -> Any:
             f"Row {number} of the corpus has no column '{name}'; it has {', '.join(sorted(row))}."
         )
     return row[name]
+
+
+def _json_value(value: Any) -> Any:
+    """The value as JSON has it: dates and other objects as text, NaN and infinities as null."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
 
 
 def describe(source: CorpusSource) -> str:

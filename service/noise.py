@@ -1,11 +1,12 @@
 """Measuring the sketch's error on the corpus itself, at the end of a build."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from scipy import stats
+from torch import Tensor
 
 from estimators.contracts import Estimator
 from estimators.rescoring import query_directions, query_gradients, score_batch_for_queries
@@ -13,68 +14,99 @@ from estimators.sketch import Sketch
 from estimators.tokens import Sequence1D, collate, plan_batches
 from index.examples import Example
 from index.manifest import NoiseRecord
-from index.vectors import make_index
+from index.vectors import VectorIndex
 from service.models import LoadedModel
-
-if TYPE_CHECKING:
-    from service.building import BuildOptions
 
 QUERIES = 16
 ROWS = 512
+SEED = 0
+"""Of the pairs; the sketch has a seed of its own, so that the two are independent."""
 
 
 def measure_noise(
     loaded: LoadedModel,
     estimator: Estimator,
+    damping: float,
     sketch: Sketch,
+    index: VectorIndex,
     examples: Sequence[Example],
-    options: "BuildOptions",
+    failed: Collection[int],
+    token_budget: int,
 ) -> NoiseRecord:
     """Error of the proxy in cosine units, over pseudo-queries and rows drawn from the corpus.
 
     A pseudo-query asks for the second half of a training example given its first half. Pairs of an
-    example with itself are left out. Needs a forward and backward pass over at most 528 examples.
+    example with itself are left out, and ``failed`` rows. Needs a forward and backward pass over at
+    most 528 examples.
+
+    Args:
+        loaded: the model with the layers to attribute.
+        estimator: fitted.
+        damping: relative.
+        sketch: of the index.
+        index: empty, of the index' kind of code; it is filled with the drawn rows.
+        examples: the corpus.
+        failed: rows without a finite gradient.
+        token_budget: padded tokens in a batch.
 
     Raises:
         ValueError: no example has the four tokens that a pseudo-query needs.
     """
-    generator = np.random.default_rng(0)
-    long_enough = [i for i, example in enumerate(examples) if len(example.tokens) >= 4]
-    if not long_enough:
+    generator = np.random.default_rng(SEED)
+    sound = [i for i in range(len(examples)) if i not in failed]
+    asked = generator.permutation([i for i in sound if len(examples[i].tokens) >= 4])[:QUERIES]
+    if not len(asked):
         raise ValueError("No example has four tokens or more; check the text column.")
-    asked = generator.permutation(long_enough)[:QUERIES]
-    rows = generator.permutation(len(examples))[:ROWS]
-    queries = [
-        Sequence1D(tokens=examples[i].tokens, first_target=len(examples[i].tokens) // 2)
-        for i in asked
-    ]
-    layers = loaded.coverage.layers
-    gradients, _ = query_gradients(loaded.model, layers, queries)
-    directions = query_directions(estimator, gradients, options.damping)
-    y, query_norms = sketch.query(directions)
-    index = make_index(options.codes, options.dimensions)
-    exact = np.zeros((len(queries), len(rows)))
-    lengths = np.zeros(len(rows))
-    units = np.zeros((len(rows), options.dimensions), dtype=np.float32)
-    for positions in plan_batches([len(examples[i].tokens) for i in rows], options.token_budget):
-        sequences = [Sequence1D(tokens=examples[rows[p]].tokens) for p in positions]
-        batch = collate(sequences).to(loaded.device)
-        scores = score_batch_for_queries(loaded.model, layers, directions, batch)
-        exact[:, positions] = scores.cpu().numpy()
-        x, norms = sketch.training(loaded.model, batch)
-        lengths[positions] = norms.cpu().numpy()
-        unit = x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        units[positions] = unit.nan_to_num(0, 0, 0).cpu().numpy()
+    rows = generator.permutation(sound)[:ROWS]
+    queries = [_second_half(examples[i]) for i in asked]
+    gradients, _ = query_gradients(loaded.model, loaded.coverage.layers, queries)
+    directions = query_directions(estimator, gradients, damping)
+    y, query_norms = (part.cpu().numpy() for part in sketch.query(directions))
+    drawn = [examples[i] for i in rows]
+    exact, units, norms = _score_and_sketch(loaded, directions, sketch, drawn, token_budget)
     index.add(index.encode(units))
-    proxies = np.stack([index.inner_products(query) for query in y.cpu().numpy()])
-    proxies /= np.linalg.norm(y.cpu().numpy(), axis=1, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):  # rows without a gradient are left out
-        cosines = exact / (query_norms.cpu().numpy()[:, None] * lengths)
-    keep = (asked[:, None] != rows) & (lengths > 0) & np.isfinite(cosines)
+    proxies = np.stack([index.inner_products(query) for query in y])
+    proxies /= np.linalg.norm(y, axis=1, keepdims=True)
+    keep = (asked[:, None] != rows) & (norms > 0)
+    cosines = exact / np.where(norms > 0, norms, 1) / query_norms[:, None]
     residuals = (proxies - cosines)[keep]
     return NoiseRecord(
         predicted=sketch.predicted_noise(),
         measured=float(np.sqrt(np.mean(residuals**2))),
         kurtosis=float(stats.kurtosis(residuals, fisher=False)),
         pairs=int(keep.sum()),
+    )
+
+
+def _second_half(example: Example) -> Sequence1D:
+    return Sequence1D(tokens=example.tokens, first_target=len(example.tokens) // 2)
+
+
+def _score_and_sketch(
+    loaded: LoadedModel,
+    directions: dict[str, Tensor],
+    sketch: Sketch,
+    examples: Sequence[Example],
+    token_budget: int,
+) -> tuple[
+    Float[np.ndarray, "query row"], Float[np.ndarray, "row dimension"], Float[np.ndarray, "row"]
+]:
+    """Exact scores, unit sketches and whitened norms of ``examples``."""
+    exact, units, norms = [], [], []
+    order: list[int] = []
+    for positions in plan_batches([len(example.tokens) for example in examples], token_budget):
+        sequences = [Sequence1D(tokens=examples[p].tokens) for p in positions]
+        batch = collate(sequences).to(loaded.device)
+        layers = loaded.coverage.layers
+        exact.append(score_batch_for_queries(loaded.model, layers, directions, batch))
+        x, norm = sketch.training(loaded.model, batch)
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        units.append(torch.where(length > 0, x / length, 0))
+        norms.append(norm)
+        order += positions
+    back = np.argsort(order)
+    return (
+        torch.cat(exact, dim=1).cpu().numpy()[:, back],
+        torch.cat(units).cpu().numpy()[back],
+        torch.cat(norms).cpu().numpy()[back],
     )

@@ -159,8 +159,12 @@ class Client:
         self.http = httpx.AsyncClient(transport=transport, base_url="http://service")
 
     def __enter__(self) -> Self:
-        if self._start:
-            self.run(self._lifespan.__aenter__)
+        try:
+            if self._start:
+                self.run(self._lifespan.__aenter__)
+        except BaseException:
+            self._runner.close()
+            raise
         return self
 
     def __exit__(

@@ -1,0 +1,484 @@
+"""The commands as people run them: help, one JSON line on stdout, one sentence on failure."""
+
+import importlib
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import httpx
+import pytest
+import typer
+from click.testing import Result
+from rich.console import Console
+from typer.testing import CliRunner
+
+from index.manifest import Manifest
+from scripts import build_index, fit_estimator, query, serve
+from service.settings import Settings
+from tests.service_fixtures import (
+    HOSTILE_TEXT,
+    Workspace,
+    corpus_rows,
+    make_model,
+)
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 120  # seconds for a command to start: importing torch on a busy machine takes long
+
+
+def command_modules() -> list[ModuleType]:
+    """Every module of scripts/ that is a command, i.e. has a typer app."""
+    names = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "__init__")
+    modules = [importlib.import_module(f"scripts.{name}") for name in names]
+    return [m for m in modules if isinstance(getattr(m, "app", None), typer.Typer)]
+
+
+def invoke(module: ModuleType, *arguments: object) -> Result:
+    return CliRunner().invoke(module.app, list(map(str, arguments)), env={"COLUMNS": "200"})
+
+
+def json_line(stdout: str) -> Any:
+    """The last line, which must be one JSON document."""
+    return json.loads(stdout.splitlines()[-1])
+
+
+def sentence(result: Result | subprocess.CompletedProcess[str]) -> str:
+    """What a failed command says: one sentence and nothing on stdout."""
+    code = result.exit_code if isinstance(result, Result) else result.returncode
+    assert code == 1
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    said: str = " ".join(result.stderr.split())
+    assert said.count("error: ") == 1
+    assert said.endswith(".")
+    return said
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return make_model(tmp_path_factory.mktemp("scripts"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A workspace with an index, and what the two commands printed."""
+
+    workspace: Workspace
+    fitted: Result
+    indexed: Result
+
+
+@pytest.fixture(scope="module")
+def built(workspace: Workspace) -> Built:
+    source = ("--model", workspace.model, "--data", workspace.corpus)
+    fitted = invoke(fit_estimator, *source, "--out", workspace.factors)
+    columns = ("--id-column", "id", "--document-column", "document")
+    small = ("--dimensions", 512, "--rank", 8, "--rows-per-shard", 7)
+    places = ("--factors", workspace.factors, "--out", workspace.index)
+    indexed = invoke(build_index, *source, *columns, *small, *places)
+    return Built(workspace=workspace, fitted=fitted, indexed=indexed)
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``serve`` reads the environment and installs signal handlers; neither is to last."""
+    for name in list(os.environ):
+        if name.startswith("ETYMON_"):
+            monkeypatch.delenv(name)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    kept = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, kept, strict=True):
+        signal.signal(number, handler)
+
+
+# Help
+
+
+@pytest.mark.parametrize("module", command_modules(), ids=lambda module: module.__name__)
+def test_help_explains_the_command(module: ModuleType) -> None:
+    result = invoke(module, "--help")
+    assert result.exit_code == 0
+    lines = [line for line in result.stdout.splitlines() if line.strip(" │╭╮╰╯─")]
+    assert len(lines) >= 5
+    assert "--help" in result.stdout
+
+
+def test_the_four_steps_are_commands() -> None:
+    names = {module.__name__.removeprefix("scripts.") for module in command_modules()}
+    assert {"fit_estimator", "build_index", "serve", "query"} <= names
+
+
+# Fit and build
+
+
+def test_fit_and_build_end_with_one_json_line(built: Built) -> None:
+    assert built.fitted.exit_code == 0, built.fitted.stderr
+    report = json_line(built.fitted.stdout)
+    assert (report["estimator"], report["examples"]) == ("ekfac", len(corpus_rows()))
+    assert 0 < report["attributed_share"] < 1
+    assert "not attributed: transformer.wte" in built.fitted.stderr
+    assert built.indexed.exit_code == 0, built.indexed.stderr
+    report = json_line(built.indexed.stdout)
+    manifest = Manifest.read(built.workspace.index)
+    assert report["rows"] == manifest.data.rows == len(corpus_rows())
+    assert report["documents"] == len({row["document"] for row in corpus_rows()})
+    assert report["failed_rows"] == 0
+    assert report["bytes_per_row"] == manifest.bytes_per_row
+    assert len(manifest.shards) == 3
+    for result in (built.fitted, built.indexed):
+        assert len(result.stdout.splitlines()) == 1
+
+
+def test_a_finished_build_is_not_repeated(built: Built) -> None:
+    before = (built.workspace.index / "manifest.json").read_bytes()
+    w = built.workspace
+    result = invoke(
+        build_index,
+        *("--model", w.model, "--data", w.corpus, "--factors", w.factors, "--out", w.index),
+        *("--id-column", "id", "--document-column", "document"),
+        *("--dimensions", 512, "--rank", 8, "--rows-per-shard", 7),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert (w.index / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"--estimator": "magic"}, "Unknown estimator 'magic'"),
+        ({"--text-column": "words"}, "no column 'words'"),
+        ({"--data": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"--model": "/nowhere"}, "Cannot load a causal language model"),
+        ({"--device": "banana"}, "Cannot put the model on 'banana'"),
+        ({"--dtype": "floaty"}, "floaty"),
+        ({"--layers": "nothing.*"}, "No layer to attribute"),
+        ({"--max-tokens": 1}, "max_tokens must be between 2 and"),
+    ],
+    ids=str,
+)
+def test_bad_choices_are_one_sentence(
+    workspace: Workspace, tmp_path: Path, changes: dict[str, object], says: str
+) -> None:
+    options: dict[str, object] = {
+        "--model": workspace.model,
+        "--data": workspace.corpus,
+        "--out": tmp_path / "factors",
+        **changes,
+    }
+    result = invoke(fit_estimator, *(part for pair in options.items() for part in pair))
+    assert says in sentence_of_any_width(result)
+    assert not (tmp_path / "factors").exists()
+
+
+def sentence_of_any_width(result: Result) -> str:
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return " ".join(result.stderr.split())
+
+
+# Serve
+
+
+def environment(**variables: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ETYMON_")}
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
+
+
+def run_command(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(COLUMNS="120"),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+def test_serve_and_query_from_start_to_sigterm(built: Built) -> None:
+    """The service takes its settings from the environment, as in its image."""
+    indexes = json.dumps({"default": str(built.workspace.index)})
+    settings = environment(ETYMON_MODEL=str(built.workspace.model), ETYMON_INDEXES=indexes)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.serve", "--port", "0"],
+        cwd=ROOT,
+        env=settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        ready = json.loads(process.stdout.readline())
+        assert ready["indexes"] == ["default"]
+        url = ready["url"]
+        assert httpx.get(f"{url}/readyz").json() == {"status": "ok"}
+        answered = run_command(
+            "scripts.query",
+            "The capital of France is",
+            "--completion",
+            " Paris",
+            "--url",
+            url,
+            "--k",
+            18,
+        )
+        refused = run_command("scripts.query", "x", "--url", url, "--index", "[/red]")
+        process.send_signal(signal.SIGTERM)
+        rest, log = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert rest == ""
+    assert f"curl -s {url}/v1/query" in log
+    assert "POST /v1/query" in log
+    assert "Traceback" not in log
+    check_answered(answered)
+    assert "There is no index '[/red]'; this service has default." in sentence(refused)
+
+
+def check_answered(answered: subprocess.CompletedProcess[str]) -> None:
+    assert answered.returncode == 0, answered.stderr
+    assert len(answered.stdout.splitlines()) == 1
+    answer = json_line(answered.stdout)
+    assert len(answer["results"]) == 18
+    assert HOSTILE_TEXT in {result["text"] for result in answer["results"]}
+    shown = " ".join(answered.stderr.split())
+    assert "The capital of France is Paris" in shown
+    assert f"{answer['log_probability']:+.3f} nats" in shown
+    for result in answer["results"]:
+        assert f"{result['score']:+.4g}" in shown
+        assert result["document"] in shown
+    for certificate in answer["certificates"]:
+        assert certificate["sentence"] in shown
+    assert "18 rows" in shown
+    assert "[bold]France[/bold]" in shown
+    assert "\x1b" not in answered.stderr
+    assert "\u202e" not in answered.stderr
+
+
+def test_a_missing_index_ends_serve_with_one_sentence(built: Built, tmp_path: Path) -> None:
+    folder = tmp_path / "nowhere"
+    ended = run_command(
+        "scripts.serve",
+        "--model",
+        built.workspace.model,
+        "--index",
+        f"default={folder}",
+        "--port",
+        0,
+    )
+    assert ended.returncode == 1
+    assert ended.stdout == ""
+    assert "Traceback" not in ended.stderr
+    assert "No complete index in" in ended.stderr
+    assert "Uvicorn" not in ended.stderr
+
+
+def test_a_damaged_index_ends_serve_with_one_sentence(built: Built, tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")
+    result = invoke(
+        serve, "--model", built.workspace.model, "--index", f"default={folder}", "--port", 0
+    )
+    assert "schema version" in sentence_of_any_width(result)
+
+
+def test_flags_reach_the_service_which_is_loaded_before_it_listens(
+    built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[tuple[serve.Server, Sequence[socket.socket]]] = []
+
+    def run(server: serve.Server, sockets: Sequence[socket.socket]) -> None:
+        runs.append((server, sockets))
+        for listener in sockets:
+            listener.close()
+
+    monkeypatch.setattr(serve.Server, "run", run)
+    monkeypatch.setenv("ETYMON_MODEL", "/not/this/one")
+    monkeypatch.setenv("ETYMON_MAX_K", "7")
+    result = invoke(
+        serve,
+        *("--model", built.workspace.model, "--port", 0),
+        *("--index", f"default={built.workspace.index}", "--index", f"b={built.workspace.index}"),
+        *("--token-budget", 512, "--max-in-flight", 3, "--dtype", "float32", "--device", "cpu"),
+    )
+    assert result.exit_code == 0, result.stderr
+    ((server, sockets),) = runs
+    assert len(sockets) == 1
+    engine = server.config.app.state.engine  # type: ignore[union-attr]
+    assert list(engine.retrievers) == ["default", "b"]
+    chosen = engine.settings
+    assert (chosen.token_budget, chosen.max_in_flight, chosen.max_k) == (512, 3, 7)
+    assert (chosen.model, chosen.dtype) == (str(built.workspace.model), "float32")
+
+
+def test_a_taken_port_ends_serve_with_one_sentence(built: Built) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            ValueError, match=rf"Cannot listen on 127\.0\.0\.1, port {port} \(.+in use"
+        ):
+            serve.listen("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "ETYMON_MODEL"),
+        (["--model", "m"], "ETYMON_INDEXES"),
+        (["--model", "m", "--index", "folder"], "NAME=FOLDER"),
+        (["--model", "m", "--index", "=folder"], "NAME=FOLDER"),
+        (["--model", "m", "--index", "a=x", "--index", "a=y"], "'a' twice"),
+        (["--model", "m", "--index", "a=x", "--token-budget", "0"], "ETYMON_TOKEN_BUDGET"),
+        (["--model", "/nowhere", "--index", "a=x"], "Cannot load a causal language model"),
+    ],
+    ids=str,
+)
+def test_bad_settings_end_serve_with_one_sentence(arguments: list[str], says: str) -> None:
+    assert says in sentence_of_any_width(invoke(serve, *arguments))
+
+
+def test_settings_come_from_flags_then_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ETYMON_MODEL", "from/environment")
+    monkeypatch.setenv("ETYMON_INDEXES", '{"default": "here"}')
+    monkeypatch.setenv("ETYMON_DEVICE", "cuda")
+    read = serve.read_settings(model=None, device="cpu")
+    expected = Settings(model="from/environment", indexes={"default": Path("here")}, device="cpu")
+    assert read == expected
+
+
+@pytest.mark.parametrize("value", ["{bad", "runs/index", "[]"])
+def test_indexes_that_are_no_json_object_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("ETYMON_INDEXES", value)
+    with pytest.raises(ValueError, match="ETYMON_INDEXES") as caught:
+        serve.read_settings(model="m")
+    assert "\n" not in str(caught.value)
+
+
+# Query
+
+
+def hostile_answer() -> dict[str, Any]:
+    result = {
+        "rank": 1,
+        "document": "[link=http://x]odd[/link]",
+        "text": HOSTILE_TEXT + " x" * 500,
+        "score": -1234.5,
+        "normalised_score": 0.25,
+    }
+    return {
+        "prompt": "[red]The\nprompt[/]",
+        "completion": "\x9b31m[/x]",
+        "completed_by_model": True,
+        "log_probability": -1.5,
+        "completion_tokens": 1,
+        "index": "default",
+        "ranking": "score",
+        "results": [result],
+        "certificates": [
+            {"type": "audit", "status": "refused", "sentence": "No [b]statement[/b]."}
+        ],
+        "rescored_rows": 1,
+        "sampled_rows": 2,
+        "rows": 3000,
+        "seconds": {"scan": 0.5, "rescore": 0.25},
+    }
+
+
+def test_hostile_text_is_shown_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, width=200, force_terminal=False)
+    monkeypatch.setattr(query, "stderr", console)
+    query.show(hostile_answer())
+    shown = screen.getvalue()
+    for part in ("[red]The prompt[/]", "[/x]", "[link=http://x]odd[/link]", "[/nonsense]", "[b]"):
+        assert part in shown
+    for part in ("-1234", "+0.25", "(the model's own)", "1 of 3,000 rows", "0.75 s", "1 token;"):
+        assert part in shown
+    assert {c for c in shown if not c.isprintable()} == {"\n"}
+    assert "x x x" in shown
+    assert shown.count("x x") < 200
+
+
+def test_printable_keeps_what_is_harmless() -> None:
+    assert query.printable("a\tb\r\nc ü 東京 [x]") == "a b  c ü 東京 [x]"
+    assert query.printable("\x1b[31m\u202e\x00\x9b") == "\ufffd[31m\ufffd\ufffd\ufffd"
+
+
+def test_no_service_is_one_sentence() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    said = sentence(invoke(query, "x", "--url", f"http://127.0.0.1:{port}"))
+    assert f"Cannot ask the service at http://127.0.0.1:{port}" in said
+    assert "scripts.serve" in said
+
+
+@pytest.mark.parametrize("url", ["nowhere", "ftp://x", "http://[", "http://" + "a" * 300])
+def test_a_url_that_is_none_is_one_sentence(url: str) -> None:
+    assert "Cannot ask the service" in sentence(invoke(query, "x", "--url", url))
+
+
+@pytest.mark.parametrize(
+    ("response", "says"),
+    [
+        (httpx.Response(200, text="<html>"), "HTTP status 200"),
+        (httpx.Response(200, json=[1]), "HTTP status 200"),
+        (httpx.Response(502, text="Bad gateway"), "HTTP status 502"),
+        (httpx.Response(503, json={"title": "Busy", "detail": "[/b] Wait."}), "Busy: [/b] Wait."),
+    ],
+    ids=["page", "list", "gateway", "problem"],
+)
+def test_what_is_no_answer_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, response: httpx.Response, says: str
+) -> None:
+    monkeypatch.setattr(httpx, "post", lambda *_, **__: response)
+    assert says in sentence(invoke(query, "x"))
+
+
+def test_a_slow_service_is_one_sentence() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        result = invoke(query, "x", "--url", url, "--timeout", 0.05)
+    assert "within 0.05 seconds" in sentence(result)
+
+
+def test_only_what_is_given_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def post(url: str, json: dict[str, Any], timeout: float) -> httpx.Response:
+        asked.append({"url": url, **json})
+        return httpx.Response(200, json=hostile_answer())
+
+    monkeypatch.setattr(httpx, "post", post)
+    assert invoke(query, "Why?", "--url", "http://x/").exit_code == 0
+    options = ("--k", 3, "--ranking", "score", "--recall", 0.8, "--confidence", 0.9, "--budget", 50)
+    invoke(query, "Why?", "--completion", " So", "--index", "i", *options)
+    first, second = asked
+    assert first == {"url": "http://x/v1/query", "prompt": "Why?"}
+    assert second == {
+        "url": "http://127.0.0.1:8000/v1/query",
+        "prompt": "Why?",
+        "completion": " So",
+        "index": "i",
+        "k": 3,
+        "ranking": "score",
+        "recall": 0.8,
+        "confidence": 0.9,
+        "budget": 50,
+    }
