@@ -42,22 +42,21 @@ class Example:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def write_examples(folder: Path, examples: Iterable[Example], rows_per_file: int) -> list[Path]:
-    """Write ``folder/examples/NNNNN.arrow``, ``rows_per_file`` rows each.
-
-    Raises:
-        DuplicateIds: an id comes twice; nothing is written after it.
-    """
+def check_ids(examples: Iterable[Example]) -> None:
+    """Raise DuplicateIds if an id comes twice."""
     seen: dict[str, int] = {}
+    for row, example in enumerate(examples):
+        if seen.setdefault(example.id, row) != row:
+            raise DuplicateIds(
+                f"The id '{example.id}' comes twice, in rows {seen[example.id]} and {row}; ids "
+                f"must be unique. Name another id column, or none to number the rows."
+            )
+
+
+def write_examples(folder: Path, examples: Iterable[Example], rows_per_file: int) -> list[Path]:
+    """Write ``folder/examples/NNNNN.arrow``, ``rows_per_file`` rows each."""
     paths: list[Path] = []
     for chunk in _chunks(examples, rows_per_file):
-        for example in chunk:
-            row = len(seen)
-            if seen.setdefault(example.id, row) != row:
-                raise DuplicateIds(
-                    f"The id '{example.id}' comes twice, in rows {seen[example.id]} and {row}; ids "
-                    f"must be unique. Name another id column, or none to number the rows."
-                )
         path = folder / "examples" / f"{len(paths):05d}.arrow"
         write_whole(path, _serialise(chunk))
         paths.append(path)

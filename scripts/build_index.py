@@ -1,6 +1,7 @@
 """The batch indexing job: sketch every training example's gradient into an index."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from scripts import options
 from scripts.console import one_sentence_errors, print_json, show_progress, stderr
 from service.building import BuildOptions, build_index
 from service.models import load_model
+from service.prediction import Prediction, predict_build
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -44,6 +46,9 @@ def main(
     seed: Annotated[
         int | None, typer.Option(help="Of the sketch; drawn if not given (better: keep it so).")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only predict disk, memory and time.")
+    ] = False,
     device: options.Device = "cpu",
     dtype: options.DType = "auto",
 ) -> None:
@@ -68,6 +73,9 @@ def main(
         token_budget=token_budget,
         seed=seed,
     )
+    if dry_run:
+        _show_prediction(predict_build(loaded, factors, source, chosen))
+        return
     manifest = build_index(out, loaded, factors, source, chosen, show_progress)
     for failed in manifest.failed:
         stderr.print(f"row {failed.row} is not indexed: {failed.reason}", highlight=False)
@@ -84,6 +92,17 @@ def main(
             "seconds": time.perf_counter() - start,
         }
     )
+
+
+def _show_prediction(prediction: Prediction) -> None:
+    stderr.print(
+        f"{prediction.rows:,} rows ({prediction.tokens:,} tokens) will take about "
+        f"{prediction.disk_bytes / 1e6:,.0f} MB of disk, "
+        f"{prediction.memory_bytes / 1e6:,.0f} MB of memory and {prediction.seconds / 60:,.1f} minutes.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    print_json(asdict(prediction))
 
 
 if __name__ == "__main__":

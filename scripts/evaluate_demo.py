@@ -26,7 +26,7 @@ from service.retrieval import Query, Retriever
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 DEPTH = 10
 """Retrieved examples that are judged."""
-SPARE = 40
+SPARE = 20
 """Ranked examples kept, so that ten are left when the source's own are taken out."""
 
 Rankings = list[np.ndarray]
@@ -131,17 +131,15 @@ def _rank(
     generator = np.random.default_rng(seed)
     total = len(norms)
     rankings: dict[str, Callable[[int, Asked], np.ndarray]] = {
-        "EK-FAC, exhaustive": lambda i, q: best_rows(scores["ekfac"][i], SPARE),
-        "EK-FAC, exhaustive, normalised": lambda i, q: best_rows(scores["ekfac"][i] / norms, SPARE),
-        "gradient dot product": lambda i, q: best_rows(scores["dot"][i], SPARE),
+        "exhaustive EK-FAC": lambda i, q: best_rows(scores["ekfac"][i], SPARE),
+        "exhaustive, normalised": lambda i, q: best_rows(scores["ekfac"][i] / norms, SPARE),
+        "dot product": lambda i, q: best_rows(scores["dot"][i], SPARE),
         "BM25": lambda i, q: best_rows(lexical.scores(q.prompt + q.completion), SPARE),
         "random": lambda i, q: generator.choice(total, size=SPARE, replace=False),
     }
     found = {
-        f"Etymon{label}": [
-            _two_stage(retriever, q, ranking, seed) for q in show_progress(f"Etymon{label}", asked)
-        ]
-        for label, ranking in (("", "score"), (", normalised", "normalised"))
+        name: [_two_stage(retriever, q, ranking, seed) for q in show_progress(name.strip(), asked)]
+        for name, ranking in (("Etymon", "score"), ("Etymon, normalised", "normalised"))
     }
     for name, rank in rankings.items():
         found[name] = [rank(i, q) for i, q in enumerate(asked)]
@@ -229,12 +227,12 @@ def _show(rows: Sequence[dict[str, Any]], asked: Sequence[Asked]) -> None:
     )
     table.add_column("method")
     headings = (
-        "source first",
-        "in first ten",
-        "MRR@10",
-        "gain, nats",
-        "without source",
-        "wrong answers",
+        "source\nfirst",
+        "in first\nten",
+        "MRR\n@10",
+        "gain in\nlog p, nats",
+        "the same\nwithout source",
+        "wrong\nanswers",
     )
     for heading in headings:
         table.add_column(heading, justify="right")

@@ -17,7 +17,7 @@ from estimators.sketch import Sketch, SketchPlan
 from estimators.storage import load_estimator
 from estimators.tokens import Sequence1D, collate, plan_batches
 from index.errors import IndexMismatch
-from index.examples import Example, corpus_sha256, write_examples
+from index.examples import Example, check_ids, corpus_sha256, write_examples
 from index.files import exclusive, sha256_of, write_whole
 from index.manifest import (
     DataRecord,
@@ -91,10 +91,11 @@ def build_index(
             other inputs or settings.
         IndexBusy: another process builds in the folder.
         DiskFull: no room; run again when there is.
+        DuplicateIds: two examples have the same id.
         ValueError: the corpus cannot be read or has no row.
     """
     name, estimator, facts = load_estimator(factors)
-    _check_factors(facts, loaded)
+    check_factors(facts, loaded)
     coverage = find_layers(loaded.model, json.loads(facts["layer_patterns"]))
     loaded = replace(loaded, coverage=coverage)
     with exclusive(folder):
@@ -102,6 +103,7 @@ def build_index(
         examples = list(read_examples(source, loaded, max_tokens))
         if not examples:
             raise ValueError(f"The corpus '{source.data}' has no row.")
+        check_ids(examples)
         plan = _settle_plan(folder, loaded, factors, examples, options)
         whitening = estimator.whitening(loaded.coverage.layers, options.damping)
         sketch = Sketch(
@@ -233,7 +235,8 @@ def _settle_plan(
     return plan
 
 
-def _check_factors(facts: dict[str, str], loaded: LoadedModel) -> None:
+def check_factors(facts: dict[str, str], loaded: LoadedModel) -> None:
+    """Raise IndexMismatch unless the factors were fitted on this very model."""
     if facts["model_sha256"] != loaded.model_sha256:
         raise IndexMismatch(
             f"The factors were fitted on the model with SHA-256 {facts['model_sha256']}, "

@@ -70,6 +70,8 @@ def measure_noise(
     keep = (asked[:, None] != rows) & (norms > 0)
     cosines = exact / np.where(norms > 0, norms, 1) / query_norms[:, None]
     residuals = (proxies - cosines)[keep]
+    if not len(residuals):  # a corpus of one row
+        return NoiseRecord(predicted=sketch.predicted_noise(), measured=0.0, kurtosis=0.0, pairs=0)
     return NoiseRecord(
         predicted=sketch.predicted_noise(),
         measured=float(np.sqrt(np.mean(residuals**2))),

@@ -6,6 +6,7 @@ that the index stores, so that long or odd examples do not crowd the top; its un
 of whitened norm.
 """
 
+import math
 import secrets
 from dataclasses import dataclass, field
 from typing import Literal
@@ -210,8 +211,8 @@ class Retriever:
             raise BadQuery(
                 f"The rescoring budget must be at least k = {query.k}, got {query.budget}."
             )
-        if query.damping is not None and query.damping <= 0:
-            raise BadQuery(f"Damping must be positive, got {query.damping}.")
+        if query.damping is not None and not 0 < query.damping < math.inf:
+            raise BadQuery(f"Damping must be positive and finite, got {query.damping}.")
         try:
             plan_levels(query.k, query.recall, query.confidence, query.tail)
         except ValueError as error:

@@ -17,7 +17,6 @@ from typing import Any
 import httpx
 import pytest
 import typer
-from click.testing import Result
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -42,8 +41,22 @@ def command_modules() -> list[ModuleType]:
     return [m for m in modules if isinstance(getattr(m, "app", None), typer.Typer)]
 
 
-def invoke(module: ModuleType, *arguments: object) -> Result:
-    return CliRunner().invoke(module.app, list(map(str, arguments)), env={"COLUMNS": "200"})
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """A command that ran to its end."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def invoke(module: ModuleType, *arguments: object) -> Ended:
+    """Run a command within this process."""
+    environment = {"COLUMNS": "200"}
+    result = CliRunner().invoke(module.app, list(map(str, arguments)), env=environment)
+    if not isinstance(result.exception, SystemExit | None):
+        raise result.exception
+    return Ended(code=result.exit_code, stdout=result.stdout, stderr=result.stderr)
 
 
 def json_line(stdout: str) -> Any:
@@ -51,15 +64,14 @@ def json_line(stdout: str) -> Any:
     return json.loads(stdout.splitlines()[-1])
 
 
-def sentence(result: Result | subprocess.CompletedProcess[str]) -> str:
-    """What a failed command says: one sentence and nothing on stdout."""
-    code = result.exit_code if isinstance(result, Result) else result.returncode
-    assert code == 1
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    said: str = " ".join(result.stderr.split())
-    assert said.count("error: ") == 1
-    assert said.endswith(".")
+def sentence(ended: Ended) -> str:
+    """What a failed command says: one error and nothing on stdout."""
+    assert ended.code == 1
+    assert ended.stdout == ""
+    assert "Traceback" not in ended.stderr
+    _, error, said = " ".join(ended.stderr.split()).partition("error: ")
+    assert error
+    assert "error: " not in said
     return said
 
 
@@ -73,8 +85,8 @@ class Built:
     """A workspace with an index, and what the two commands printed."""
 
     workspace: Workspace
-    fitted: Result
-    indexed: Result
+    fitted: Ended
+    indexed: Ended
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +119,7 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("module", command_modules(), ids=lambda module: module.__name__)
 def test_help_explains_the_command(module: ModuleType) -> None:
     result = invoke(module, "--help")
-    assert result.exit_code == 0
+    assert result.code == 0
     lines = [line for line in result.stdout.splitlines() if line.strip(" │╭╮╰╯─")]
     assert len(lines) >= 5
     assert "--help" in result.stdout
@@ -122,12 +134,12 @@ def test_the_four_steps_are_commands() -> None:
 
 
 def test_fit_and_build_end_with_one_json_line(built: Built) -> None:
-    assert built.fitted.exit_code == 0, built.fitted.stderr
+    assert built.fitted.code == 0, built.fitted.stderr
     report = json_line(built.fitted.stdout)
     assert (report["estimator"], report["examples"]) == ("ekfac", len(corpus_rows()))
     assert 0 < report["attributed_share"] < 1
     assert "not attributed: transformer.wte" in built.fitted.stderr
-    assert built.indexed.exit_code == 0, built.indexed.stderr
+    assert built.indexed.code == 0, built.indexed.stderr
     report = json_line(built.indexed.stdout)
     manifest = Manifest.read(built.workspace.index)
     assert report["rows"] == manifest.data.rows == len(corpus_rows())
@@ -148,7 +160,7 @@ def test_a_finished_build_is_not_repeated(built: Built) -> None:
         *("--id-column", "id", "--document-column", "document"),
         *("--dimensions", 512, "--rank", 8, "--rows-per-shard", 7),
     )
-    assert result.exit_code == 0, result.stderr
+    assert result.code == 0, result.stderr
     assert (w.index / "manifest.json").read_bytes() == before
 
 
@@ -176,15 +188,8 @@ def test_bad_choices_are_one_sentence(
         **changes,
     }
     result = invoke(fit_estimator, *(part for pair in options.items() for part in pair))
-    assert says in sentence_of_any_width(result)
+    assert says in sentence(result)
     assert not (tmp_path / "factors").exists()
-
-
-def sentence_of_any_width(result: Result) -> str:
-    assert result.exit_code == 1
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    return " ".join(result.stderr.split())
 
 
 # Serve
@@ -195,8 +200,9 @@ def environment(**variables: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
 
 
-def run_command(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def run_command(module: str, *arguments: object) -> Ended:
+    """Run a command as a process of its own."""
+    done = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
         cwd=ROOT,
         env=environment(COLUMNS="120"),
@@ -205,6 +211,7 @@ def run_command(module: str, *arguments: object) -> subprocess.CompletedProcess[
         timeout=PATIENCE,
         check=False,
     )
+    return Ended(code=done.returncode, stdout=done.stdout, stderr=done.stderr)
 
 
 def test_serve_and_query_from_start_to_sigterm(built: Built) -> None:
@@ -249,8 +256,8 @@ def test_serve_and_query_from_start_to_sigterm(built: Built) -> None:
     assert "There is no index '[/red]'; this service has default." in sentence(refused)
 
 
-def check_answered(answered: subprocess.CompletedProcess[str]) -> None:
-    assert answered.returncode == 0, answered.stderr
+def check_answered(answered: Ended) -> None:
+    assert answered.code == 0, answered.stderr
     assert len(answered.stdout.splitlines()) == 1
     answer = json_line(answered.stdout)
     assert len(answer["results"]) == 18
@@ -270,20 +277,9 @@ def check_answered(answered: subprocess.CompletedProcess[str]) -> None:
 
 
 def test_a_missing_index_ends_serve_with_one_sentence(built: Built, tmp_path: Path) -> None:
-    folder = tmp_path / "nowhere"
-    ended = run_command(
-        "scripts.serve",
-        "--model",
-        built.workspace.model,
-        "--index",
-        f"default={folder}",
-        "--port",
-        0,
-    )
-    assert ended.returncode == 1
-    assert ended.stdout == ""
-    assert "Traceback" not in ended.stderr
-    assert "No complete index in" in ended.stderr
+    model, index = built.workspace.model, f"default={tmp_path / 'nowhere'}"
+    ended = run_command("scripts.serve", "--model", model, "--index", index, "--port", 0)
+    assert sentence(ended).startswith("No complete index in")
     assert "Uvicorn" not in ended.stderr
 
 
@@ -294,7 +290,7 @@ def test_a_damaged_index_ends_serve_with_one_sentence(built: Built, tmp_path: Pa
     result = invoke(
         serve, "--model", built.workspace.model, "--index", f"default={folder}", "--port", 0
     )
-    assert "schema version" in sentence_of_any_width(result)
+    assert "schema version" in sentence(result)
 
 
 def test_flags_reach_the_service_which_is_loaded_before_it_listens(
@@ -316,7 +312,7 @@ def test_flags_reach_the_service_which_is_loaded_before_it_listens(
         *("--index", f"default={built.workspace.index}", "--index", f"b={built.workspace.index}"),
         *("--token-budget", 512, "--max-in-flight", 3, "--dtype", "float32", "--device", "cpu"),
     )
-    assert result.exit_code == 0, result.stderr
+    assert result.code == 0, result.stderr
     ((server, sockets),) = runs
     assert len(sockets) == 1
     engine = server.config.app.state.engine  # type: ignore[union-attr]
@@ -349,7 +345,7 @@ def test_a_taken_port_ends_serve_with_one_sentence(built: Built) -> None:
     ids=str,
 )
 def test_bad_settings_end_serve_with_one_sentence(arguments: list[str], says: str) -> None:
-    assert says in sentence_of_any_width(invoke(serve, *arguments))
+    assert says in sentence(invoke(serve, *arguments))
 
 
 def test_settings_come_from_flags_then_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,7 +462,7 @@ def test_only_what_is_given_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         return httpx.Response(200, json=hostile_answer())
 
     monkeypatch.setattr(httpx, "post", post)
-    assert invoke(query, "Why?", "--url", "http://x/").exit_code == 0
+    assert invoke(query, "Why?", "--url", "http://x/").code == 0
     options = ("--k", 3, "--ranking", "score", "--recall", 0.8, "--confidence", 0.9, "--budget", 50)
     invoke(query, "Why?", "--completion", " So", "--index", "i", *options)
     first, second = asked

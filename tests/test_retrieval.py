@@ -1,0 +1,384 @@
+"""Answers are the exact ranking, as far as they claim to be; queries that make no sense are told."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from estimators.registry import ESTIMATORS
+from index.certificates.statement import Certificate
+from index.errors import IndexMismatch
+from service.models import BadQuery, LoadedModel
+from service.opening import OpenIndex, open_index
+from service.retrieval import Answer, Query, Retriever
+from tests import dense_reference as dense
+from tests.index_fixtures import CONTEXT, sentences
+
+pytest_plugins = ["tests.index_fixtures"]
+
+ROWS = 120
+ROUNDING = 1e-4  # float32 through the model and its gradients, relative to the largest score
+QUESTIONS = [
+    ("The market of Porto", " opened in 1835."),
+    ("In 1828 a fire destroyed", " the old theatre"),
+    ("Kyoto is known for", " its garden"),
+    ("Every spring", " the library in Lyon"),
+    ("Bergen", " is full of people"),
+    ("The", " museum"),
+    ("A harbour", " of Oslo rebuilt"),
+    ("Dakar opened", " in 1900"),
+]
+RANKINGS = ("score", "normalised")
+
+
+@pytest.fixture(scope="module")
+def retriever(workshop, built) -> Retriever:
+    return Retriever(open_index(built, workshop.loaded))
+
+
+@pytest.fixture(scope="module")
+def gradients(workshop, retriever) -> list[dense.Gradient]:
+    """Autograd's float64 gradient of every training row's loss, one row after another."""
+    examples = retriever.index.examples
+    sequences = [dense.Sequence1D(tokens=examples.tokens(row)) for row in range(ROWS)]
+    layers = workshop.loaded.coverage.layers
+    return dense.example_gradients(workshop.loaded.model, layers, sequences)
+
+
+def dense_scores(
+    index: OpenIndex, gradients: list[dense.Gradient], query: Query, damping: float = 0.1
+) -> np.ndarray:
+    """``-<(H + lambda)^-1 grad f, grad L(z)>`` of all rows from explicit float64 gradients."""
+    loaded = index.loaded
+    sequence = loaded.encode_query(query.prompt, query.completion)
+    copied = dense.trainable(loaded.model)
+    f = -dense.loss(copied, sequence)
+    gradient = dense.weight_gradients(copied, loaded.coverage.layers, f)
+    preconditioned = index.estimator.precondition(gradient, damping)
+    return np.array([-dense.inner_product(preconditioned, row) for row in gradients])
+
+
+def ranking_values(index: OpenIndex, scores: np.ndarray, ranking: str) -> np.ndarray:
+    return scores if ranking == "score" else scores / index.norms
+
+
+def true_recall(answer: Answer, values: np.ndarray, k: int) -> float:
+    """Share of the true top k that was found; a tie within rounding with the k-th counts."""
+    threshold = np.sort(values)[-k] - ROUNDING * np.abs(values).max()
+    return float(np.sum(values[[result.row for result in answer.results]] >= threshold)) / k
+
+
+def by_type(answer: Answer) -> dict[str, Certificate]:
+    return {certificate.type: certificate for certificate in answer.certificates}
+
+
+# --- exactness --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+@pytest.mark.parametrize(("prompt", "completion"), QUESTIONS[:4])
+def test_with_every_row_scored_the_answer_is_the_dense_ranking(
+    retriever, gradients, prompt, completion, ranking
+):
+    query = Query(
+        prompt=prompt,
+        completion=completion,
+        k=ROWS,
+        ranking=ranking,
+        budget=ROWS,
+        calibration_rows=ROWS,
+    )
+    answer = retriever.answer(query)
+    scores = dense_scores(retriever.index, gradients, query)
+    values = ranking_values(retriever.index, scores, ranking)
+    assert [r.row for r in answer.results] == np.argsort(-values, kind="stable").tolist()
+    assert [r.rank for r in answer.results] == list(range(1, ROWS + 1))
+    rows = [r.row for r in answer.results]
+    atol = ROUNDING * np.abs(scores).max()
+    np.testing.assert_allclose([r.score for r in answer.results], scores[rows], atol=atol, rtol=0)
+    for result in answer.results:
+        norm = float(retriever.index.norms[result.row])
+        assert result.gradient_norm == norm
+        assert result.normalised_score == result.score / norm
+        assert result.id == f"fact-{result.row}"
+        assert result.text == sentences()[result.row]
+    for certificate in answer.certificates:
+        assert certificate.status == "exhaustive"
+        assert certificate.recall_lower_bound == 1
+        assert certificate.confidence == 1
+    assert (answer.rescored_rows, answer.sampled_rows, answer.rows) == (0, ROWS, ROWS)
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_the_top_ten_of_a_full_budget_is_the_dense_top_ten(retriever, gradients, ranking):
+    """Here the search may stop early; the audit then scores whatever is left."""
+    for prompt, completion in QUESTIONS:
+        query = Query(
+            prompt=prompt,
+            completion=completion,
+            ranking=ranking,
+            budget=ROWS,
+            calibration_rows=8,
+            audit_rows=ROWS,
+            seed=1,
+        )
+        answer = retriever.answer(query)
+        scores = dense_scores(retriever.index, gradients, query)
+        values = ranking_values(retriever.index, scores, ranking)
+        assert [r.row for r in answer.results] == np.argsort(-values, kind="stable")[:10].tolist()
+        audit = by_type(answer)["audit"]
+        assert (audit.status, audit.recall_lower_bound) == ("exhaustive", 1)
+        assert answer.rescored_rows + answer.sampled_rows == ROWS
+
+
+def test_the_log_probability_is_the_models(workshop, retriever):
+    prompt, completion = QUESTIONS[0]
+    answer = retriever.answer(Query(prompt=prompt, completion=completion, budget=20))
+    sequence = workshop.loaded.encode_query(prompt, completion)
+    value = -float(dense.loss(workshop.loaded.model, sequence))
+    assert answer.log_probability == pytest.approx(value, rel=1e-5)
+    assert answer.completion_tokens == len(sequence.tokens) - sequence.first_target
+    assert not answer.completed_by_model
+
+
+def test_without_a_completion_the_models_own_is_explained(workshop, retriever):
+    query = Query(prompt="The bridge of", budget=20, seed=1)
+    answer = retriever.answer(query)
+    assert answer.completed_by_model
+    assert answer.completion == workshop.loaded.complete("The bridge of")
+    given = retriever.answer(replace(query, completion=answer.completion))
+    assert given.results == answer.results
+    assert not given.completed_by_model
+
+
+def test_damping_of_the_query_changes_scores_and_stays_exact(retriever, gradients):
+    prompt, completion = QUESTIONS[0]
+    usual = Query(prompt=prompt, completion=completion, k=ROWS, budget=ROWS, ranking="score")
+    usual = replace(usual, calibration_rows=ROWS)
+    found = {}
+    for damping in (None, 0.1, 0.01, 1.0):
+        answer = retriever.answer(replace(usual, damping=damping))
+        scores = dense_scores(retriever.index, gradients, usual, damping or 0.1)
+        values = np.empty(ROWS)
+        values[[r.row for r in answer.results]] = [r.score for r in answer.results]
+        np.testing.assert_allclose(values, scores, rtol=0, atol=ROUNDING * np.abs(scores).max())
+        found[damping] = values
+    np.testing.assert_array_equal(found[None], found[0.1])
+    assert np.abs(found[0.01] - found[0.1]).max() > 0.1 * np.abs(found[0.1]).max()
+    assert np.abs(found[1.0]).max() < np.abs(found[0.1]).max()  # more damping, smaller steps
+
+
+@pytest.mark.parametrize("damping", [0.03, 0.5])
+def test_proxies_follow_the_damping_of_the_query(retriever, gradients, damping):
+    prompt, completion = QUESTIONS[1]
+    query = Query(prompt=prompt, completion=completion)
+    sequence = retriever.loaded.encode_query(prompt, completion)
+    directions, _ = retriever.directions(sequence, damping)
+    scores = dense_scores(retriever.index, gradients, query, damping)
+    for ranking in RANKINGS:
+        proxies = retriever.proxies(directions, ranking)
+        values = ranking_values(retriever.index, scores, ranking)
+        residuals = (proxies.values - values) / proxies.sigmas
+        assert 0.5 < np.sqrt(np.mean(residuals**2)) < 1.5
+        assert np.abs(residuals).max() < 5
+
+
+@pytest.mark.parametrize("name", sorted(set(ESTIMATORS) - {"ekfac"}))
+def test_every_other_estimator_works_through_the_same_index(workshop, gradients, tmp_path, name):
+    manifest = workshop.build(tmp_path, factors=workshop.fit(name))
+    assert manifest.estimator.name == name
+    retriever = Retriever(open_index(tmp_path, workshop.loaded))
+    prompt, completion = QUESTIONS[2]
+    query = Query(prompt=prompt, completion=completion, budget=ROWS, calibration_rows=ROWS)
+    answer = retriever.answer(query)
+    scores = dense_scores(retriever.index, gradients, query)
+    values = ranking_values(retriever.index, scores, "normalised")
+    assert [r.row for r in answer.results] == np.argsort(-values, kind="stable")[:10].tolist()
+    np.testing.assert_allclose(
+        [r.score for r in answer.results],
+        scores[[r.row for r in answer.results]],
+        rtol=0,
+        atol=ROUNDING * np.abs(scores).max(),
+    )
+    small = retriever.answer(replace(query, budget=30, calibration_rows=16, audit_rows=16, seed=4))
+    assert set(by_type(small)) == {"sketch", "audit"}
+    assert len(small.results) == 10
+
+
+@pytest.mark.parametrize("codes", ["flat", "half"])
+def test_other_codes_work_through_the_same_index(workshop, gradients, tmp_path, codes):
+    workshop.build(tmp_path, codes=codes)
+    retriever = Retriever(open_index(tmp_path, workshop.loaded))
+    prompt, completion = QUESTIONS[3]
+    query = Query(prompt=prompt, completion=completion, budget=40, seed=2)
+    answer = retriever.answer(query)
+    scores = dense_scores(retriever.index, gradients, query)
+    values = ranking_values(retriever.index, scores, "normalised")
+    for certificate in answer.certificates:
+        bound = certificate.recall_lower_bound
+        assert bound is not None
+        assert bound <= true_recall(answer, values, 10)
+
+
+# --- small budgets ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def redrawn(workshop, built, tmp_path_factory) -> list[Retriever]:
+    """The same index under three seeds of the sketch."""
+    folders = [built]
+    for seed in (21, 22):
+        folders.append(tmp_path_factory.mktemp(f"seed{seed}"))
+        workshop.build(folders[-1], seed=seed)
+    return [Retriever(open_index(folder, workshop.loaded)) for folder in folders]
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+@pytest.mark.parametrize("k", [3, 10])
+def test_bounds_never_exceed_the_true_recall(redrawn, gradients, ranking, k):
+    """24 answers; a bound at 95 % could fail once or so, Markov's inequality leaves far more."""
+    certified = 0
+    for seed, retriever in enumerate(redrawn):
+        for number, (prompt, completion) in enumerate(QUESTIONS):
+            query = Query(
+                prompt=prompt,
+                completion=completion,
+                k=k,
+                ranking=ranking,
+                budget=50,
+                calibration_rows=16,
+                audit_rows=16,
+                seed=100 * seed + number,
+            )
+            answer = retriever.answer(query)
+            scores = dense_scores(retriever.index, gradients, query)
+            values = ranking_values(retriever.index, scores, ranking)
+            recall = true_recall(answer, values, k)
+            for certificate in answer.certificates:
+                bound = certificate.recall_lower_bound
+                assert certificate.status != "exhaustive"
+                assert (certificate.status == "certified") == (bound is not None and bound >= 0.9)
+                if bound is not None:
+                    assert bound <= recall, (seed, prompt, certificate)
+                    certified += bound >= 0.9
+            shown = [r.score if ranking == "score" else r.normalised_score for r in answer.results]
+            assert shown == sorted(shown, reverse=True)
+            assert len({r.row for r in answer.results}) == k
+            found = [values[r.row] for r in answer.results]
+            atol = ROUNDING * np.abs(values).max()
+            np.testing.assert_allclose(shown, found, rtol=0, atol=atol)
+            assert answer.rescored_rows <= 50
+            assert answer.rescored_rows + answer.sampled_rows <= 50 + 16 + 16
+    assert certified > 0
+
+
+def test_a_search_that_is_sure_stops_before_its_budget(redrawn):
+    answers = [
+        retriever.answer(
+            Query(prompt=p, completion=c, k=1, budget=ROWS, calibration_rows=8, audit_rows=0)
+        )
+        for retriever in redrawn
+        for p, c in QUESTIONS
+    ]
+    stopped = [a for a in answers if a.rescored_rows + a.sampled_rows < ROWS]
+    assert stopped
+    for answer in stopped:
+        sketch = by_type(answer)["sketch"]
+        assert sketch.status in ("certified", "refused")
+        assert sketch.observed["reached_z"] >= sketch.observed["required_z"]
+
+
+def test_without_calibration_the_bounded_tail_is_used(retriever):
+    prompt, completion = QUESTIONS[0]
+    answer = retriever.answer(
+        Query(prompt=prompt, completion=completion, budget=30, calibration_rows=0, audit_rows=0)
+    )
+    sketch = by_type(answer)["sketch"]
+    assert "calibration_rows" not in sketch.observed
+    assert any("Gaussian sketch" in assumption for assumption in sketch.assumptions)
+    assert answer.sampled_rows == 0
+    assert by_type(answer)["audit"].recall_lower_bound == 0
+
+
+def test_the_same_seed_gives_the_same_answer(retriever, workshop, built):
+    prompt, completion = QUESTIONS[4]
+    query = Query(prompt=prompt, completion=completion, budget=20, calibration_rows=8, seed=5)
+    first = retriever.answer(query)
+    again = retriever.answer(query)
+    reopened = Retriever(open_index(built, workshop.loaded)).answer(query)
+    for other in (again, reopened):
+        assert replace(other, seconds={}) == replace(first, seconds={})
+    drawn = retriever.answer(replace(query, seed=None))
+    repeated = retriever.answer(replace(query, seed=drawn.seed))
+    assert replace(repeated, seconds={}) == replace(drawn, seconds={})
+    assert drawn.seed != 5
+
+
+def test_batches_of_rescoring_change_nothing_beyond_rounding(retriever):
+    prompt, completion = QUESTIONS[5]
+    query = Query(prompt=prompt, completion=completion, k=ROWS, budget=ROWS, calibration_rows=ROWS)
+    usual = retriever.answer(query)
+    single = Retriever(retriever.index, token_budget=1).answer(query)
+    assert [r.row for r in single.results] == [r.row for r in usual.results]
+    largest = max(abs(r.score) for r in usual.results)
+    for one, other in zip(single.results, usual.results, strict=True):
+        assert one.score == pytest.approx(other.score, abs=ROUNDING * largest)
+
+
+# --- refusals ---------------------------------------------------------------------------------
+
+LONG = " ".join(sentences(10))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": ROWS + 1}, f"k must be from 1 to {ROWS}"),
+        ({"k": 0}, f"k must be from 1 to {ROWS}.*got 0"),
+        ({"k": 10, "budget": 9}, "budget must be at least k = 10, got 9"),
+        ({"prompt": ""}, "prompt is empty; give"),
+        ({"prompt": " \n"}, "prompt is empty; give"),
+        ({"completion": ""}, "completion is empty; give"),
+        ({"completion": LONG}, f"the model reads {CONTEXT} at most; shorten"),
+        ({"prompt": LONG}, f"the model reads {CONTEXT} at most; shorten"),
+        ({"prompt": LONG, "completion": None}, "leaves no room.*shorten it"),
+        ({"damping": 0.0}, "Damping must be positive and finite, got 0"),
+        ({"damping": -0.1}, "Damping must be positive and finite, got -0.1"),
+        ({"damping": math.nan}, "Damping must be positive and finite, got nan"),
+        ({"damping": math.inf}, "Damping must be positive and finite, got inf"),
+        ({"recall": 0.0}, "recall target must be above 0"),
+        ({"recall": 1.1}, "recall target must be above 0 and at most 1, got 1.1"),
+        ({"confidence": 1.0}, "confidence must be between 0 and 1"),
+    ],
+)
+def test_queries_that_make_no_sense_are_told_what_to_do(retriever, changes, message):
+    query = Query(prompt="The market", completion=" of Porto", budget=20)
+    with pytest.raises(BadQuery, match=message):
+        retriever.answer(replace(query, **changes))
+
+
+def test_another_model_is_refused_with_both_hashes(built, other_model, workshop):
+    with pytest.raises(IndexMismatch, match="another model") as caught:
+        open_index(built, other_model)
+    assert workshop.loaded.model_sha256 in str(caught.value)
+    assert other_model.model_sha256 in str(caught.value)
+
+
+def test_another_tokenizer_is_refused(built, workshop):
+    loaded: LoadedModel = replace(workshop.loaded, tokenizer_sha256="0" * 64)
+    with pytest.raises(IndexMismatch, match="another tokenizer.*0{64}"):
+        open_index(built, loaded)
+
+
+def test_one_changed_weight_is_another_model(built, workshop, tmp_path):
+    from service.models import load_model
+    from tests.index_fixtures import save
+
+    model = load_model(str(workshop.model_folder)).model
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1e-3
+    loaded = load_model(str(save(tmp_path, model, workshop.loaded.tokenizer)))
+    with pytest.raises(IndexMismatch, match="another model"):
+        open_index(built, loaded)
