@@ -56,7 +56,7 @@ def query_gradients(
         [query, in, out] a layer, and f for each query.
 
     Raises:
-        ValueError: a query has no completion token.
+        ValueError: a query has no completion token, or a layer never runs.
         NonFiniteGradientError: the model gives NaN or infinite gradients for a query.
     """
     for query in queries:
@@ -69,6 +69,12 @@ def query_gradients(
         gradients[layer.name] = -sum_over_tokens(widen(a), widen(d))
 
     losses = visit_gradients(model, layers, batch, visit)
+    idle = [layer.name for layer in layers if layer.name not in gradients]
+    if idle:
+        raise ValueError(
+            f"Layer {idle[0]} did not run for this query, so it has no gradient; leave it out with "
+            f"a layer pattern."
+        )
     name = find_non_finite(gradients)
     if name is not None:
         raise NonFiniteGradientError(

@@ -54,8 +54,8 @@ def noise_optimal_weights(
     L is the second moment of the gradient in the eigenbasis, h the inverse damped curvature; the
     first sum is the expected squared norm of a query of the same distribution as the training
     gradients, the second that of a training gradient. Alternating exact minimisation in u and in v;
-    each is a Cauchy-Schwarz optimum, so no round increases the noise. The pair is scaled so that
-    both sums are equal, which is the best relative scale between layers too: with P_l and R_l the
+    each is a Cauchy-Schwarz optimum, so no round increases the noise. The last step leaves
+    both sums equal, which is the best relative scale between layers too: with P_l and R_l the
     two sums of layer l, ``sum_l P_l / c_l * sum_l R_l c_l`` is least for ``c_l = sqrt(P_l / R_l)``.
 
     Args:
@@ -72,6 +72,4 @@ def noise_optimal_weights(
     for _ in range(rounds):
         u = ((query / v).sum(1) / (train * v).sum(1)).sqrt()
         v = ((query / u[:, None]).sum(0) / (train * u[:, None]).sum(0)).sqrt()
-    w = torch.outer(u, v)
-    scale = ((query / w).sum() / (train * w).sum()).sqrt()
-    return u * scale.sqrt(), v * scale.sqrt()
+    return u, v
