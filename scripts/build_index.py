@@ -98,7 +98,8 @@ def _show_prediction(prediction: Prediction) -> None:
     stderr.print(
         f"{prediction.rows:,} rows ({prediction.tokens:,} tokens) will take about "
         f"{prediction.disk_bytes / 1e6:,.0f} MB of disk, "
-        f"{prediction.memory_bytes / 1e6:,.0f} MB of memory and {prediction.seconds / 60:,.1f} minutes.",
+        f"{prediction.memory_bytes / 1e6:,.0f} MB of memory and "
+        f"{prediction.seconds / 60:,.1f} minutes.",
         highlight=False,
         soft_wrap=True,
     )

@@ -16,6 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 stderr = Console(stderr=True)
 """For people."""
@@ -61,8 +62,8 @@ def one_sentence_errors(command: Command) -> Command:
     def run(*arguments: Any, **options: Any) -> Any:
         try:
             return command(*arguments, **options)
-        except (ValueError, RuntimeError) as error:
-            stderr.print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        except (ValueError, RuntimeError, OSError) as error:
+            stderr.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
             raise typer.Exit(1) from error
 
     return run  # type: ignore[return-value]

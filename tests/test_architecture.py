@@ -56,5 +56,7 @@ def test_nothing_unpickles() -> None:
 
 def test_no_file_outgrows_a_reader() -> None:
     """About 400 lines is where a file wants a reason; none has one so far."""
-    long = {str(p.relative_to(ROOT)): n for p in MODULES if (n := len(p.read_text().splitlines())) > 420}
+    long = {
+        str(p.relative_to(ROOT)): n for p in MODULES if (n := len(p.read_text().splitlines())) > 420
+    }
     assert not long

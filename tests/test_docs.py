@@ -47,7 +47,7 @@ def test_every_route_is_documented(route: str) -> None:
 
 @pytest.mark.parametrize("document", [README, ARCHITECTURE, REFERENCE])
 def test_commands_in_the_documents_exist(document: str) -> None:
-    modules = set(re.findall(r"-m scripts\.(\w+)", document))
+    modules = set(re.findall(r"-m scripts\.(\w+)", document)) - {"NAME"}
     missing = [m for m in modules if not (ROOT / "scripts" / f"{m}.py").is_file()]
     assert not missing
 
