@@ -96,22 +96,35 @@ class Search:
         self.scored[fresh] = True
 
     def _adapt(self) -> None:
+        """Rescore until no unscored row's upper bound reaches the k-th best, or out of budget.
+
+        The first rows are those with the best proxies. Then, given the k-th best exact value found
+        so far, rows come in order of how many error scales their proxy lies above it (or least
+        below it): this order raises the reached z fastest, and does not spend a short budget on
+        rows whose bound is high only because their norm is. The certificate holds for any order.
+        """
         query, proxies = self.query, self.proxies
         target = plan_levels(query.k, query.recall, query.confidence, query.tail)[0]
-        bounds = proxies.values + target.z * proxies.sigmas
-        order = np.argsort(-bounds, kind="stable")
-        order = order[~self.scored[order] & ~proxies.failed[order]]
-        chunk = max(32, 2 * query.k)
-        while self.rescored < min(query.budget, len(order)):
-            threshold = self._threshold()
-            rest = order[self.rescored : query.budget]
-            wanted = int(np.sum(bounds[rest] >= threshold))
-            if wanted == 0:
-                break
-            rows = rest[: min(chunk, wanted)]
+        open_rows = ~self.scored & ~proxies.failed
+        rows = best_rows(np.where(open_rows, proxies.values, -np.inf), max(32, 2 * query.k))
+        rows = rows[open_rows[rows]]
+        chunk = len(rows)
+        while len(rows) and self.rescored < query.budget:
+            rows = rows[: query.budget - self.rescored]
             self._rescore(rows)
             self.rescored += len(rows)
             chunk = min(2 * chunk, 256)
+            candidates = np.flatnonzero(~self.scored & ~proxies.failed)
+            excess = self._excess(candidates)
+            wanted = excess >= -target.z
+            rows = candidates[wanted][best_rows(excess[wanted], chunk)]
+
+    def _excess(self, rows: Int[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
+        """Error scales by which the rows' proxies exceed the k-th best exact value found."""
+        gaps = self.proxies.values[rows] - self._threshold()
+        scales = self.proxies.sigmas[rows]
+        sure = np.where(gaps >= 0, np.inf, -np.inf)
+        return np.divide(gaps, scales, out=sure, where=scales > 0)
 
     def _unscorable(self) -> int:
         return int((self.proxies.failed | (self.scored & np.isnan(self.exact))).sum())

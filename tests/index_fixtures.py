@@ -83,11 +83,11 @@ def save_model(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> P
         bos_token_id=0,
         eos_token_id=0,
     )
-    model = GPT2LMHeadModel(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = GPT2LMHeadModel(config)
         for parameter in model.parameters():
-            parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.15 * torch.randn(parameter.shape))
     return save(folder, model, tokenizer)
 
 

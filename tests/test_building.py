@@ -516,6 +516,16 @@ def test_rows_whose_gradient_is_nan_are_on_record(broken):
 
 
 @pytest.mark.parametrize("ranking", ["score", "normalised"])
+def test_proxies_of_failed_rows_are_below_all_others(broken, ranking):
+    folder, loaded, _ = broken
+    retriever = Retriever(open_index(folder, loaded))
+    directions, _ = retriever.directions(loaded.encode_query("The bridge", " of Porto"))
+    proxies = retriever.proxies(directions, ranking)
+    assert (proxies.values == -np.inf).nonzero()[0].tolist() == [7, 33]
+    assert proxies.failed.nonzero()[0].tolist() == [7, 33]
+
+
+@pytest.mark.parametrize("ranking", ["score", "normalised"])
 @pytest.mark.parametrize("calibration_rows", [0, 16, 60])
 @pytest.mark.parametrize("audit_rows", [0, 60])
 def test_failed_rows_are_never_served_and_lower_every_bound(

@@ -1,20 +1,22 @@
-"""Answers are the exact ranking, as far as they claim to be; queries that make no sense are told."""
+"""Answers are the exact ranking as far as they claim; senseless queries are told so."""
 
+import itertools
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from estimators.registry import ESTIMATORS
 from index.certificates.statement import Certificate
 from index.errors import IndexMismatch
-from service.models import BadQuery, LoadedModel
+from service.models import BadQuery, LoadedModel, load_model
 from service.opening import OpenIndex, open_index
 from service.retrieval import Answer, Query, Retriever
 from tests import dense_reference as dense
-from tests.index_fixtures import CONTEXT, sentences
+from tests.index_fixtures import CONTEXT, save, sentences
 
 pytest_plugins = ["tests.index_fixtures"]
 
@@ -62,6 +64,25 @@ def dense_scores(
 
 def ranking_values(index: OpenIndex, scores: np.ndarray, ranking: str) -> np.ndarray:
     return scores if ranking == "score" else scores / index.norms
+
+
+@pytest.fixture(scope="module")
+def truth(retriever, gradients) -> dict[str, np.ndarray]:
+    """Dense scores of all rows by prompt."""
+    return {
+        prompt: dense_scores(
+            retriever.index, gradients, Query(prompt=prompt, completion=completion)
+        )
+        for prompt, completion in QUESTIONS
+    }
+
+
+def small_query(number: int, seed: int, **changes: object) -> Query:
+    prompt, completion = QUESTIONS[number]
+    query = Query(
+        prompt=prompt, completion=completion, budget=50, calibration_rows=16, audit_rows=16
+    )
+    return replace(query, seed=100 * seed + number, **changes)
 
 
 def true_recall(answer: Answer, values: np.ndarray, k: int) -> float:
@@ -156,7 +177,7 @@ def test_without_a_completion_the_models_own_is_explained(workshop, retriever):
 def test_damping_of_the_query_changes_scores_and_stays_exact(retriever, gradients):
     prompt, completion = QUESTIONS[0]
     usual = Query(prompt=prompt, completion=completion, k=ROWS, budget=ROWS, ranking="score")
-    usual = replace(usual, calibration_rows=ROWS)
+    usual = replace(usual, calibration_rows=ROWS, seed=1)
     found = {}
     for damping in (None, 0.1, 0.01, 1.0):
         answer = retriever.answer(replace(usual, damping=damping))
@@ -208,82 +229,126 @@ def test_every_other_estimator_works_through_the_same_index(workshop, gradients,
 
 
 @pytest.mark.parametrize("codes", ["flat", "half"])
-def test_other_codes_work_through_the_same_index(workshop, gradients, tmp_path, codes):
-    workshop.build(tmp_path, codes=codes)
+def test_other_codes_work_through_the_same_index(workshop, truth, tmp_path, codes):
+    manifest = workshop.build(tmp_path, codes=codes)
     retriever = Retriever(open_index(tmp_path, workshop.loaded))
-    prompt, completion = QUESTIONS[3]
-    query = Query(prompt=prompt, completion=completion, budget=40, seed=2)
-    answer = retriever.answer(query)
-    scores = dense_scores(retriever.index, gradients, query)
-    values = ranking_values(retriever.index, scores, "normalised")
-    for certificate in answer.certificates:
-        bound = certificate.recall_lower_bound
-        assert bound is not None
-        assert bound <= true_recall(answer, values, 10)
+    assert manifest.codes == codes
+    residuals = []
+    for number, (prompt, completion) in enumerate(QUESTIONS):
+        sequence = retriever.loaded.encode_query(prompt, completion)
+        directions, _ = retriever.directions(sequence)
+        proxies = retriever.proxies(directions, "normalised")
+        values = ranking_values(retriever.index, truth[prompt], "normalised")
+        residuals.append((proxies.values - values) / proxies.sigmas)
+        answer = retriever.answer(small_query(number, 0, budget=ROWS, calibration_rows=ROWS))
+        assert [r.row for r in answer.results] == np.argsort(-values, kind="stable")[:10].tolist()
+    assert float(np.sqrt(np.mean(np.square(residuals)))) == pytest.approx(1, abs=0.15)
 
 
 # --- small budgets ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def redrawn(workshop, built, tmp_path_factory) -> list[Retriever]:
-    """The same index under three seeds of the sketch."""
-    folders = [built]
-    for seed in (21, 22):
-        folders.append(tmp_path_factory.mktemp(f"seed{seed}"))
-        workshop.build(folders[-1], seed=seed)
-    return [Retriever(open_index(folder, workshop.loaded)) for folder in folders]
+def redrawn(workshop, built, tmp_path_factory) -> dict[int, list[Retriever]]:
+    """The same index under three seeds of the sketch, by its rank.
+
+    No side of a layer is wider than rank 160: the first stage keeps everything, without noise.
+    """
+    retrievers = {}
+    for rank in (16, 160):
+        retrievers[rank] = []
+        for seed in (21, 22, 23):
+            folder = tmp_path_factory.mktemp(f"rank{rank}-seed{seed}")
+            workshop.build(folder, seed=seed, rank=rank)
+            retrievers[rank].append(Retriever(open_index(folder, workshop.loaded)))
+    return retrievers
 
 
+@pytest.mark.parametrize("rank", [16, 160])
 @pytest.mark.parametrize("ranking", RANKINGS)
-@pytest.mark.parametrize("k", [3, 10])
-def test_bounds_never_exceed_the_true_recall(redrawn, gradients, ranking, k):
-    """24 answers; a bound at 95 % could fail once or so, Markov's inequality leaves far more."""
-    certified = 0
-    for seed, retriever in enumerate(redrawn):
-        for number, (prompt, completion) in enumerate(QUESTIONS):
-            query = Query(
-                prompt=prompt,
-                completion=completion,
-                k=k,
-                ranking=ranking,
-                budget=50,
-                calibration_rows=16,
-                audit_rows=16,
-                seed=100 * seed + number,
-            )
+def test_bounds_keep_to_the_true_recall(redrawn, truth, rank, ranking):
+    """24 queries and sketches, k = 3 and 10, two certificates each.
+
+    Where the noise is as the certificate has it (no first stage) every bound holds here; 5 % could
+    fail, but Markov's inequality leaves far more room. With a first stage no more than 5 % fail.
+    """
+    stated, certified, violations = 0, 0, []
+    for seed, retriever in enumerate(redrawn[rank]):
+        for number, k in itertools.product(range(len(QUESTIONS)), (3, 10)):
+            query = small_query(number, seed, k=k, ranking=ranking)
             answer = retriever.answer(query)
-            scores = dense_scores(retriever.index, gradients, query)
-            values = ranking_values(retriever.index, scores, ranking)
-            recall = true_recall(answer, values, k)
+            values = ranking_values(retriever.index, truth[query.prompt], ranking)
             for certificate in answer.certificates:
                 bound = certificate.recall_lower_bound
                 assert certificate.status != "exhaustive"
                 assert (certificate.status == "certified") == (bound is not None and bound >= 0.9)
                 if bound is not None:
-                    assert bound <= recall, (seed, prompt, certificate)
+                    stated += 1
                     certified += bound >= 0.9
-            shown = [r.score if ranking == "score" else r.normalised_score for r in answer.results]
-            assert shown == sorted(shown, reverse=True)
-            assert len({r.row for r in answer.results}) == k
-            found = [values[r.row] for r in answer.results]
-            atol = ROUNDING * np.abs(values).max()
-            np.testing.assert_allclose(shown, found, rtol=0, atol=atol)
-            assert answer.rescored_rows <= 50
-            assert answer.rescored_rows + answer.sampled_rows <= 50 + 16 + 16
-    assert certified > 0
+                    if bound > true_recall(answer, values, k) + 1e-9:
+                        violations.append((seed, certificate))
+    assert certified > 20  # the bounds are not kept by stating nothing
+    allowed = 0 if rank == 160 else stats.binom.isf(1e-3, stated, 0.05)
+    assert len(violations) <= allowed, violations
+
+
+@pytest.mark.parametrize(
+    "rank",
+    [
+        160,
+        pytest.param(
+            16,
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="the first stage errs more for rows like the query than for random rows, "
+                "which alone set and check sigma",
+            ),
+        ),
+    ],
+)
+def test_the_noise_of_the_best_rows_is_as_stated(redrawn, truth, rank):
+    """The certificate speaks of rows of the true top k, so their noise must have the scale sigma.
+
+    240 residuals in units of sigma; their root mean square is 1 within 5 % (one standard error).
+    """
+    residuals = []
+    for retriever in redrawn[rank]:
+        for prompt, completion in QUESTIONS:
+            sequence = retriever.loaded.encode_query(prompt, completion)
+            directions, _ = retriever.directions(sequence)
+            proxies = retriever.proxies(directions, "normalised")
+            values = ranking_values(retriever.index, truth[prompt], "normalised")
+            best = np.argsort(-values)[:10]
+            residuals.append(((proxies.values - values) / proxies.sigmas)[best])
+    assert float(np.sqrt(np.mean(np.square(residuals)))) < 1.15
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_small_budgets_give_ranked_exact_scores(redrawn, truth, ranking):
+    for number in range(len(QUESTIONS)):
+        retriever = redrawn[16][0]
+        query = small_query(number, 0, ranking=ranking, budget=20)
+        answer = retriever.answer(query)
+        shown = [r.score if ranking == "score" else r.normalised_score for r in answer.results]
+        assert shown == sorted(shown, reverse=True)
+        assert len({r.row for r in answer.results}) == 10
+        scores = truth[query.prompt]
+        values = ranking_values(retriever.index, scores, ranking)
+        found = [values[r.row] for r in answer.results]
+        atol = ROUNDING * np.abs(values).max()
+        np.testing.assert_allclose(shown, found, rtol=0, atol=atol)
+        assert answer.rescored_rows <= 20
+        assert answer.rescored_rows + answer.sampled_rows <= 20 + 16 + 16
 
 
 def test_a_search_that_is_sure_stops_before_its_budget(redrawn):
     answers = [
-        retriever.answer(
-            Query(prompt=p, completion=c, k=1, budget=ROWS, calibration_rows=8, audit_rows=0)
-        )
-        for retriever in redrawn
-        for p, c in QUESTIONS
+        retriever.answer(small_query(number, 0, k=1, budget=ROWS, audit_rows=0))
+        for retriever in redrawn[16]
+        for number in range(len(QUESTIONS))
     ]
     stopped = [a for a in answers if a.rescored_rows + a.sampled_rows < ROWS]
-    assert stopped
+    assert len(stopped) > 12
     for answer in stopped:
         sketch = by_type(answer)["sketch"]
         assert sketch.status in ("certified", "refused")
@@ -368,14 +433,11 @@ def test_another_model_is_refused_with_both_hashes(built, other_model, workshop)
 
 def test_another_tokenizer_is_refused(built, workshop):
     loaded: LoadedModel = replace(workshop.loaded, tokenizer_sha256="0" * 64)
-    with pytest.raises(IndexMismatch, match="another tokenizer.*0{64}"):
+    with pytest.raises(IndexMismatch, match=r"another tokenizer.*0{64}"):
         open_index(built, loaded)
 
 
 def test_one_changed_weight_is_another_model(built, workshop, tmp_path):
-    from service.models import load_model
-    from tests.index_fixtures import save
-
     model = load_model(str(workshop.model_folder)).model
     with torch.no_grad():
         next(model.parameters())[0, 0] += 1e-3
