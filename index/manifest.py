@@ -53,12 +53,15 @@ class EstimatorRecord(Record):
 class NoiseRecord(Record):
     """Standard deviation of the proxy's error, in cosine units.
 
-    ``predicted`` by the sketch's own law, ``measured`` on ``pairs`` pairs of pseudo-queries and
-    rows scored exactly at the end of the build. Certificates use the larger of the two.
+    The error of a row at cosine c has variance ``noise^2 + (relative * c)^2``: the first stage errs
+    more for rows that are like the query. ``noise`` is the larger of ``predicted``, by the sketch's
+    own law, and ``measured``, on ``pairs`` pairs of pseudo-queries and rows scored exactly at the
+    end of the build; ``relative`` comes from the pairs with the largest cosines.
     """
 
     predicted: float
     measured: float
+    relative: float
     kurtosis: float
     pairs: int
 

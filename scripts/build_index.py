@@ -39,7 +39,10 @@ def main(
     dimensions: Annotated[
         int, typer.Option(help="Of the sketch, a power of two; 8 make a byte of one-bit codes.")
     ] = 16384,
-    rank: Annotated[int, typer.Option(help="Of the sketch's first stage, a side.")] = 64,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Of the sketch's first stage, a side; half the root of the dimensions."),
+    ] = None,
     codes: Annotated[str, typer.Option(help=f"One of {', '.join(CODES)}.")] = "one-bit",
     rows_per_shard: Annotated[int, typer.Option(help="What an interruption loses at most.")] = 1024,
     token_budget: options.TokenBudget = 1024,

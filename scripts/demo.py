@@ -90,6 +90,7 @@ class Demo:
             "build_index",
             *("--model", self._model, "--data", self._corpus, "--factors", self._factors),
             *("--id-column", "id", "--document-column", "document", "--out", self._index),
+            *("--dimensions", "65536"),
         )
         report["queries"] = self._ask()
         report["audit"] = self._audit()

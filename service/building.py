@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -50,7 +51,8 @@ class BuildOptions:
         max_tokens: longest window of a document, in tokens; None takes the model's context.
         damping: relative damping of the whitening (and the default of queries).
         dimensions: of the sketch; with one-bit codes an eighth of a byte each.
-        rank: of the sketch's first stage.
+        rank: of the sketch's first stage; None takes half the root of the dimensions, which keeps
+            its noise small beside that of the codes.
         codes: kind of code, see ``index.vectors.CODES``.
         rows_per_shard: the unit of work that an interrupted build loses at most.
         token_budget: padded tokens in a batch.
@@ -60,11 +62,16 @@ class BuildOptions:
     max_tokens: int | None = None
     damping: float = 0.1
     dimensions: int = 16384
-    rank: int = 64
+    rank: int | None = None
     codes: str = "one-bit"
     rows_per_shard: int = 1024
     token_budget: int = 1024
     seed: int | None = None
+
+    def sketch_plan(self, seed: int) -> SketchPlan:
+        """The sketch of these options."""
+        rank = math.isqrt(self.dimensions) // 2 if self.rank is None else self.rank
+        return SketchPlan(seed=seed, dimensions=self.dimensions, rank=max(1, rank))
 
 
 def no_progress(description: str, items: Sequence[Any]) -> Iterator[Any]:
@@ -109,7 +116,7 @@ def build_index(
         sketch = Sketch(
             loaded.coverage.layers,
             whitening,
-            SketchPlan(seed=plan["seed"], dimensions=options.dimensions, rank=options.rank),
+            options.sketch_plan(plan["seed"]),
         )
         paths = write_examples(folder, examples, options.rows_per_shard)
         job = _Job(folder=folder, loaded=loaded, sketch=sketch, options=options)
@@ -137,7 +144,7 @@ def build_index(
             sketch=SketchRecord(
                 seed=plan["seed"],
                 dimensions=options.dimensions,
-                rank=options.rank,
+                rank=sketch.plan.rank,
                 entries=sketch.entries,
                 noise=noise,
             ),

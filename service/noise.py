@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
@@ -19,6 +19,8 @@ from service.models import LoadedModel
 
 QUERIES = 16
 ROWS = 512
+LARGEST = 5
+"""Pairs a query, of the largest cosines, from which the relative noise is estimated."""
 SEED = 0
 """Of the pairs; the sketch has a seed of its own, so that the two are independent."""
 
@@ -35,9 +37,9 @@ def measure_noise(
 ) -> NoiseRecord:
     """Error of the proxy in cosine units, over pseudo-queries and rows drawn from the corpus.
 
-    A pseudo-query asks for the second half of a training example given its first half. Pairs of an
-    example with itself are left out, and ``failed`` rows. Needs a forward and backward pass over at
-    most 528 examples.
+    A pseudo-query asks for the second half of a training example given its first half. Rows are the
+    examples that the pseudo-queries are made of, for large cosines, and others at random;
+    ``failed`` rows are left out. Needs a forward and backward pass over at most 528 examples.
 
     Args:
         loaded: the model with the layers to attribute.
@@ -57,7 +59,7 @@ def measure_noise(
     asked = generator.permutation([i for i in sound if len(examples[i].tokens) >= 4])[:QUERIES]
     if not len(asked):
         raise ValueError("No example has four tokens or more; check the text column.")
-    rows = generator.permutation(sound)[:ROWS]
+    rows = np.union1d(asked, generator.permutation(sound)[:ROWS])
     queries = [_second_half(examples[i]) for i in asked]
     gradients, _ = query_gradients(loaded.model, loaded.coverage.layers, queries)
     directions = query_directions(estimator, gradients, damping)
@@ -67,16 +69,39 @@ def measure_noise(
     index.add(index.encode(units))
     proxies = np.stack([index.inner_products(query) for query in y])
     proxies /= np.linalg.norm(y, axis=1, keepdims=True)
-    keep = (asked[:, None] != rows) & (norms > 0)
     cosines = exact / np.where(norms > 0, norms, 1) / query_norms[:, None]
-    residuals = (proxies - cosines)[keep]
-    if not len(residuals):  # a corpus of one row
-        return NoiseRecord(predicted=sketch.predicted_noise(), measured=0.0, kurtosis=0.0, pairs=0)
+    return _summarise(sketch.predicted_noise(), proxies - cosines, cosines, norms > 0)
+
+
+def _summarise(
+    predicted: float,
+    residuals: Float[np.ndarray, "query row"],
+    cosines: Float[np.ndarray, "query row"],
+    live: Bool[np.ndarray, "row"],
+) -> NoiseRecord:
+    """Noise from all but each query's ``LARGEST`` cosines, relative noise from these.
+
+    The relative variance is the ratio of the mean of ``residual^2 - noise^2`` to that of
+    ``cosine^2``, plus one standard error, so that it is seldom too small. (A least-squares slope
+    would let the few largest cosines decide, where the error is relatively smallest.)
+    """
+    large = np.zeros(cosines.shape, dtype=bool)
+    np.put_along_axis(large, np.argsort(-np.abs(cosines), axis=1)[:, :LARGEST], True, axis=1)
+    small = residuals[~large & live]
+    if len(small) < 2:  # a corpus of a few rows
+        return NoiseRecord(predicted=predicted, measured=0.0, relative=0.0, kurtosis=0.0, pairs=0)
+    noise = max(predicted, float(np.sqrt(np.mean(small**2))))
+    squares = cosines[large & live] ** 2
+    excess = residuals[large & live] ** 2 - noise**2
+    slope = float(np.mean(excess) / np.mean(squares))
+    spread = excess - slope * squares
+    error = float(np.std(spread) / np.sqrt(len(spread)) / np.mean(squares))
     return NoiseRecord(
-        predicted=sketch.predicted_noise(),
-        measured=float(np.sqrt(np.mean(residuals**2))),
-        kurtosis=float(stats.kurtosis(residuals, fisher=False)),
-        pairs=int(keep.sum()),
+        predicted=predicted,
+        measured=float(np.sqrt(np.mean(small**2))),
+        relative=float(np.sqrt(max(0.0, slope + error))),
+        kurtosis=float(stats.kurtosis(small, fisher=False)),
+        pairs=len(small),
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from estimators.layers import find_layers
-from estimators.sketch import Sketch, SketchPlan
+from estimators.sketch import Sketch
 from estimators.storage import load_estimator
 from estimators.tokens import Sequence1D, collate, plan_batches
 from index.vectors import make_index
@@ -55,8 +55,8 @@ def predict_build(
     examples = list(read_examples(source, loaded, options.max_tokens or loaded.context))
     if not examples:
         raise ValueError(f"The corpus '{source.data}' has no row.")
-    plan = SketchPlan(seed=0, dimensions=options.dimensions, rank=options.rank)
-    sketch = Sketch(layers, estimator.whitening(layers, options.damping), plan)
+    whitening = estimator.whitening(layers, options.damping)
+    sketch = Sketch(layers, whitening, options.sketch_plan(seed=0))
     index = make_index(options.codes, options.dimensions)
     lengths = [len(example.tokens) for example in examples]
     batches = list(plan_batches(lengths, options.token_budget))

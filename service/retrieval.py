@@ -152,7 +152,7 @@ class Retriever:
         sequence = self.loaded.encode_query(query.prompt, completion)
         directions, log_probability = self.directions(sequence, query.damping)
         clock.stop("gradient")
-        proxies = self.proxies(directions, query.ranking)
+        proxies = self.proxies(directions, query.ranking, query.tail)
         clock.stop("scan")
         seed = secrets.randbits(62) if query.seed is None else query.seed
         scorer = GradientScorer(self.loaded, self.index.examples, directions, self._token_budget)
@@ -183,7 +183,9 @@ class Retriever:
         directions = query_directions(self.index.estimator, gradients, chosen)
         return {name: value[0] for name, value in directions.items()}, float(values[0])
 
-    def proxies(self, directions: dict[str, Tensor], ranking: Ranking) -> Proxies:
+    def proxies(
+        self, directions: dict[str, Tensor], ranking: Ranking, tail: Tail = "gaussian"
+    ) -> Proxies:
         """Sketch estimates of every row's ranking value, with their error scales."""
         sketch, norm = self.index.sketch.query({n: d[None] for n, d in directions.items()})
         y = sketch[0].cpu().numpy()
@@ -192,13 +194,17 @@ class Retriever:
         cosines = self.index.vectors.inner_products(y) / length if length else 0 * self.index.norms
         norms = self.index.norms.astype(np.float64)
         noise = self.index.manifest.sketch.noise
+        scale = max(noise.predicted, noise.measured)
+        if tail == "hoeffding":
+            scale = max(scale, math.sqrt(math.pi / (2 * self.index.manifest.sketch.dimensions)))
         live = norms > 0
         weights = norms if ranking == "score" else live.astype(np.float64)
         values = cosines * psi * weights
         values[list(self.index.failed)] = -np.inf
         return Proxies(
             values=values,
-            sigmas=max(noise.predicted, noise.measured) * psi * weights,
+            sigmas=scale * psi * weights,
+            relative=noise.relative,
             divisors=np.ones_like(norms) if ranking == "score" else np.where(live, norms, np.inf),
             failed=np.isin(np.arange(len(norms)), self.index.failed),
         )

@@ -30,15 +30,28 @@ class Proxies:
 
     Attributes:
         values: estimates; -inf for failed rows.
-        sigmas: their error scales.
+        sigmas: their error scales for rows that have nothing in common with the query.
+        relative: error scale that comes on top, as a share of a row's exact value.
         divisors: what an exact score is divided by to give the ranking value.
         failed: rows that have no finite gradient.
     """
 
     values: Float[np.ndarray, "row"]
     sigmas: Float[np.ndarray, "row"]
+    relative: float
     divisors: Float[np.ndarray, "row"]
     failed: Bool[np.ndarray, "row"]
+
+    def scales(self, exact: float | Float[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
+        """Error scale of each row's proxy if its exact value is ``exact``; 0 for empty rows.
+
+        For a row whose exact value is at least ``exact``, ``(exact - proxy) / scale`` is the least
+        number of error scales that it can be off by (up to ``1 / relative``, its limit for large
+        values), since that ratio grows with the exact value.
+        """
+        with np.errstate(invalid="ignore"):
+            scales = np.sqrt(self.sigmas**2 + np.square(self.relative * np.maximum(exact, 0)))
+        return np.where((self.sigmas > 0) & np.isfinite(scales), scales, self.sigmas)
 
 
 class Search:
@@ -122,9 +135,10 @@ class Search:
     def _excess(self, rows: Int[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
         """Error scales by which the rows' proxies exceed the k-th best exact value found."""
         gaps = self.proxies.values[rows] - self._threshold()
-        scales = self.proxies.sigmas[rows]
+        scales = self.proxies.scales(self._threshold())[rows]
         sure = np.where(gaps >= 0, np.inf, -np.inf)
-        return np.divide(gaps, scales, out=sure, where=scales > 0)
+        np.divide(gaps, scales, out=sure, where=scales > 0)
+        return sure
 
     def _unscorable(self) -> int:
         return int((self.proxies.failed | (self.scored & np.isnan(self.exact))).sum())
@@ -136,12 +150,18 @@ class Search:
         usable = (proxies.sigmas[sampled] > 0) & np.isfinite(exact)
         check = None
         if usable.any():
-            check = check_calibration(exact, proxies.values[sampled], proxies.sigmas[sampled])
+            known = np.zeros(len(proxies.values))
+            known[sampled] = exact
+            scales = proxies.scales(np.nan_to_num(known))[sampled]
+            check = check_calibration(exact, proxies.values[sampled], scales)
         tail: Tail = query.tail if check is not None else "hoeffding"
+        threshold = self._threshold()
+        unscored = ~self.scored & ~proxies.failed
+        reached = reached_z(proxies.values, proxies.scales(threshold), unscored, threshold)
+        if proxies.relative > 0 and unscored.any():
+            reached = min(reached, 1 / proxies.relative)
         evidence = SketchEvidence(
-            reached=reached_z(
-                proxies.values, proxies.sigmas, ~self.scored & ~proxies.failed, self._threshold()
-            ),
+            reached=reached,
             rows=len(proxies.values),
             rescored=int(self.scored.sum()),
             unscorable=self._unscorable(),

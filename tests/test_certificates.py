@@ -221,20 +221,17 @@ def test_unscorable_rows_lower_the_bound_of_the_audit(sample):
 
 
 def test_levels_for_ten_at_ninety_percent_by_hand():
-    """J = 1 gets 80 % of delta = 0.05; recalls 0.675, 0.45 and 0.225 (J = 3, 5, 7) share 20 %.
-
-    0.9 * 0.9 = 0.81 allows one miss as well, so it is no level of its own.
-    """
+    """J = 1 gets 70 % of delta = 0.05; half the recall, 0.45 (J = 5), gets 30 %."""
     levels = plan_levels(10, 0.9, 0.95, "gaussian")
-    assert [level.misses for level in levels] == [1, 3, 5, 7]
-    p = [0.04 * 2 / 10, 0.01 / 3 * 4 / 10, 0.01 / 3 * 6 / 10, 0.01 / 3 * 8 / 10]
+    assert [level.misses for level in levels] == [1, 5]
+    p = [0.035 * 2 / 10, 0.015 * 6 / 10]
     for level, probability in zip(levels, p, strict=True):
         assert stats.norm.sf(level.z) == pytest.approx(probability, rel=1e-9)
-    assert levels[0].z == pytest.approx(2.4089, abs=1e-4)  # normal table: 1 - 0.9920
+    assert levels[0].z == pytest.approx(2.4573, abs=1e-4)  # normal table: 1 - 0.9930
     bounded = plan_levels(10, 0.9, 0.95, "hoeffding")
     for level, probability in zip(bounded, p, strict=True):
         assert math.exp(-(level.z**2) / 2) == pytest.approx(probability, rel=1e-9)
-    assert bounded[0].z == pytest.approx(math.sqrt(2 * math.log(125)))
+    assert bounded[0].z == pytest.approx(math.sqrt(2 * math.log(1 / 0.007)))
 
 
 def test_one_result_has_one_level_and_all_of_the_error_probability():
@@ -323,10 +320,10 @@ def test_statuses_of_the_sketch_certificate():
     assert "at least 9 of the 10" in enough.sentence
     assert enough.observed["required_z"] == z
     short = certify_sketch(evidence(z - 1e-9), 10, 0.9, 0.95, "gaussian")
-    assert (short.status, short.recall_lower_bound) == ("not certified", 0.0)
-    assert "no recall" in short.sentence
+    assert (short.status, short.recall_lower_bound) == ("not certified", 0.5)
     hopeless = certify_sketch(evidence(-math.inf), 10, 0.9, 0.95, "gaussian")
     assert (hopeless.status, hopeless.recall_lower_bound) == ("not certified", 0.0)
+    assert "no recall" in hopeless.sentence
     assert hopeless.observed["reached_z"] == "-inf"
 
 
@@ -439,6 +436,7 @@ def one_search(query: np.ndarray, rows: np.ndarray, tail: str, seed: int) -> tup
     proxies = Proxies(
         values=codes @ y / np.linalg.norm(y) * scale,
         sigmas=np.full(len(rows), scale),
+        relative=0.0,
         divisors=np.ones(len(rows)),
         failed=np.zeros(len(rows), dtype=bool),
     )
@@ -481,6 +479,7 @@ def test_a_sketch_that_errs_three_times_as_stated_is_refused():
     proxies = Proxies(
         values=truth + 0.15 * generator.standard_normal(len(rows)),
         sigmas=np.full(len(rows), 0.05),
+        relative=0.0,
         divisors=np.ones(len(rows)),
         failed=np.zeros(len(rows), dtype=bool),
     )

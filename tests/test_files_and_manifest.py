@@ -53,7 +53,7 @@ def example_manifest() -> Manifest:
             dimensions=1024,
             rank=8,
             entries=512,
-            noise=NoiseRecord(predicted=0.1, measured=0.11, kurtosis=3.0, pairs=100),
+            noise=NoiseRecord(predicted=0.1, measured=0.11, relative=0.02, kurtosis=3.0, pairs=100),
         ),
         codes="one-bit",
         bytes_per_row=140,

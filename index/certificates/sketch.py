@@ -9,8 +9,8 @@ most ``k p(z)`` and, by Markov's inequality, whatever the dependence between row
     P(more than J misses) <= k p(z) / (J + 1).
 
 The z of each recall level is fixed by k, the level and the confidence before anything is scored.
-The level asked for gets most of the error probability and a few lower levels share the rest, so
-that an early stop can still report the best level reached (a union bound over levels).
+The level asked for gets most of the error probability and one lower level the rest, so that an
+early stop can still report the better of those it reached (a union bound over levels).
 """
 
 import math
@@ -25,12 +25,13 @@ from index.certificates.statement import Certificate, allowed_misses, check_conf
 
 Tail = Literal["gaussian", "hoeffding"]
 """p(z): "gaussian" is Phi(-z), checked on exactly scored rows; "hoeffding" is exp(-z^2 / 2), proved
-for sign codes of a dense Gaussian sketch with sigma = |psi| |phi| sqrt(pi / (2 k))."""
+for sign codes of a dense Gaussian sketch with sigma at least |psi| |phi| sqrt(pi / (2 k))."""
 
-TARGET_SHARE = 0.8
-"""Share of the error probability spent on the level asked for; the lower levels share the rest."""
-LOWER_LEVELS = (0.9, 0.75, 0.5, 0.25)
-"""Lower levels, as shares of the recall asked for."""
+TARGET_SHARE = 0.7
+"""Share of the error probability spent on the level asked for; the lower level has the rest. With
+more levels, or less for them, their z would lie above the target's and they would never apply."""
+LOWER_LEVEL = 0.5
+"""The lower level, as a share of the recall asked for."""
 CHECK_LEVEL = 1e-3
 """How often the calibration check refuses a sketch whose noise is as assumed."""
 
@@ -44,21 +45,20 @@ class Level:
 
 
 def plan_levels(k: int, recall: float, confidence: float, tail: Tail) -> tuple[Level, ...]:
-    """The level asked for, then the lower ones, with their z.
+    """The level asked for, then a lower one (unless it is the same), with their z.
 
     Raises:
         ValueError: k, recall or confidence out of range.
     """
     check_confidence(confidence)
     target = allowed_misses(k, recall)
-    lower = sorted({allowed_misses(k, recall * share) for share in LOWER_LEVELS} - {target})
+    lower = allowed_misses(k, recall * LOWER_LEVEL)
     delta = 1 - confidence
-    first = delta * (TARGET_SHARE if lower else 1)
-    levels = [Level(misses=target, z=_quantile(first * (target + 1) / k, tail))]
-    for misses in lower:
-        part = delta * (1 - TARGET_SHARE) / len(lower)
-        levels.append(Level(misses=misses, z=_quantile(part * (misses + 1) / k, tail)))
-    return tuple(levels)
+    shares = {target: 1.0} if lower == target else {target: TARGET_SHARE, lower: 1 - TARGET_SHARE}
+    return tuple(
+        Level(misses=misses, z=_quantile(delta * share * (misses + 1) / k, tail))
+        for misses, share in shares.items()
+    )
 
 
 def _quantile(probability: float, tail: Tail) -> float:
@@ -196,7 +196,11 @@ def _assumptions(tail: Tail) -> tuple[str, ...]:
     drawn = "the sketch's seed is independent of the corpus and of the query"
     if tail == "hoeffding":
         return (drawn, "the sketch behaves like sign codes of a dense Gaussian sketch")
-    return (drawn, "each row's sketch noise has normal tails of the calibrated scale (checked)")
+    return (
+        drawn,
+        "each row's sketch noise has normal tails of the scale measured at the build (checked on "
+        "random rows)",
+    )
 
 
 def _observed(evidence: SketchEvidence, required: float) -> dict[str, float | int | str]:
