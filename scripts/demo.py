@@ -84,6 +84,7 @@ class Demo:
             "2/6 Fit EK-FAC curvature factors",
             "fit_estimator",
             *("--model", self._model, "--data", self._corpus, "--out", self._factors),
+            *("--examples", "2048"),
         )
         report["build"] = _step(
             "3/6 Build the index",
@@ -95,7 +96,7 @@ class Demo:
         report["queries"] = self._ask()
         report["audit"] = self._audit()
         report["table"] = _step(
-            "6/6 Compare methods over 120 queries",
+            "6/6 Compare methods over 100 queries",
             "evaluate_demo",
             *("--model", self._model, "--index", self._index, "--queries", self._queries),
         )
@@ -134,7 +135,7 @@ class Demo:
         pool = self._read_queries()
         lines = [
             json.dumps({"prompt": q["prompt"], "completion": q["completion"]})
-            for q in pool[:: max(1, len(pool) // 24)][:24]
+            for q in pool[:: max(1, len(pool) // 16)][:16]
         ]
         asked.write_text("\n".join(lines))
         report = _step(
