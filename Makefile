@@ -2,6 +2,7 @@
 # make test   set up, then run the tests
 # make lint   formatting, lint and types
 #
+# ARGS     further arguments of the demo, e.g. ARGS=--record
 # PYTHON   the interpreter to build the environment from
 # VENV     where the environment is
 # PIP      further arguments of pip install, e.g. an index of CPU-only PyTorch builds:
@@ -32,7 +33,7 @@ endif
 	@touch $@
 
 demo: $(READY)
-	@$(BIN)/python -m scripts.demo
+	@$(BIN)/python -m scripts.demo $(ARGS)
 
 test: $(READY)
 	@$(BIN)/python -m pytest -q

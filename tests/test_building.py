@@ -111,7 +111,7 @@ def test_the_noise_on_record_is_that_of_the_index(workshop, built):
         scores = np.array([exact[row] for row in range(120)])
         residuals.append((proxies.values - scores) * cosine)
     assert np.std(residuals) == pytest.approx(noise.measured, rel=0.25)
-    assert noise.pairs == 16 * 120 - 16
+    assert noise.pairs == 16 * (120 - 5)  # the five largest cosines of each query are apart
 
 
 @pytest.mark.parametrize("options", [{"rows_per_shard": 16}, {"token_budget": 40}])
