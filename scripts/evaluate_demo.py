@@ -229,7 +229,8 @@ def _show(rows: Sequence[dict[str, Any]], asked: Sequence[Asked]) -> None:
         padding=(0, 1, 0, 0),
         caption="Source columns: the document that states the fact among the examples found. "
         "Gains: change of log p(completion) in nats, with its standard error, by one plain "
-        "gradient step on the ten best examples; such a step favours the dot product by construction. "
+        "gradient step on the ten best examples; such a step favours the dot product by "
+        "construction. "
         "'exhaustive' is exact EK-FAC over every example; Etymon is the two-stage answer.",
         caption_justify="left",
     )
