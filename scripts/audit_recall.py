@@ -16,7 +16,8 @@ from scripts.console import one_sentence_errors, print_json, show_progress, stde
 from service.exhaustive import exact_scores
 from service.models import load_model
 from service.opening import open_index
-from service.retrieval import Answer, Query, Retriever
+from service.query import Query
+from service.retrieval import Answer, Retriever
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 TIE = 1e-5

@@ -22,7 +22,8 @@ from scripts.tail_patch import TailPatch
 from service.exhaustive import exact_scores
 from service.models import load_model
 from service.opening import open_index
-from service.retrieval import Query, Retriever
+from service.query import Query
+from service.retrieval import Retriever
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 DEPTH = 10

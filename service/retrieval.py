@@ -9,7 +9,6 @@ of whitened norm.
 import math
 import secrets
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -20,45 +19,9 @@ from index.certificates.sketch import Tail, plan_levels
 from index.certificates.statement import Certificate
 from service.models import BadQuery
 from service.opening import OpenIndex
+from service.query import Query, Ranking
 from service.scoring import GradientScorer
 from service.search import Clock, Proxies, Search
-
-Ranking = Literal["score", "normalised"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Query:
-    """What to find, and how sure to be.
-
-    Attributes:
-        prompt: what the model was asked.
-        completion: what it said, tokenised by itself (begin it with its space); None lets the
-            model complete the prompt greedily.
-        k: how many training examples to return.
-        ranking: by "score" or "normalised".
-        recall: recall of the exact top k to certify.
-        confidence: of each certificate.
-        budget: most rows to rescore exactly because of their proxies; the sampled rows of the two
-            checks below come on top.
-        calibration_rows: rows drawn uniformly to check the sketch's noise for this query.
-        audit_rows: rows drawn uniformly among those not rescored, for the audit certificate.
-        damping: relative; None takes the index's own.
-        tail: assumed law of the sketch's noise.
-        seed: of the two samples; None draws one, which the answer reports.
-    """
-
-    prompt: str
-    completion: str | None = None
-    k: int = 10
-    ranking: Ranking = "normalised"
-    recall: float = 0.9
-    confidence: float = 0.95
-    budget: int = 1000
-    calibration_rows: int = 64
-    audit_rows: int = 64
-    damping: float | None = None
-    tail: Tail = "gaussian"
-    seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ from index.manifest import (
     ModelRecord,
     NoiseRecord,
 )
-from service.retrieval import Answer, Query
+from service.query import Query
+from service.retrieval import Answer
 
 SIGN_AND_UNIT = (
     "score: exact influence in nats; positive = training on the example raised "

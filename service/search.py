@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -19,9 +18,7 @@ from index.certificates.sketch import (
 )
 from index.certificates.statement import Certificate
 from index.vectors import best_rows
-
-if TYPE_CHECKING:
-    from service.retrieval import Query
+from service.query import Query
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +56,7 @@ class Search:
 
     def __init__(
         self,
-        query: "Query",
+        query: Query,
         proxies: Proxies,
         scorer: Scorer,
         seed: int,

@@ -28,7 +28,8 @@ from service.building import PLAN_NAME
 from service.corpus import CorpusSource, read_examples
 from service.models import load_model
 from service.opening import open_index
-from service.retrieval import Query, Retriever
+from service.query import Query
+from service.retrieval import Retriever
 from tests.index_fixtures import CONTEXT, RARE, save, sentences, write_jsonl
 
 pytest_plugins = ["tests.index_fixtures"]

@@ -29,7 +29,7 @@ from index.certificates.sketch import (
     reached_z,
 )
 from index.certificates.statement import allowed_misses
-from service.retrieval import Query
+from service.query import Query
 from service.search import Clock, Proxies, Search
 
 FAIR = CalibrationCheck(rows=64, mean_square=1.0, limit=1.6)

@@ -14,7 +14,8 @@ from index.certificates.statement import Certificate
 from index.errors import IndexMismatch
 from service.models import BadQuery, LoadedModel, load_model
 from service.opening import OpenIndex, open_index
-from service.retrieval import Answer, Query, Retriever
+from service.query import Query
+from service.retrieval import Answer, Retriever
 from tests import dense_reference as dense
 from tests.index_fixtures import CONTEXT, save, sentences
 

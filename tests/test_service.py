@@ -26,7 +26,8 @@ from index import errors as index_errors
 from index.errors import DiskFull, DuplicateIds, IndexBusy, IndexCorrupt, IndexMissing
 from service.app import create_app
 from service.errors import PROBLEMS, UNEXPECTED, install, problem_for
-from service.retrieval import Answer, Query, Retriever
+from service.query import Query
+from service.retrieval import Answer, Retriever
 from service.schemas import (
     CertificateSchema,
     ExampleResponse,
