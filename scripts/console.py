@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -38,16 +39,22 @@ def show_progress(description: str, items: Sequence[Any]) -> Iterable[Any]:
         TimeRemainingColumn(),
     )
     total = len(items)
+    start = time.monotonic()
     with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as progress:
         task = progress.add_task(description, total=total)
         for number, item in enumerate(items, start=1):
             yield item
             progress.advance(task)
-            done = number * 10 // total
-            if not stderr.is_terminal and done != (number - 1) * 10 // total:
-                left = progress.tasks[task].time_remaining
-                tail = "" if left is None else f", about {left:.0f} s left"
-                print(f"{description}: {number} of {total}{tail}", file=sys.stderr)
+            if not stderr.is_terminal:
+                print_progress(description, number, total, time.monotonic() - start)
+
+
+def print_progress(description: str, done: int, total: int, elapsed: float, note: str = "") -> None:
+    """A line on stderr whenever another tenth of the way is done; ``elapsed`` in seconds."""
+    if done * 10 // total != (done - 1) * 10 // total:
+        left = elapsed * (total - done) / done
+        tail = f", about {left:.0f} s left" if done < total else f", took {elapsed:.0f} s"
+        print(f"{description}: {done} of {total}{note}{tail}", file=sys.stderr, flush=True)
 
 
 def print_json(document: Any) -> None:

@@ -20,7 +20,6 @@ from typing import Annotated, Any, cast
 import torch
 import typer
 from jaxtyping import Float, Int
-from rich.console import Console
 from rich.progress import (
     Progress,
     SpinnerColumn,
@@ -34,13 +33,14 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from scripts.console import one_sentence_errors, print_json, print_progress, stderr
 from scripts.demo_corpus import FactQuery, corpus_rows, fact_queries, load_profiles
 
 BOUNDARY = "<|endoftext|>"
 CONTEXT = 128
 IGNORED = -100
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,7 @@ class AnsweredQuery(FactQuery):
 
 
 @app.command()
+@one_sentence_errors
 def main(
     out: Annotated[Path, typer.Option(help="Folder for corpus, model and queries.")],
     epochs: Annotated[int, typer.Option(min=1, help="How often each row is read.")] = Recipe.epochs,
@@ -91,12 +92,7 @@ def main(
 ) -> None:
     """Build the corpus, train the model, ask it every fact, and report as one JSON line."""
     recipe = Recipe(epochs=epochs, seed=seed, learning_rate=rate, rows_per_batch=rows)
-    try:
-        report = run(out, recipe)
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    typer.echo(json.dumps(report))
+    print_json(run(out, recipe))
 
 
 def run(out: Path, recipe: Recipe) -> dict[str, Any]:
@@ -379,13 +375,21 @@ def _progress() -> Progress:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=stderr,
+        disable=not stderr.is_terminal,
     )
 
 
 def _on_bar(progress: Progress, title: str) -> Callable[[int, int, str], None]:
     task = progress.add_task(title, total=None, note="")
-    return lambda done, total, note: progress.update(task, completed=done, total=total, note=note)
+    start = time.monotonic()
+
+    def step(done: int, total: int, note: str) -> None:
+        progress.update(task, completed=done, total=total, note=note)
+        if not stderr.is_terminal:
+            print_progress(title, done, total, time.monotonic() - start, note and f", {note}")
+
+    return step
 
 
 if __name__ == "__main__":
