@@ -1,8 +1,8 @@
 # make demo   set up, then run the main job on real text (about ten minutes on two cores)
 # make test   set up, then run the tests
+# make record  time setup, test and demo in a fresh clone; keeps the figures
 # make lint   formatting, lint and types
 #
-# ARGS     further arguments of the demo, e.g. ARGS=--record
 # PYTHON   the interpreter to build the environment from
 # VENV     where the environment is
 # PIP      further arguments of pip install, e.g. an index of CPU-only PyTorch builds:
@@ -17,7 +17,7 @@ READY := $(VENV)/.ready
 GPU := $(shell $(PYTHON) -c "import torch; print('yes' if torch.cuda.is_available() else '')" 2>/dev/null)
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test record lint format clean
 
 setup: $(READY)
 
@@ -33,10 +33,13 @@ endif
 	@touch $@
 
 demo: $(READY)
-	@$(BIN)/python -m scripts.demo $(ARGS)
+	@$(BIN)/python -m scripts.demo
 
 test: $(READY)
 	@$(BIN)/python -m pytest -q
+
+record: $(READY)
+	@$(BIN)/python -m scripts.record_commands
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .

@@ -17,7 +17,6 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from scripts.benchmark_record import write_record
 from scripts.console import one_sentence_errors, print_json, stderr
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -31,9 +30,6 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for everything; emptied first.")] = Path(
         "runs/demo"
     ),
-    record: Annotated[
-        bool, typer.Option(help="Keep the figures under docs/benchmarks/ as well.")
-    ] = False,
 ) -> None:
     """Run the main job on the CIA World Factbook with a small model trained on the spot.
 
@@ -55,8 +51,6 @@ def main(
         f"\nDone in {report['seconds'] / 60:.1f} minutes, with at most "
         f"{report['peak_memory_mb']:.0f} MB of memory in any one command."
     )
-    if record:
-        stderr.print(f"Figures kept in {write_record('demo', report)}.", highlight=False)
     demo.say_what_next()
     print_json(report)
 
