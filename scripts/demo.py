@@ -105,8 +105,11 @@ class Demo:
                 best = answer["results"][0]
                 true = best["document"] == query["document"]
                 stderr.print(
-                    f"The right answer is{query['answer']}; the document that states it is "
-                    f"'{query['document']}', the best example {'is' if true else 'is not'} of it.",
+                    f"That is right; the document that states it is '{query['document']}', and the "
+                    f"best example {'is' if true else 'is not'} of it."
+                    if query["correct"]
+                    else f"That is wrong (it is{query['answer']}), so no document states it: the "
+                    f"examples above are what made the model say it.",
                     highlight=False,
                     soft_wrap=True,
                     markup=False,

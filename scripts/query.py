@@ -156,8 +156,8 @@ def _table(results: list[dict[str, Any]]) -> Table:
         style = "green" if result["score"] >= 0 else "red"
         table.add_row(
             Text(str(result["rank"])),
-            Text(f"{result['score']:+.4g}", style=style),
-            Text(f"{result['normalised_score']:+.4g}", style=style),
+            Text(signed(result["score"]), style=style),
+            Text(signed(result["normalised_score"]), style=style),
             Text(printable(result["document"])),
             Text(shortened(printable(result["text"]))),
         )
@@ -167,11 +167,20 @@ def _table(results: list[dict[str, Any]]) -> Table:
 def _certificate(certificate: dict[str, Any]) -> Text:
     status = certificate["status"]
     style = STATUS_STYLES.get(status, "yellow")
+    if certificate["type"] == "audit" and status == "not certified":
+        status, style = "too small a sample to bound recall", "dim"
     return Text.assemble(
         (f"{certificate['type']} certificate, ", "bold"),
         (status, f"bold {style}"),
         f": {printable(certificate['sentence'])}",
     )
+
+
+def signed(value: float) -> str:
+    """A score with its sign: four digits or so, never in powers of ten unless it is tiny."""
+    if abs(value) >= 100:
+        return f"{value:+,.0f}"
+    return f"{value:+.3g}" if abs(value) < 1 else f"{value:+.2f}"
 
 
 def printable(text: str) -> str:
