@@ -266,7 +266,7 @@ def check_answered(answered: Ended) -> None:
     assert "The capital of France is Paris" in shown
     assert f"{answer['log_probability']:+.3f} nats" in shown
     for result in answer["results"]:
-        assert f"{result['score']:+.4g}" in shown
+        assert query.signed(result["score"]) in shown
         assert result["document"] in shown
     for certificate in answer["certificates"]:
         assert certificate["sentence"] in shown
@@ -478,3 +478,11 @@ def test_only_what_is_given_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         "confidence": 0.9,
         "budget": 50,
     }
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(15370.2, "+15,370"), (-116.04, "-116"), (3.0, "+3.00"), (-0.25, "-0.25"), (1e-7, "+1e-07")],
+)
+def test_scores_are_shown_with_their_sign(value, shown):
+    assert query.signed(value) == shown
