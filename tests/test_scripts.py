@@ -405,7 +405,7 @@ def test_hostile_text_is_shown_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = screen.getvalue()
     for part in ("[red]The prompt[/]", "[/x]", "[link=http://x]odd[/link]", "[/nonsense]", "[b]"):
         assert part in shown
-    for part in ("-1234", "+0.25", "(the model's own)", "1 of 3,000 rows", "0.75 s", "1 token;"):
+    for part in ("-1,234", "+0.25", "(the model's own)", "1 of 3,000 rows", "0.75 s", "1 token;"):
         assert part in shown
     assert {c for c in shown if not c.isprintable()} == {"\n"}
     assert "x x x" in shown
