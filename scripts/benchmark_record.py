@@ -4,13 +4,13 @@ import datetime
 import json
 import os
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from index.files import write_whole
+from service.versions import revision
 
 FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
 
@@ -22,18 +22,11 @@ def hardware() -> str:
     return f"cpu{os.cpu_count()}"
 
 
-def commit() -> str:
-    """The revision of the repository, marked if there are changes that it does not hold."""
-    arguments = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    done = subprocess.run(arguments, cwd=FOLDER.parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def write_record(name: str, document: dict[str, Any]) -> Path:
     """Write ``docs/benchmarks/<name>_<hardware>_<yyyymmdd>.json``; returns its path."""
     now = datetime.datetime.now(datetime.UTC)
     path = FOLDER / f"{name}_{hardware()}_{now:%Y%m%d}.json"
-    facts = {"commit": commit(), "date": now.isoformat(timespec="seconds")}
+    facts = {"commit": revision(), "date": now.isoformat(timespec="seconds")}
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     write_whole(path, json.dumps({**facts, "machine": machine, **document}, indent=1).encode())
     return path

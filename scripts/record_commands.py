@@ -11,8 +11,9 @@ from typing import Any
 
 import typer
 
-from scripts.benchmark_record import FOLDER, commit, write_record
+from scripts.benchmark_record import FOLDER, write_record
 from scripts.console import one_sentence_errors, print_json, stderr
+from service.versions import revision
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -25,7 +26,7 @@ def main() -> None:
     The clone holds what is committed; uncommitted changes are refused. About a quarter of an hour
     on two cores.
     """
-    if commit().endswith("dirty"):
+    if revision().endswith("dirty"):
         raise ValueError("There are uncommitted changes; commit them, the record names a revision.")
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "etymon"

@@ -1,6 +1,5 @@
 """The batch indexing job: examples, sketches, shards, noise, manifest; resumable at every shard."""
 
-import importlib.metadata
 import json
 import math
 import secrets
@@ -27,6 +26,7 @@ from index.manifest import (
     FileRecord,
     Manifest,
     ModelRecord,
+    NoiseRecord,
     ShardRecord,
     SketchRecord,
     SkippedRecord,
@@ -36,6 +36,7 @@ from index.vectors import make_index
 from service.corpus import CorpusSource, describe, read_examples
 from service.models import LoadedModel
 from service.noise import measure_noise
+from service.versions import versions
 
 Progress = Callable[[str, Sequence[Any]], Iterable[Any]]
 """``progress(description, items)`` yields the items on, showing people how far it is."""
@@ -113,25 +114,16 @@ def build_index(
         check_ids(examples)
         plan = _settle_plan(folder, loaded, factors, examples, options)
         whitening = estimator.whitening(loaded.coverage.layers, options.damping)
-        sketch = Sketch(
-            loaded.coverage.layers,
-            whitening,
-            options.sketch_plan(plan["seed"]),
-        )
+        sketch = Sketch(loaded.coverage.layers, whitening, options.sketch_plan(plan["seed"]))
         paths = write_examples(folder, examples, options.rows_per_shard)
         job = _Job(folder=folder, loaded=loaded, sketch=sketch, options=options)
         shards = job.run(examples, progress)
         write_whole(folder / FACTORS_NAME, factors.read_bytes())
         failed = {failed.row for shard in shards for failed in shard.failed}
+        index = make_index(options.codes, options.dimensions)
+        budget = options.token_budget
         noise = measure_noise(
-            loaded,
-            estimator,
-            options.damping,
-            sketch,
-            make_index(options.codes, options.dimensions),
-            examples,
-            failed,
-            options.token_budget,
+            loaded, estimator, options.damping, sketch, index, examples, failed, budget
         )
         manifest = Manifest(
             schema_version=1,
@@ -141,22 +133,13 @@ def build_index(
                 tokenizer_sha256=loaded.tokenizer_sha256,
             ),
             estimator=_estimator_record(name, factors, facts, loaded, options),
-            sketch=SketchRecord(
-                seed=plan["seed"],
-                dimensions=options.dimensions,
-                rank=sketch.plan.rank,
-                entries=sketch.entries,
-                noise=noise,
-            ),
+            sketch=_sketch_record(sketch, noise),
             codes=options.codes,
-            bytes_per_row=make_index(options.codes, options.dimensions).code_size + 4,
+            bytes_per_row=index.code_size + 4,
             data=_data_record(source, plan["corpus_sha256"], examples, max_tokens),
             shards=shards,
-            files=[
-                FileRecord(path=str(p.relative_to(folder)), sha256=sha256_of(p))
-                for p in [*paths, folder / FACTORS_NAME]
-            ],
-            versions=_versions(),
+            files=_file_records(folder, [*paths, folder / FACTORS_NAME]),
+            versions=versions(),
         )
         manifest.write(folder)
     return manifest
@@ -279,12 +262,15 @@ def _data_record(
     )
 
 
-def _versions() -> dict[str, str]:
-    names = ("etymon", "torch", "transformers", "numpy", "faiss-cpu", "faiss-gpu")
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def _sketch_record(sketch: Sketch, noise: NoiseRecord) -> SketchRecord:
+    return SketchRecord(
+        seed=sketch.plan.seed,
+        dimensions=sketch.plan.dimensions,
+        rank=sketch.plan.rank,
+        entries=sketch.entries,
+        noise=noise,
+    )
+
+
+def _file_records(folder: Path, paths: Sequence[Path]) -> list[FileRecord]:
+    return [FileRecord(path=str(p.relative_to(folder)), sha256=sha256_of(p)) for p in paths]

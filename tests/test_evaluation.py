@@ -7,6 +7,7 @@ import torch
 from estimators.tokens import Sequence1D
 from index.certificates.statement import Certificate
 from scripts.audit_recall import summarise
+from scripts.record_commands import measure
 from scripts.tail_patch import TailPatch
 from service import exhaustive
 from service.exhaustive import exact_scores
@@ -154,3 +155,12 @@ def test_a_prediction_counts_rows_and_comes_near_the_disk_that_a_build_takes(bui
     assert prediction.disk_bytes == pytest.approx(actual, rel=0.25)
     assert prediction.seconds > 0
     assert prediction.memory_bytes > prediction.disk_bytes
+
+
+def test_a_measured_command_gives_its_time_its_memory_and_what_it_said(tmp_path):
+    figures, said = measure(["sh", "-c", "echo one; sleep 0.2; echo two"], tmp_path)
+    assert said == "one\ntwo\n"
+    assert 0.2 < figures["seconds"] < 20
+    assert 0 < figures["largest_process_peak_memory_mb"] < 1000
+    with pytest.raises(RuntimeError, match="status 3"):
+        measure(["sh", "-c", "exit 3"], tmp_path)

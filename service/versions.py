@@ -1,0 +1,31 @@
+"""What this program is made of: library versions and the revision of its repository."""
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+NAMES = ("etymon", "torch", "transformers", "numpy", "faiss-cpu", "faiss-gpu")
+
+
+def revision() -> str:
+    """The repository's revision, ending in -dirty if files differ from it; else "unknown"."""
+    arguments = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            arguments, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:  # no git on this machine
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Versions by name, of those that are installed."""
+    found = {"python": platform.python_version(), "revision": revision()}
+    for name in NAMES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
