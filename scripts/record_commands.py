@@ -26,7 +26,8 @@ def main() -> None:
     The clone holds what is committed; uncommitted changes are refused. About a quarter of an hour
     on two cores.
     """
-    if revision().endswith("dirty"):
+    measured = revision()
+    if measured.endswith("dirty"):
         raise ValueError("There are uncommitted changes; commit them, the record names a revision.")
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "etymon"
@@ -35,7 +36,8 @@ def main() -> None:
         for target in ("setup", "test", "demo"):
             stderr.print(f"[bold]make {target}[/bold]")
             commands[f"make {target}"], output = measure(["make", target], clone)
-    document = {**json.loads(output.splitlines()[-1]), "commands": commands}
+    report = json.loads(output.splitlines()[-1])
+    document = {"commit": measured, **report, "commands": commands}
     path = write_record("demo", document)
     stderr.print(f"Figures kept in {path}.", highlight=False)
     print_json(document)
