@@ -56,9 +56,10 @@ def measure(command: list[str], folder: Path) -> tuple[dict[str, Any], str]:
     )
     assert process.stdout is not None
     lines = []
-    for line in process.stdout:
-        lines.append(line)
-        print(line, end="", file=sys.stderr)
+    with process.stdout:
+        for line in process.stdout:
+            lines.append(line)
+            print(line, end="", file=sys.stderr)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
