@@ -1,6 +1,6 @@
 """Fitting an estimator: passes over examples with labels drawn from the model."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -9,17 +9,11 @@ from torch import Tensor, nn
 from estimators.capture import visit_gradients
 from estimators.contracts import Estimator, FitVisitor
 from estimators.layers import LinearLayer
+from estimators.progress import Progress, no_progress
 from estimators.registry import estimator_class
 from estimators.tokens import Sequence1D, TokenBatch, collate, plan_batches
 
 Labels = Literal["sampled", "empirical"]
-Progress = Callable[[str, Sequence[list[int]]], Iterable[list[int]]]
-"""``progress(description, batches)`` yields the batches on, showing people how far it is."""
-
-
-def no_progress(description: str, batches: Sequence[list[int]]) -> Iterator[list[int]]:
-    """Show nothing."""
-    yield from batches
 
 
 def fit_estimator(

@@ -1,4 +1,4 @@
-"""Per-example gradients of layers, as values: sums over tokens and inner products."""
+"""Per-example gradients of layers, as values."""
 
 from collections.abc import Mapping
 
@@ -15,12 +15,6 @@ def sum_over_tokens(
 ) -> Float[Tensor, "batch in out"]:
     """``G = sum_t a_t d_t^T`` for each sequence of a batch."""
     return torch.bmm(a.transpose(1, 2), d)
-
-
-def inner_product(left: Gradients, right: Gradients) -> Tensor:
-    """Sum over layers and entries of ``left * right``; leading dimensions broadcast."""
-    parts = [(left[name] * right[name]).sum((-2, -1)) for name in left]
-    return torch.stack(parts).sum(0)
 
 
 def find_non_finite(gradients: Gradients) -> str | None:

@@ -1,6 +1,6 @@
 """Estimators by name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import cast
 
@@ -29,9 +29,5 @@ def estimator_class(name: str) -> type[Estimator]:
 
 def rebuild_estimator(name: str, tensors: Mapping[str, Tensor]) -> Estimator:
     """The estimator ``name`` from the tensors that its ``tensors()`` gave."""
-    build = cast("type[_Rebuildable]", estimator_class(name))
-    return cast(Estimator, build(tensors))
-
-
-class _Rebuildable:
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None: ...
+    build = cast(Callable[[Mapping[str, Tensor]], Estimator], estimator_class(name))
+    return build(tensors)

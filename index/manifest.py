@@ -77,12 +77,16 @@ class SketchRecord(Record):
 
 
 class DataRecord(Record):
-    """The corpus: where it came from and what it holds."""
+    """The corpus: where it came from and what it holds.
+
+    ``empty_rows`` have no token to predict, hence no gradient: kept, scored 0, never found.
+    """
 
     source: str
     sha256: str
     documents: int
     rows: int
+    empty_rows: int
     tokens: int
     max_tokens: int
 

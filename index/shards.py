@@ -1,5 +1,6 @@
 """Shards of codes and norms; a shard's receipt is written after it and marks it as whole."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -43,12 +44,13 @@ def write_shard(
         failed: rows that could not be indexed.
     """
     path = codes_path(folder, number)
-    write_whole(path, save({"codes": codes, "norms": norms.astype(np.float32)}))
+    content = save({"codes": codes, "norms": norms.astype(np.float32)})
+    write_whole(path, content)
     record = ShardRecord(
         number=number,
         first_row=first_row,
         rows=len(codes),
-        sha256=sha256_of(path),
+        sha256=hashlib.sha256(content).hexdigest(),
         failed=failed,
     )
     write_whole(receipt_path(folder, number), record.model_dump_json(indent=1).encode())

@@ -146,14 +146,14 @@ def import_faiss() -> Any:
     if len(names) > 1:
         raise RuntimeError(
             f"{' and '.join(names)} are both installed and overwrite each other; "
-            f"uninstall both and install one: pip install 'etymon[cpu]' or 'etymon[gpu]'."
+            f"uninstall both and install one: pip install -e '.[cpu]' or '.[gpu]'."
         )
     try:
         import faiss
     except ImportError as error:
         raise RuntimeError(
             "FAISS is not installed; install the extra for your machine: pip install "
-            "'etymon[cpu]' or 'etymon[gpu]'."
+            "-e '.[cpu]' or '.[gpu]'."
         ) from error
     return faiss
 

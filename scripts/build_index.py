@@ -82,12 +82,19 @@ def main(
     manifest = build_index(out, loaded, factors, source, chosen, show_progress)
     for failed in manifest.failed:
         stderr.print(f"row {failed.row} is not indexed: {failed.reason}", highlight=False)
+    if manifest.data.empty_rows:
+        stderr.print(
+            f"{manifest.data.empty_rows} rows have no token to predict; they are kept but can "
+            "never be found. Check the text column.",
+            highlight=False,
+        )
     print_json(
         {
             "out": str(out),
             "rows": manifest.data.rows,
             "documents": manifest.data.documents,
             "tokens": manifest.data.tokens,
+            "empty_rows": manifest.data.empty_rows,
             "failed_rows": len(manifest.failed),
             "bytes_per_row": manifest.bytes_per_row,
             "noise": manifest.sketch.noise.model_dump(),

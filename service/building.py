@@ -3,7 +3,7 @@
 import json
 import math
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 
 from estimators.layers import find_layers
+from estimators.progress import Progress, no_progress
 from estimators.sketch import Sketch, SketchPlan
 from estimators.storage import load_estimator
 from estimators.tokens import Sequence1D, collate, plan_batches
@@ -38,8 +39,6 @@ from service.models import LoadedModel
 from service.noise import measure_noise
 from service.versions import versions
 
-Progress = Callable[[str, Sequence[Any]], Iterable[Any]]
-"""``progress(description, items)`` yields the items on, showing people how far it is."""
 PLAN_NAME = "plan.json"
 FACTORS_NAME = "factors/estimator.safetensors"
 
@@ -73,11 +72,6 @@ class BuildOptions:
         """The sketch of these options."""
         rank = math.isqrt(self.dimensions) // 2 if self.rank is None else self.rank
         return SketchPlan(seed=seed, dimensions=self.dimensions, rank=max(1, rank))
-
-
-def no_progress(description: str, items: Sequence[Any]) -> Iterator[Any]:
-    """Show nothing."""
-    yield from items
 
 
 def build_index(
@@ -257,6 +251,7 @@ def _data_record(
         sha256=sha256,
         documents=len({example.document for example in examples}),
         rows=len(examples),
+        empty_rows=sum(len(example.tokens) < 2 for example in examples),
         tokens=sum(len(example.tokens) for example in examples),
         max_tokens=max_tokens,
     )

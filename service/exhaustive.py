@@ -1,6 +1,6 @@
 """Exact scores of every row for many queries: the ground truth that shortlists are judged by."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -8,19 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from estimators.contracts import Estimator
+from estimators.progress import Progress, no_progress
 from estimators.rescoring import query_directions, query_gradients, score_batch_for_queries
 from estimators.tokens import Sequence1D, collate, plan_batches
 from index.examples import ExampleStore
 from service.models import LoadedModel
 
-Progress = Callable[[str, Sequence[list[int]]], Iterable[list[int]]]
 MOST_BYTES = 2**30
 """Memory that the directions of one chunk of queries may take."""
-
-
-def no_progress(description: str, batches: Sequence[list[int]]) -> Iterator[list[int]]:
-    """Show nothing."""
-    yield from batches
 
 
 def exact_scores(

@@ -23,7 +23,8 @@ class Query:
         confidence: of each certificate.
         budget: most rows to rescore exactly because of their proxies; the sampled rows of the two
             checks below come on top.
-        calibration_rows: rows drawn uniformly to check the sketch's noise for this query.
+        calibration_rows: rows drawn uniformly to check the sketch's noise for this query; without
+            them a "gaussian" sketch certificate states no bound.
         audit_rows: rows drawn uniformly among those not rescored, for the audit certificate.
         damping: relative; None takes the index's own.
         tail: assumed law of the sketch's noise.

@@ -1,5 +1,6 @@
 """One query's search: adaptive exact rescoring of the best proxies, then the certificates."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -10,7 +11,6 @@ from estimators.contracts import Scorer
 from index.certificates.audit import AuditSample, certify_audit, count_above, draw_sample
 from index.certificates.sketch import (
     SketchEvidence,
-    Tail,
     certify_sketch,
     check_calibration,
     plan_levels,
@@ -131,8 +131,9 @@ class Search:
 
     def _excess(self, rows: Int[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
         """Error scales by which the rows' proxies exceed the k-th best exact value found."""
-        gaps = self.proxies.values[rows] - self._threshold()
-        scales = self.proxies.scales(self._threshold())[rows]
+        threshold = self._threshold()
+        gaps = self.proxies.values[rows] - threshold
+        scales = self.proxies.scales(threshold)[rows]
         sure = np.where(gaps >= 0, np.inf, -np.inf)
         np.divide(gaps, scales, out=sure, where=scales > 0)
         return sure
@@ -151,12 +152,15 @@ class Search:
             known[sampled] = exact
             scales = proxies.scales(np.nan_to_num(known))[sampled]
             check = check_calibration(exact, proxies.values[sampled], scales)
-        tail: Tail = query.tail if check is not None else "hoeffding"
         threshold = self._threshold()
         unscored = ~self.scored & ~proxies.failed
         reached = reached_z(proxies.values, proxies.scales(threshold), unscored, threshold)
         if proxies.relative > 0 and unscored.any():
             reached = min(reached, 1 / proxies.relative)
+        tail = query.tail
+        if tail == "gaussian" and check is None:  # unchecked noise supports no bound
+            tail = "hoeffding"
+            reached = -math.inf if unscored.any() else reached
         evidence = SketchEvidence(
             reached=reached,
             rows=len(proxies.values),

@@ -58,7 +58,13 @@ def example_manifest() -> Manifest:
         codes="one-bit",
         bytes_per_row=140,
         data=DataRecord(
-            source="Málaga.jsonl", sha256="dd" * 32, documents=5, rows=6, tokens=60, max_tokens=32
+            source="Málaga.jsonl",
+            sha256="dd" * 32,
+            documents=5,
+            rows=6,
+            empty_rows=0,
+            tokens=60,
+            max_tokens=32,
         ),
         shards=[
             ShardRecord(number=0, first_row=0, rows=4, sha256="ee" * 32, failed=failed),
