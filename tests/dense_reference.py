@@ -210,3 +210,8 @@ def damped_solve(curvature: Tensor, gradient: Tensor, damping: float) -> Tensor:
 def inner_product(left: Gradient, right: Gradient) -> float:
     """Sum over layers of the entrywise products."""
     return sum(float((left[name] * right[name]).sum()) for name in left)
+
+
+def inner_product(left, right):
+    """Sum over layers and entries of ``left * right``; leading dimensions broadcast."""
+    return torch.stack([(left[name] * right[name]).sum((-2, -1)) for name in left]).sum(0)

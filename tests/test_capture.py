@@ -11,11 +11,12 @@ from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 
 from estimators.capture import freeze, visit_gradients
-from estimators.gradients import find_non_finite, inner_product, sum_over_tokens
+from estimators.gradients import find_non_finite, sum_over_tokens
 from estimators.layers import LinearLayer, find_layers
 from estimators.measurement import next_token_logits, sample_labels
 from estimators.tokens import Sequence1D, TokenBatch, collate, plan_batches
 from tests import dense_reference as dense
+from tests.dense_reference import inner_product
 
 EXACT = 1e-11  # float64 rounding (2e-16) through a two-block model, with room to spare
 

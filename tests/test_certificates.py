@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -486,3 +487,21 @@ def test_a_sketch_that_errs_three_times_as_stated_is_refused():
     asked = Query(prompt="p", k=K, budget=100, calibration_rows=64, audit_rows=0)
     search = Search(asked, proxies, Known(truth), seed=1)
     assert search.run(Clock())[0].status == "refused"
+
+
+def test_noise_that_was_not_checked_supports_no_bound():
+    query, rows = hard_data()
+    truth = rows @ query
+    proxies = Proxies(
+        values=truth,
+        sigmas=np.full(len(rows), 1e-6),
+        relative=0.0,
+        divisors=np.ones(len(rows)),
+        failed=np.zeros(len(rows), dtype=bool),
+    )
+    asked = Query(prompt="p", k=K, budget=len(rows) // 2, calibration_rows=0, audit_rows=0)
+    certificate = Search(asked, proxies, Known(truth), seed=1).run(Clock())[0]
+    assert (certificate.status, certificate.recall_lower_bound) == ("not certified", 0.0)
+    checked = replace(asked, calibration_rows=8)
+    certificate = Search(checked, proxies, Known(truth), seed=1).run(Clock())[0]
+    assert certificate.status == "certified"

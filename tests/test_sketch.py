@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from estimators.fitting import fit_estimator
-from estimators.gradients import inner_product
 from estimators.layers import LinearLayer, find_layers
 from estimators.rescoring import query_directions, query_gradients, score_batch_for_queries
 from estimators.sketch import Sketch, SketchPlan
 from estimators.tokens import Sequence1D, TokenBatch, collate
 from estimators.whitening import LayerWhitening
 from tests import dense_reference as dense
+from tests.dense_reference import inner_product
 
 DAMPING = 0.1
 SEEDS = 200
