@@ -212,6 +212,6 @@ def inner_product(left: Gradient, right: Gradient) -> float:
     return sum(float((left[name] * right[name]).sum()) for name in left)
 
 
-def inner_product(left, right):
+def batched_inner_product(left, right):
     """Sum over layers and entries of ``left * right``; leading dimensions broadcast."""
     return torch.stack([(left[name] * right[name]).sum((-2, -1)) for name in left]).sum(0)

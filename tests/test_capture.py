@@ -16,7 +16,7 @@ from estimators.layers import LinearLayer, find_layers
 from estimators.measurement import next_token_logits, sample_labels
 from estimators.tokens import Sequence1D, TokenBatch, collate, plan_batches
 from tests import dense_reference as dense
-from tests.dense_reference import inner_product
+from tests.dense_reference import batched_inner_product as inner_product
 
 EXACT = 1e-11  # float64 rounding (2e-16) through a two-block model, with room to spare
 

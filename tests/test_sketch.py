@@ -15,7 +15,7 @@ from estimators.sketch import Sketch, SketchPlan
 from estimators.tokens import Sequence1D, TokenBatch, collate
 from estimators.whitening import LayerWhitening
 from tests import dense_reference as dense
-from tests.dense_reference import inner_product
+from tests.dense_reference import batched_inner_product as inner_product
 
 DAMPING = 0.1
 SEEDS = 200
