@@ -1,14 +1,15 @@
 """Fitting an estimator: passes over examples with labels drawn from the model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from estimators.capture import visit_gradients
+from estimators.capture import Visitor, visit_gradients
 from estimators.contracts import Estimator, FitVisitor
 from estimators.layers import LinearLayer
+from estimators.memory import BackOff
 from estimators.progress import Progress, no_progress
 from estimators.registry import estimator_class
 from estimators.tokens import Sequence1D, TokenBatch, collate, plan_batches
@@ -52,7 +53,9 @@ def fit_estimator(
             f"check the text column."
         )
     device = next(model.parameters()).device
-    batches = list(plan_batches([len(s.tokens) for s in useful], token_budget))
+    lengths = [len(sequence.tokens) for sequence in useful]
+    batches = list(plan_batches(lengths, token_budget))
+    backing = BackOff(lengths)
     passes = 0
 
     def run_pass(description: str, visit: FitVisitor) -> int:
@@ -60,18 +63,34 @@ def fit_estimator(
         label_seed = None if labels == "empirical" else 2 * seed + passes
         passes += 1
         for positions in progress(description, batches):
-            batch = collate([useful[p] for p in positions]).to(device)
-            visit_gradients(model, layers, batch, _masked(visit, batch), label_seed)
+            counted: dict[str, set[int]] = {layer.name: set() for layer in layers}
+
+            def add(part: Sequence[int], counted: dict[str, set[int]] = counted) -> None:
+                batch = collate([useful[p] for p in part]).to(device)
+                adding = _adding(visit, batch, part, counted)
+                visit_gradients(model, layers, batch, adding, label_seed)
+
+            backing.run(positions, add)
         return len(useful)
 
     return estimator_class(name).fit(layers, run_pass)
 
 
-def _masked(visit: FitVisitor, batch: TokenBatch) -> Callable[[LinearLayer, Tensor, Tensor], None]:
+def _adding(
+    visit: FitVisitor, batch: TokenBatch, part: Sequence[int], counted: dict[str, set[int]]
+) -> Visitor:
+    """Hand masked inputs to ``visit``, except for layers that already ``counted`` these sequences.
+
+    A batch that ran out of memory in the middle of its backward pass is done again in halves: the
+    layers that it reached have counted all of it.
+    """
     mask = batch.position_mask
     positions = int(mask.sum())
 
-    def masked(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
+    def add(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
+        if counted[layer.name].issuperset(part):
+            return
         visit(layer, torch.where(mask[..., None], a, 0), d, positions)
+        counted[layer.name].update(part)
 
-    return masked
+    return add

@@ -46,11 +46,17 @@ class Covariances:
         self._dtype = torch.float32
 
     def add(self, layer: LinearLayer, a: Tensor, d: Tensor, positions: int) -> None:
-        """Add one batch: ``a`` [batch, token, in], ``d`` [batch, token, out], 0 where masked."""
+        """Add one batch: ``a`` [batch, token, in], ``d`` [batch, token, out], 0 where masked.
+
+        Both products exist before either is added: running out of memory leaves the sums alone.
+        """
+        products = []
         for total, values in zip(self._sums[layer.name], (a, d), strict=True):
             flat = widen(values).flatten(0, 1)
-            total += (flat.T @ flat).to(total)
             self._dtype = flat.dtype
+            products.append((flat.T @ flat).to(total))
+        for total, product in zip(self._sums[layer.name], products, strict=True):
+            total += product
         self._positions[layer.name] += positions
 
     def positions(self, name: str) -> int:
