@@ -23,6 +23,8 @@ have d = 0."""
 def captured(model: nn.Module, layers: Sequence[LinearLayer], visit: Visitor) -> Iterator[None]:
     """Call ``visit`` for each layer as soon as a backward pass reaches it.
 
+    Blocks of one module are handed over one after another from one hook.
+
     No weight needs ``requires_grad``: the token embeddings' output is made to require it, so frozen
     and quantised models work, and no weight gradient is computed that nobody asked for.
 
@@ -31,29 +33,35 @@ def captured(model: nn.Module, layers: Sequence[LinearLayer], visit: Visitor) ->
             forward pass (its gradient would be the sum of both uses).
     """
     handles: list[RemovableHandle] = []
-    seen: set[str] = set()
+    seen: set[nn.Module] = set()
 
-    def after_forward(layer: LinearLayer, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def after_forward(blocks: list[LinearLayer], inputs: tuple[Any, ...], output: Tensor) -> None:
         if not output.requires_grad:
             return
-        if layer.name in seen:
+        module, name = blocks[0].module, blocks[0].module_name
+        if module in seen:
             raise ValueError(
-                f"Layer {layer.name} ran twice in one forward pass; shared layers are not "
+                f"Layer {name} ran twice in one forward pass; shared layers are not "
                 f"supported, leave it out with a layer pattern."
             )
-        seen.add(layer.name)
-        activations = _with_bias_coordinate(layer, inputs[0].detach())
-        output.register_hook(  # type: ignore[no-untyped-call]
-            lambda gradient: visit(layer, activations, gradient.detach())
-        )
+        seen.add(module)
+        _check_shape(name, inputs[0])
+        activations = inputs[0].detach()
+
+        def on_gradient(gradient: Tensor) -> None:
+            for block in blocks:
+                a = _with_bias_coordinate(block, activations[..., block.inputs])
+                visit(block, a, gradient.detach()[..., block.outputs])
+
+        output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
     embeddings = getattr(model, "get_input_embeddings", None)
     if callable(embeddings):
         handles.append(embeddings().register_forward_hook(_require_grad))
-    for layer in layers:
+    for blocks in _by_module(layers):
         handles.append(
-            layer.module.register_forward_hook(
-                lambda _, inputs, output, layer=layer: after_forward(layer, inputs, output)
+            blocks[0].module.register_forward_hook(
+                lambda _, inputs, output, blocks=blocks: after_forward(blocks, inputs, output)
             )
         )
     try:
@@ -104,12 +112,22 @@ def _require_grad(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) ->
     return output if output.requires_grad else output.detach().requires_grad_(True)
 
 
-def _with_bias_coordinate(layer: LinearLayer, inputs: Tensor) -> Tensor:
+def _by_module(layers: Sequence[LinearLayer]) -> list[list[LinearLayer]]:
+    groups: dict[nn.Module, list[LinearLayer]] = {}
+    for layer in layers:
+        groups.setdefault(layer.module, []).append(layer)
+    return list(groups.values())
+
+
+def _check_shape(name: str, inputs: Tensor) -> None:
     if inputs.ndim != 3:
         raise ValueError(
-            f"Layer {layer.name} saw inputs of shape {tuple(inputs.shape)}, expected "
+            f"Layer {name} saw inputs of shape {tuple(inputs.shape)}, expected "
             f"[batch, token, feature]; leave it out with a layer pattern."
         )
+
+
+def _with_bias_coordinate(layer: LinearLayer, inputs: Tensor) -> Tensor:
     if not layer.has_bias:
         return inputs
     return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)

@@ -1,34 +1,110 @@
 """Which layers of a model are attributed, and what share of its parameters that is."""
 
 import fnmatch
+import json
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerSelection:
+    """Which layers are wanted, and how wide a block of curvature may be.
+
+    It is stored with fitted factors and in the manifest: whoever uses the factors must find the
+    same layers.
+
+    Attributes:
+        patterns: shell patterns over dotted module names; a layer is wanted if any matches.
+        widest: a side of a weight matrix with more features is split into equal blocks; None never
+            splits.
+
+    Raises:
+        ValueError: no pattern, or ``widest`` below 1.
+    """
+
+    patterns: tuple[str, ...] = ("*",)
+    widest: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.patterns:
+            raise ValueError("No layer pattern was given; '*' takes every linear layer.")
+        if self.widest is not None and self.widest < 1:
+            raise ValueError(
+                f"The widest side of a block must be 1 or more, got {self.widest}; give the number "
+                f"of features, e.g. 4096."
+            )
+
+    def to_facts(self) -> dict[str, str]:
+        """The selection as header entries of a factors file."""
+        facts = {"layer_patterns": json.dumps(self.patterns)}
+        if self.widest is not None:
+            facts["widest"] = str(self.widest)
+        return facts
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, str]) -> Self:
+        """The selection that ``to_facts`` wrote; other entries are ignored."""
+        widest = facts.get("widest")
+        return cls(
+            patterns=tuple(json.loads(facts["layer_patterns"])),
+            widest=None if widest is None else int(widest),
+        )
+
+
+EVERY_LAYER = LayerSelection()
+"""Every linear layer, unsplit."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LinearLayer:
     """An affine map inside a model: ``output = [a, 1] @ W`` with ``W`` of shape ``[in, out]``.
 
+    Or a block of one: the rows and columns of W that belong to contiguous inputs and outputs. The
+    bias belongs to the blocks of the last inputs.
+
     Attributes:
-        name: the module's dotted name in the model.
+        name: the module's dotted name in the model; of a block, with its inputs and outputs:
+            ``h.0.mlp.c_proj[0:1024,:]``.
         module: ``nn.Linear`` (weight stored ``[out, in]``) or HF ``Conv1D`` (``[in, out]``).
         in_features: inputs, the homogeneous coordinate of the bias included.
         out_features: outputs.
+        first_input: the first of the module's inputs that the block reads.
+        first_output: the first of the module's outputs that the block adds to.
     """
 
     name: str
     module: nn.Module
     in_features: int
     out_features: int
+    first_input: int = 0
+    first_output: int = 0
+
+    @property
+    def module_name(self) -> str:
+        """The module's dotted name, of a block too."""
+        return self.name.partition("[")[0]
 
     @property
     def has_bias(self) -> bool:
         """Whether the last input coordinate is the constant 1 of the bias."""
-        return getattr(self.module, "bias", None) is not None
+        end = self.first_input + self.in_features
+        return _has_bias(self.module) and end > _widths(self.module)[0]
+
+    @property
+    def inputs(self) -> slice:
+        """Which of the module's inputs the block reads, the constant 1 left out."""
+        return slice(self.first_input, self.first_input + self.in_features - int(self.has_bias))
+
+    @property
+    def outputs(self) -> slice:
+        """Which of the module's outputs the block adds to."""
+        return slice(self.first_output, self.first_output + self.out_features)
 
     @property
     def parameters(self) -> int:
@@ -38,10 +114,13 @@ class LinearLayer:
     def add_to_weights(self, step: Tensor) -> None:
         """Add ``step`` (``[in, out]``, the shape of the layer's gradient) to weight and bias."""
         weight: Tensor = self.module.weight.data  # type: ignore[assignment]
-        rows = step[:-1] if self.has_bias else step
-        weight += (rows if isinstance(self.module, Conv1D) else rows.T).to(weight.dtype)
+        rows = (step[:-1] if self.has_bias else step).to(weight.dtype)
+        if isinstance(self.module, Conv1D):
+            weight[self.inputs, self.outputs] += rows
+        else:
+            weight[self.outputs, self.inputs] += rows.T
         if self.has_bias:
-            self.module.bias.data += step[-1].to(weight.dtype)  # type: ignore[operator]
+            self.module.bias.data[self.outputs] += step[-1].to(weight.dtype)  # type: ignore[operator,index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +158,7 @@ class Coverage:
     attributed_share: float
 
 
-def find_layers(model: nn.Module, patterns: Sequence[str] = ("*",)) -> Coverage:
+def find_layers(model: nn.Module, selection: LayerSelection = EVERY_LAYER) -> Coverage:
     """List the layers to attribute: every ``nn.Linear`` and ``Conv1D`` but the output head.
 
     The output head (``model.get_output_embeddings()``) and the token embeddings are left out: their
@@ -89,7 +168,7 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = ("*",)) -> Coverage:
 
     Args:
         model: a causal language model, or any module tree in tests.
-        patterns: shell patterns over dotted module names; a layer is attributed if any matches.
+        selection: which layers are wanted.
 
     Raises:
         ValueError: no layer is left to attribute.
@@ -107,9 +186,9 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = ("*",)) -> Coverage:
         if not own and not isinstance(module, (nn.Linear, Conv1D)):
             continue
         tied = any(holders[id(p)] > 1 for p in module.parameters(recurse=False))
-        reason = _reason_to_skip(name, module, head, patterns, tied)
+        reason = _reason_to_skip(name, module, head, selection, tied)
         if reason is None:
-            layers.append(_linear_layer(name, module))
+            layers.extend(_blocks(name, module, selection.widest))
             continue
         size = sum(p.numel() for p in own)
         skipped.append(
@@ -124,8 +203,8 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = ("*",)) -> Coverage:
     if not layers:
         names = [m.name for m in skipped if m.reason.startswith("no layer pattern")]
         raise ValueError(
-            f"No layer to attribute: none of the model's linear layers matches {list(patterns)}; "
-            f"name at least one, e.g. {names[:3]}."
+            f"No layer to attribute: none of the model's linear layers matches "
+            f"{list(selection.patterns)}; name at least one, e.g. {names[:3]}."
         )
     attributed = sum(layer.parameters for layer in layers)
     return Coverage(
@@ -134,7 +213,7 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = ("*",)) -> Coverage:
 
 
 def _reason_to_skip(
-    name: str, module: nn.Module, head: nn.Module | None, patterns: Sequence[str], tied: bool
+    name: str, module: nn.Module, head: nn.Module | None, selection: LayerSelection, tied: bool
 ) -> str | None:
     if not isinstance(module, (nn.Linear, Conv1D)):
         return "not a linear layer"
@@ -142,15 +221,49 @@ def _reason_to_skip(
         return "output head"
     if tied:
         return "its weights are shared with another module"
-    if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-        return f"no layer pattern matches it ({', '.join(patterns)})"
+    if not any(fnmatch.fnmatchcase(name, pattern) for pattern in selection.patterns):
+        return f"no layer pattern matches it ({', '.join(selection.patterns)})"
     return None
 
 
-def _linear_layer(name: str, module: nn.Module) -> LinearLayer:
-    if isinstance(module, nn.Linear):
-        width, out = module.in_features, module.out_features
-    else:
-        width, out = int(module.nx), int(module.nf)  # type: ignore[arg-type]
-    bias = getattr(module, "bias", None) is not None
-    return LinearLayer(name=name, module=module, in_features=width + int(bias), out_features=out)
+def _blocks(name: str, module: nn.Module, widest: int | None) -> list[LinearLayer]:
+    """The layer, or its blocks in row-major order, one for each pair of inputs and outputs."""
+    width, out = _widths(module)
+    bias = int(_has_bias(module))
+    rows, columns = _cuts(width, widest), _cuts(out, widest)
+    return [
+        LinearLayer(
+            name=name + _block_label(rows, i, columns, j),
+            module=module,
+            in_features=rows[i + 1] - rows[i] + (bias if i == len(rows) - 2 else 0),
+            out_features=columns[j + 1] - columns[j],
+            first_input=rows[i],
+            first_output=columns[j],
+        )
+        for i in range(len(rows) - 1)
+        for j in range(len(columns) - 1)
+    ]
+
+
+def _cuts(width: int, widest: int | None) -> list[int]:
+    """Where the fewest blocks of equal size (to within one feature) begin and end."""
+    count = 1 if widest is None else math.ceil(width / widest)
+    return [width * i // count for i in range(count + 1)]
+
+
+def _block_label(rows: list[int], i: int, columns: list[int], j: int) -> str:
+    if len(rows) == len(columns) == 2:
+        return ""
+    inputs = f"{rows[i]}:{rows[i + 1]}" if len(rows) > 2 else ":"
+    outputs = f"{columns[j]}:{columns[j + 1]}" if len(columns) > 2 else ":"
+    return f"[{inputs},{outputs}]"
+
+
+def _widths(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, Conv1D):
+        return int(module.nx), int(module.nf)
+    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "bias", None), Tensor)

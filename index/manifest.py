@@ -39,12 +39,16 @@ class SkippedRecord(Record):
 
 
 class EstimatorRecord(Record):
-    """The estimator, the layers it attributes and those it leaves out."""
+    """The estimator, the layers it attributes and those it leaves out.
+
+    ``widest``: sides of weight matrices with more features are split into blocks; None: no side is.
+    """
 
     name: str
     sha256: str
     damping: float
     layer_patterns: list[str]
+    widest: int | None = None
     layers: list[str]
     attributed_share: float
     skipped: list[SkippedRecord]

@@ -1,6 +1,5 @@
 """Fit an estimator's curvature factors on training examples (two passes for EK-FAC)."""
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +8,7 @@ import numpy as np
 import typer
 
 from estimators.fitting import Labels, fit_estimator
+from estimators.layers import LayerSelection
 from estimators.registry import ESTIMATORS
 from estimators.storage import serialise_estimator
 from estimators.tokens import Sequence1D
@@ -35,6 +35,7 @@ def main(
         Labels, typer.Option(help="sampled: true Fisher (the default); empirical: own tokens.")
     ] = "sampled",
     layers: options.Layers = None,
+    widest: options.Widest = None,
     split: options.Split = "train",
     text_column: options.TextColumn = "text",
     limit: options.Limit = None,
@@ -52,8 +53,8 @@ def main(
     --data runs/demo/corpus.jsonl --out runs/demo/ekfac.safetensors
     """
     start = time.perf_counter()
-    patterns = tuple(layers or ["*"])
-    loaded = load_model(model, layer_patterns=patterns, device=device, dtype=dtype)
+    selection = LayerSelection(patterns=tuple(layers or ["*"]), widest=widest)
+    loaded = load_model(model, layers=selection, device=device, dtype=dtype)
     for module in loaded.coverage.skipped:
         stderr.print(
             f"not attributed: {module.name} ({module.kind}, {module.share:.2%} of the "
@@ -78,7 +79,7 @@ def main(
     )
     facts = {
         "model_sha256": loaded.model_sha256,
-        "layer_patterns": json.dumps(list(patterns)),
+        **selection.to_facts(),
         "labels": labels,
         "examples": str(len(sequences)),
         "seed": str(seed),

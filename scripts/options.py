@@ -17,6 +17,13 @@ Layers = Annotated[
         "All linear layers but the output head by default.",
     ),
 ]
+Widest = Annotated[
+    int | None,
+    typer.Option(
+        help="Split a layer whose inputs or outputs are more than this many into equal blocks, "
+        "each with curvature of its own: less memory and time for very wide layers."
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where to compute, e.g. cpu or cuda.")]
 DType = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Data = Annotated[

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from estimators.layers import find_layers
+from estimators.layers import LayerSelection, find_layers
 from estimators.progress import Progress, no_progress
 from estimators.sketch import Sketch, SketchPlan
 from estimators.storage import load_estimator
@@ -98,7 +98,7 @@ def build_index(
     """
     name, estimator, facts = load_estimator(factors)
     check_factors(facts, loaded)
-    coverage = find_layers(loaded.model, json.loads(facts["layer_patterns"]))
+    coverage = find_layers(loaded.model, LayerSelection.from_facts(facts))
     loaded = replace(loaded, coverage=coverage)
     with exclusive(folder):
         max_tokens = options.max_tokens or loaded.context
@@ -232,11 +232,13 @@ def _estimator_record(
     name: str, factors: Path, facts: dict[str, str], loaded: LoadedModel, options: BuildOptions
 ) -> EstimatorRecord:
     coverage = loaded.coverage
+    selection = LayerSelection.from_facts(facts)
     return EstimatorRecord(
         name=name,
         sha256=sha256_of(factors),
         damping=options.damping,
-        layer_patterns=json.loads(facts["layer_patterns"]),
+        layer_patterns=list(selection.patterns),
+        widest=selection.widest,
         layers=[layer.name for layer in coverage.layers],
         attributed_share=coverage.attributed_share,
         skipped=[SkippedRecord(**asdict(module)) for module in coverage.skipped],

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from estimators.capture import freeze
-from estimators.layers import Coverage, find_layers
+from estimators.layers import EVERY_LAYER, Coverage, LayerSelection, find_layers
 from estimators.storage import fingerprint_model
 from estimators.tokens import Sequence1D
 
@@ -121,7 +121,7 @@ class LoadedModel:
 def load_model(
     source: str,
     *,
-    layer_patterns: Sequence[str] = ("*",),
+    layers: LayerSelection = EVERY_LAYER,
     device: str = "cpu",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -130,7 +130,7 @@ def load_model(
 
     Args:
         source: what ``from_pretrained`` takes.
-        layer_patterns: shell patterns over the names of the layers to attribute.
+        layers: which layers to attribute.
         device: e.g. "cpu", "cuda".
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         trust_remote_code: run code that comes with the model.
@@ -156,7 +156,7 @@ def load_model(
         source=str(Path(source).resolve()) if Path(source).exists() else source,
         model=model,
         tokenizer=tokenizer,
-        coverage=find_layers(model, layer_patterns),
+        coverage=find_layers(model, layers),
         context=_context(model, tokenizer),
         model_sha256=fingerprint_model(model),
         tokenizer_sha256=_fingerprint_tokenizer(tokenizer),

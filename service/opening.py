@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from estimators.contracts import Estimator
-from estimators.layers import find_layers
+from estimators.layers import LayerSelection, find_layers
 from estimators.sketch import Sketch, SketchPlan
 from estimators.storage import load_estimator
 from index.errors import IndexCorrupt, IndexMismatch
@@ -56,8 +56,10 @@ def open_index(folder: Path, loaded: LoadedModel) -> OpenIndex:
         IndexMismatch: it was built with another model or tokenizer.
     """
     manifest = Manifest.read(folder)
-    patterns = manifest.estimator.layer_patterns
-    loaded = replace(loaded, coverage=find_layers(loaded.model, patterns))
+    wanted = LayerSelection(
+        patterns=tuple(manifest.estimator.layer_patterns), widest=manifest.estimator.widest
+    )
+    loaded = replace(loaded, coverage=find_layers(loaded.model, wanted))
     _check_model(manifest, loaded)
     for record in manifest.files:
         path = folder / record.path

@@ -1,6 +1,5 @@
 """What a build will take, predicted from a few of its own batches before anything is written."""
 
-import json
 import resource
 import time
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from estimators.layers import find_layers
+from estimators.layers import LayerSelection, find_layers
 from estimators.sketch import Sketch
 from estimators.storage import load_estimator
 from estimators.tokens import Sequence1D, collate, plan_batches
@@ -51,7 +50,7 @@ def predict_build(
     """
     _, estimator, facts = load_estimator(factors)
     check_factors(facts, loaded)
-    layers = find_layers(loaded.model, json.loads(facts["layer_patterns"])).layers
+    layers = find_layers(loaded.model, LayerSelection.from_facts(facts)).layers
     examples = list(read_examples(source, loaded, options.max_tokens or loaded.context))
     if not examples:
         raise ValueError(f"The corpus '{source.data}' has no row.")

@@ -56,18 +56,26 @@ def loss(model: nn.Module, sequence: Sequence1D, labels: Sequence[int] | None = 
 
 
 def weight_gradients(model: nn.Module, layers: Sequence[LinearLayer], value: Tensor) -> Gradient:
-    """Autograd's gradients of ``value`` with respect to the layers' weights and biases."""
-    modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
+    """Autograd's gradients of ``value`` with respect to the layers' weights and biases.
+
+    Of a block of a layer: its rows and columns of the whole layer's gradient.
+    """
+    modules = {layer.module_name: model.get_submodule(layer.module_name) for layer in layers}
     parameters = [p for m in modules.values() for p in (m.weight, m.bias) if p is not None]
     found = iter(torch.autograd.grad(value, parameters, retain_graph=True))
-    result = {}
+    whole = {}
     for name, module in modules.items():
         weight = next(found)
         gradient = weight if isinstance(module, Conv1D) else weight.T
         if module.bias is not None:
             gradient = torch.cat([gradient, next(found)[None]])
-        result[name] = gradient
-    return result
+        whole[name] = gradient
+    return {layer.name: whole[layer.module_name][rows_of(layer), layer.outputs] for layer in layers}
+
+
+def rows_of(layer: LinearLayer) -> slice:
+    """A layer's rows in the gradient of its module, the bias' last."""
+    return slice(layer.first_input, layer.first_input + layer.in_features)
 
 
 def example_gradients(
@@ -106,16 +114,23 @@ def example_tokens(
 
         return hook
 
-    for layer in layers:
-        copied.get_submodule(layer.name).register_forward_hook(record(layer.name))
+    for name in {layer.module_name: None for layer in layers}:
+        copied.get_submodule(name).register_forward_hook(record(name))
     result = []
     for i, sequence in enumerate(sequences):
         value = loss(copied, sequence, None if labels is None else labels[i])
         gradients = torch.autograd.grad(value, [output for _, output in recorded.values()])
+        whole = {
+            name: (a[:-1].detach(), d[0, :-1])
+            for (name, (a, _)), d in zip(recorded.items(), gradients, strict=True)
+        }
         result.append(
             {
-                name: (a[:-1].detach(), d[0, :-1])
-                for (name, (a, _)), d in zip(recorded.items(), gradients, strict=True)
+                layer.name: (
+                    whole[layer.module_name][0][:, rows_of(layer)],
+                    whole[layer.module_name][1][:, layer.outputs],
+                )
+                for layer in layers
             }
         )
     return result

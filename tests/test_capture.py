@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from estimators.capture import freeze, visit_gradients
 from estimators.gradients import find_non_finite, sum_over_tokens
-from estimators.layers import LinearLayer, find_layers
+from estimators.layers import LayerSelection, LinearLayer, find_layers
 from estimators.measurement import next_token_logits, sample_labels
 from estimators.tokens import Sequence1D, TokenBatch, collate, plan_batches
 from tests import dense_reference as dense
@@ -217,7 +217,7 @@ def own_parameters(model: nn.Module) -> dict[str, int]:
 
 @pytest.mark.parametrize("patterns", [("*",), ("*mlp*",), ("*.0.*", "*o_proj", "*attn.c_proj")])
 def test_every_skipped_module_is_named_with_its_share(model, patterns):
-    coverage = find_layers(model, patterns)
+    coverage = find_layers(model, LayerSelection(patterns=patterns))
     owner = own_parameters(model)
     total = sum(owner.values())
     attributed = {layer.name for layer in coverage.layers}
@@ -234,7 +234,7 @@ def test_every_skipped_module_is_named_with_its_share(model, patterns):
 
 
 def test_reasons_to_skip(gpt2):
-    coverage = find_layers(gpt2, ["*mlp*"])
+    coverage = find_layers(gpt2, LayerSelection(patterns=("*mlp*",)))
     reasons = {module.name: module.reason for module in coverage.skipped}
     assert reasons["lm_head"] == "output head"
     assert reasons["transformer.wte"] == "not a linear layer"
@@ -260,7 +260,10 @@ def test_layers_with_tied_weights_are_left_out():
 
 
 def test_patterns_choose_layers(llama):
-    names = [layer.name for layer in find_layers(llama, ["*.1.mlp.*", "*q_proj"]).layers]
+    names = [
+        layer.name
+        for layer in find_layers(llama, LayerSelection(patterns=("*.1.mlp.*", "*q_proj"))).layers
+    ]
     assert names == [
         "model.layers.0.self_attn.q_proj",
         "model.layers.1.self_attn.q_proj",
@@ -272,14 +275,16 @@ def test_patterns_choose_layers(llama):
 
 def test_no_matching_pattern_is_refused_with_names_that_would_match(llama):
     with pytest.raises(ValueError, match=r"\['\*\.nothing'\].*self_attn\.q_proj"):
-        find_layers(llama, ["*.nothing"])
+        find_layers(llama, LayerSelection(patterns=("*.nothing",)))
 
 
 def test_layer_that_runs_twice_is_refused_until_it_is_left_out():
     model = freeze(Toy(nn.Sequential(RunsTwice(), nn.Linear(4, 5))))
     with pytest.raises(ValueError, match=r"body\.0\.shared ran twice.*pattern"):
         hook_gradients(model, find_layers(model).layers, TOY_BATCH)
-    gradients = hook_gradients(model, find_layers(model, ["body.1"]).layers, TOY_BATCH)
+    gradients = hook_gradients(
+        model, find_layers(model, LayerSelection(patterns=("body.1",))).layers, TOY_BATCH
+    )
     assert list(gradients) == ["body.1"]
 
 

@@ -15,7 +15,7 @@ from estimators.ekfac import EKFac, rotated_gradients
 from estimators.fitting import fit_estimator
 from estimators.identity import Identity
 from estimators.kfac import KFac
-from estimators.layers import LinearLayer, find_layers
+from estimators.layers import LayerSelection, LinearLayer, find_layers
 from estimators.measurement import next_token_logits, sample_labels
 from estimators.registry import ESTIMATORS, estimator_class, rebuild_estimator
 from estimators.rescoring import query_directions, query_gradients, score_batch_for_queries
@@ -241,7 +241,7 @@ def test_ekfac_is_closer_to_the_empirical_fisher_than_kfac(model, sequences):
 
 
 def test_gauss_newton_is_the_fisher(gpt2, sequences):
-    layers = find_layers(gpt2, ["*.1.*"]).layers
+    layers = find_layers(gpt2, LayerSelection(patterns=("*.1.*",))).layers
     few = sequences[:3]
     fisher = dense.fisher_blocks(gpt2, layers, few)
     assert dense.worst_error(dense.gauss_newton_blocks(gpt2, layers, few), fisher) < 1e-11
@@ -466,13 +466,15 @@ def test_unknown_estimator_lists_the_names():
 
 
 def test_factors_that_do_not_fit_are_refused(gpt2, sequences):
-    layers = find_layers(gpt2, ["*.0.mlp.*"]).layers
+    layers = find_layers(gpt2, LayerSelection(patterns=("*.0.mlp.*",))).layers
     tensors = dict(fit_estimator("ekfac", gpt2, layers, sequences).tensors())
     estimator = EKFac(tensors)
     with pytest.raises(ValueError, match=r"transformer\.h\.1\.mlp\.c_fc; they exist for \['trans"):
         estimator.precondition({"transformer.h.1.mlp.c_fc": torch.ones(9, 12)}, DAMPING)
     with pytest.raises(ValueError, match=r"h\.1\.mlp\.c_fc; they exist"):
-        estimator.whitening(find_layers(gpt2, ["*.1.mlp.c_fc"]).layers, DAMPING)
+        estimator.whitening(
+            find_layers(gpt2, LayerSelection(patterns=("*.1.mlp.c_fc",))).layers, DAMPING
+        )
     del tensors["transformer.h.0.mlp.c_fc.right"]
     with pytest.raises(ValueError, match=r"h\.0\.mlp\.c_fc lack 'right'; fit again"):
         EKFac(tensors)

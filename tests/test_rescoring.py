@@ -132,7 +132,7 @@ def nudged(
     """A copy of the model with ``size * steps`` added to the weights of ``layers``."""
     moved = copy.deepcopy(model)
     for layer in layers:
-        own = dataclasses.replace(layer, module=moved.get_submodule(layer.name))
+        own = dataclasses.replace(layer, module=moved.get_submodule(layer.module_name))
         own.add_to_weights(size * steps[layer.name])
     return moved
 
