@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from estimators.capture import visit_gradients
 from estimators.contracts import Estimator
-from estimators.gradients import Gradients, find_non_finite, sum_over_tokens
+from estimators.gradients import Gradients, cached_parts, find_non_finite, sum_over_tokens
 from estimators.kronecker import widen
 from estimators.layers import LinearLayer
 from estimators.tokens import Sequence1D, TokenBatch, collate
@@ -133,8 +133,11 @@ def score_batch_for_queries(
     scores = torch.zeros(len(first), len(batch.rows), dtype=first.dtype, device=first.device)
 
     def visit(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
-        gradients = sum_over_tokens(widen(a), widen(d)).flatten(1)
-        scores.addmm_(directions[layer.name].flatten(1), gradients.T)
+        a, d = widen(a), widen(d)
+        direction = directions[layer.name].flatten(1)
+        for part in cached_parts(a, d):
+            gradients = sum_over_tokens(a[part], d[part]).flatten(1)
+            scores[:, part].addmm_(direction, gradients.T)
 
     visit_gradients(model, layers, batch, visit)
     return scores

@@ -16,6 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+SETTLED = 1e-12
+"""Largest relative change of a weight in one round that ends the alternation."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerWhitening:
     """The whitening of one layer; None stands for the identity basis.
@@ -62,7 +66,7 @@ def noise_optimal_weights(
         second_moment: non-negative; entries of 0 are raised to 1e-12 of the mean, so that a
             direction never seen in training keeps a finite weight.
         inverse: positive.
-        rounds: 50 leaves no measurable change.
+        rounds: at most so many; 50 leave no measurable change, and most layers settle after 12.
     """
     wide = second_moment.double()
     train = wide.clamp_min(1e-12 * float(wide.mean()) + 1e-300)
@@ -70,6 +74,8 @@ def noise_optimal_weights(
     u = torch.ones(train.shape[0], dtype=torch.float64, device=train.device)
     v = torch.ones(train.shape[1], dtype=torch.float64, device=train.device)
     for _ in range(rounds):
-        u = ((query / v).sum(1) / (train * v).sum(1)).sqrt()
-        v = ((query / u[:, None]).sum(0) / (train * u[:, None]).sum(0)).sqrt()
+        u = ((query @ (1 / v)) / (train @ v)).sqrt()
+        before, v = v, (((1 / u) @ query) / (u @ train)).sqrt()
+        if float((v / before - 1).abs().max()) < SETTLED:
+            break
     return u, v

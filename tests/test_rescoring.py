@@ -110,6 +110,18 @@ def test_scores_do_not_depend_on_batching(scored, model, sequences):
     assert dense.relative_error(alone, together) < EXACT
 
 
+@pytest.mark.parametrize("most_bytes", [1, 8_000])
+def test_scores_do_not_depend_on_how_many_gradients_are_formed_at_once(
+    scored, model, sequences, monkeypatch, most_bytes
+):
+    layers, _, directions = scored
+    batch = collate(sequences)
+    together = score_batch_for_queries(model, layers, directions, batch)
+    monkeypatch.setattr("estimators.gradients.MOST_CACHED_BYTES", most_bytes)
+    parts = score_batch_for_queries(model, layers, directions, batch)
+    assert dense.relative_error(parts, together) < EXACT
+
+
 def test_scores_are_linear_in_the_query(scored, model, sequences, queries):
     layers, estimator, directions = scored
     batch = collate(sequences)
