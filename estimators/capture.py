@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from estimators.layers import LinearLayer
 from estimators.measurement import negative_log_likelihood, next_token_logits, sample_labels
 from estimators.tokens import TokenBatch
+from estimators.trial import embeddings_require_grad
 
 Visitor = Callable[[LinearLayer, Tensor, Tensor], None]
 """Receives a layer, its inputs ``a`` [batch, token, in] (1 appended for the bias) and the gradients
@@ -55,9 +56,6 @@ def captured(model: nn.Module, layers: Sequence[LinearLayer], visit: Visitor) ->
 
         output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
-    embeddings = getattr(model, "get_input_embeddings", None)
-    if callable(embeddings):
-        handles.append(embeddings().register_forward_hook(_require_grad))
     for blocks in _by_module(layers):
         handles.append(
             blocks[0].module.register_forward_hook(
@@ -65,7 +63,8 @@ def captured(model: nn.Module, layers: Sequence[LinearLayer], visit: Visitor) ->
             )
         )
     try:
-        yield
+        with embeddings_require_grad(model):
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -106,10 +105,6 @@ def visit_gradients(
 def freeze(model: nn.Module) -> nn.Module:
     """Put the model in evaluation mode and stop weight gradients, which nothing here needs."""
     return model.eval().requires_grad_(False)
-
-
-def _require_grad(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output if output.requires_grad else output.detach().requires_grad_(True)
 
 
 def _by_module(layers: Sequence[LinearLayer]) -> list[list[LinearLayer]]:

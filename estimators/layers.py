@@ -6,10 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import NoReturn, Self
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from estimators.trial import find_obstacles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,8 @@ class LinearLayer:
     Attributes:
         name: the module's dotted name in the model; of a block, with its inputs and outputs:
             ``h.0.mlp.c_proj[0:1024,:]``.
-        module: ``nn.Linear`` (weight stored ``[out, in]``) or HF ``Conv1D`` (``[in, out]``).
+        module: ``nn.Linear`` (weight stored ``[out, in]``), HF ``Conv1D`` (``[in, out]``) or a
+            quantised layer (stored in a way of its own).
         in_features: inputs, the homogeneous coordinate of the bias included.
         out_features: outputs.
         first_input: the first of the module's inputs that the block reads.
@@ -159,7 +162,12 @@ class Coverage:
 
 
 def find_layers(model: nn.Module, selection: LayerSelection = EVERY_LAYER) -> Coverage:
-    """List the layers to attribute: every ``nn.Linear`` and ``Conv1D`` but the output head.
+    """List the layers to attribute: every linear layer but the output head.
+
+    Linear layers are ``nn.Linear``, HF ``Conv1D`` and quantised layers of any library, which are
+    known by their ``in_features`` and ``out_features`` and count with in x out parameters, however
+    they are packed. A trial pass on eight tokens finds those that cannot be attributed: see
+    ``estimators.trial``.
 
     The output head (``model.get_output_embeddings()``) and the token embeddings are left out: their
     gradients concern single tokens, and they are tied in many models. They are named in
@@ -171,51 +179,86 @@ def find_layers(model: nn.Module, selection: LayerSelection = EVERY_LAYER) -> Co
         selection: which layers are wanted.
 
     Raises:
-        ValueError: no layer is left to attribute.
+        ValueError: no layer is left to attribute, the model does not run, or gradients cannot pass
+            through one of its layers.
     """
-    total = sum(parameter.numel() for parameter in model.parameters())
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
+    linear = {name: m for name, m in model.named_modules() if _is_linear(m)}
+    obstacles = find_obstacles(model, linear)
+    sizes = _own_sizes(model)
+    total = sum(sizes.values())
     layers: list[LinearLayer] = []
     skipped: list[SkippedModule] = []
-    counted: set[int] = set()
     holders = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    for name, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False) if id(p) not in counted]
-        counted.update(id(p) for p in own)
-        if not own and not isinstance(module, (nn.Linear, Conv1D)):
-            continue
+    for name, size in sizes.items():
+        module = model.get_submodule(name)
         tied = any(holders[id(p)] > 1 for p in module.parameters(recurse=False))
-        reason = _reason_to_skip(name, module, head, selection, tied)
+        reason = _reason_to_skip(name, module, head, selection, tied) or obstacles.get(name)
         if reason is None:
             layers.extend(_blocks(name, module, selection.widest))
             continue
-        size = sum(p.numel() for p in own)
+        kind = type(module).__name__
         skipped.append(
-            SkippedModule(
-                name=name,
-                kind=type(module).__name__,
-                parameters=size,
-                share=size / total,
-                reason=reason,
-            )
+            SkippedModule(name=name, kind=kind, parameters=size, share=size / total, reason=reason)
         )
     if not layers:
-        names = [m.name for m in skipped if m.reason.startswith("no layer pattern")]
-        raise ValueError(
-            f"No layer to attribute: none of the model's linear layers matches "
-            f"{list(selection.patterns)}; name at least one, e.g. {names[:3]}."
-        )
+        _refuse_empty(selection, skipped)
     attributed = sum(layer.parameters for layer in layers)
     return Coverage(
         layers=tuple(layers), skipped=tuple(skipped), attributed_share=attributed / total
     )
 
 
+def _own_sizes(model: nn.Module) -> dict[str, int]:
+    """Parameters that each module holds itself, by name; tied ones count where they come first.
+
+    Linear modules are listed even if they hold none.
+    """
+    sizes: dict[str, int] = {}
+    counted: set[int] = set()
+    for name, module in model.named_modules():
+        held = list(module.parameters(recurse=False))
+        own = [p for p in held if id(p) not in counted]
+        counted.update(id(p) for p in own)
+        if _is_linear(module) and len(own) == len(held):
+            width, out = _widths(module)
+            sizes[name] = width * out + (out if _has_bias(module) else 0)
+        elif own or _is_linear(module):
+            sizes[name] = sum(p.numel() for p in own)
+    return sizes
+
+
+def _refuse_empty(selection: LayerSelection, skipped: list[SkippedModule]) -> NoReturn:
+    names = [m.name for m in skipped if m.reason.startswith("no layer pattern")]
+    if names:
+        raise ValueError(
+            f"No layer to attribute: none of the model's linear layers matches "
+            f"{list(selection.patterns)}; name at least one, e.g. {names[:3]}."
+        )
+    reasons = "; ".join(f"{m.name} ({m.kind}): {m.reason}" for m in skipped[:5])
+    raise ValueError(f"No layer of this model can be attributed: {reasons}.")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether the module is one affine map, by class or by the attributes of quantised layers."""
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    width, out = (getattr(module, side, None) for side in ("in_features", "out_features"))
+    if not isinstance(width, int) or not isinstance(out, int):
+        return False
+    if any(True for child in module.children() for _ in child.parameters()):
+        return False  # a wrapper, e.g. PEFT's around a layer and its adapters
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return True
+    return tuple(weight.shape) in ((width, out), (out, width))
+
+
 def _reason_to_skip(
     name: str, module: nn.Module, head: nn.Module | None, selection: LayerSelection, tied: bool
 ) -> str | None:
-    if not isinstance(module, (nn.Linear, Conv1D)):
+    if not _is_linear(module):
         return "not a linear layer"
     if module is head:
         return "output head"

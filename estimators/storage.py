@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from estimators.contracts import Estimator
 from estimators.registry import rebuild_estimator
@@ -18,10 +20,20 @@ def fingerprint_tensors(tensors: Mapping[str, Tensor], salt: str = "") -> str:
     """SHA-256 over names, dtypes, shapes and bytes of ``tensors`` in order of name."""
     digest = hashlib.sha256(salt.encode())
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        for part, plain in _plain_tensors(name, tensors[name].detach()):
+            tensor = plain.cpu().contiguous()
+            digest.update(f"{part}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _plain_tensors(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensor, or those that a quantised one is made of, each with a name."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from _plain_tensors(f"{name}.{part}", getattr(tensor, part))
 
 
 def fingerprint_model(model: nn.Module) -> str:

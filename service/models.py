@@ -1,6 +1,7 @@
 """The model under study: loading, fingerprints, text to tokens, completions."""
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from estimators.capture import freeze
 from estimators.layers import EVERY_LAYER, Coverage, LayerSelection, find_layers
+from estimators.recomputation import recompute_blocks
 from estimators.storage import fingerprint_model
 from estimators.tokens import Sequence1D
 
@@ -125,8 +127,12 @@ def load_model(
     device: str = "cpu",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer from a folder or by name.
+
+    A folder written by PEFT gives its base model with the adapters in place; the tokenizer is the
+    base model's where the folder has none.
 
     Args:
         source: what ``from_pretrained`` takes.
@@ -134,6 +140,8 @@ def load_model(
         device: e.g. "cpu", "cuda".
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         trust_remote_code: run code that comes with the model.
+        gradient_checkpointing: keep only the inputs of each block and compute it again in the
+            backward pass: less memory, a forward pass more, the same numbers.
 
     Raises:
         ValueError: it cannot be loaded, or no layer is left to attribute.
@@ -141,7 +149,7 @@ def load_model(
     transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(source), **options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     except Exception as error:  # damaged files raise whatever their readers happen to raise
         raise ValueError(
@@ -149,9 +157,13 @@ def load_model(
             f"{_one_line(error)}"
         ) from error
     try:
-        freeze(model.to(device))
-    except (AssertionError, RuntimeError) as error:
+        if model.device != torch.device(device):  # quantised models may refuse to be moved at all
+            model.to(device)
+    except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(f"Cannot put the model on '{device}': {_one_line(error)}") from error
+    freeze(model)
+    if gradient_checkpointing:
+        recompute_blocks(model)
     return LoadedModel(
         source=str(Path(source).resolve()) if Path(source).exists() else source,
         model=model,
@@ -161,6 +173,23 @@ def load_model(
         model_sha256=fingerprint_model(model),
         tokenizer_sha256=_fingerprint_tokenizer(tokenizer),
     )
+
+
+def _tokenizer_source(source: str) -> str:
+    """The folder itself, or of PEFT's adapter folders without a tokenizer the base model.
+
+    Raises:
+        ValueError: an adapter folder, but PEFT is not installed.
+    """
+    config = Path(source) / "adapter_config.json"
+    if not config.is_file():
+        return source
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("it holds a PEFT adapter; install the extra 'peft' to load it")
+    if (Path(source) / "tokenizer_config.json").is_file():
+        return source
+    base: str = json.loads(config.read_text())["base_model_name_or_path"]
+    return base
 
 
 def _one_line(error: Exception) -> str:

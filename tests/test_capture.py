@@ -278,26 +278,47 @@ def test_no_matching_pattern_is_refused_with_names_that_would_match(llama):
         find_layers(llama, LayerSelection(patterns=("*.nothing",)))
 
 
-def test_layer_that_runs_twice_is_refused_until_it_is_left_out():
+def whole_layer(model: nn.Module, name: str) -> LinearLayer:
+    """A layer that nobody has tried out."""
+    module = model.get_submodule(name)
+    return LinearLayer(
+        name=name,
+        module=module,
+        in_features=module.in_features + 1,
+        out_features=module.out_features,
+    )
+
+
+def test_layer_that_runs_twice_is_left_out_with_a_reason():
+    model = freeze(Toy(nn.Sequential(RunsTwice(), nn.Linear(4, 5))))
+    coverage = find_layers(model)
+    assert [layer.name for layer in coverage.layers] == ["body.1"]
+    skipped = {module.name: module for module in coverage.skipped}
+    assert skipped["body.0.shared"].reason == "runs more than once in a forward pass"
+    assert skipped["body.0.shared"].parameters == 20
+    assert list(hook_gradients(model, coverage.layers, TOY_BATCH)) == ["body.1"]
+
+
+def test_layer_that_runs_twice_is_refused():
     model = freeze(Toy(nn.Sequential(RunsTwice(), nn.Linear(4, 5))))
     with pytest.raises(ValueError, match=r"body\.0\.shared ran twice.*pattern"):
-        hook_gradients(model, find_layers(model).layers, TOY_BATCH)
-    gradients = hook_gradients(
-        model, find_layers(model, LayerSelection(patterns=("body.1",))).layers, TOY_BATCH
-    )
-    assert list(gradients) == ["body.1"]
+        hook_gradients(model, (whole_layer(model, "body.0.shared"),), TOY_BATCH)
 
 
 def test_wrong_input_rank_is_refused():
     model = freeze(Toy(Flattens()))
     with pytest.raises(ValueError, match=r"body\.flat saw inputs of shape \(6, 4\).*\[batch"):
-        hook_gradients(model, find_layers(model).layers, TOY_BATCH)
+        hook_gradients(model, (whole_layer(model, "body.flat"),), TOY_BATCH)
+    with pytest.raises(
+        ValueError, match=r"body\.flat \(Linear\): its inputs are of shape \(8, 4\)"
+    ):
+        find_layers(model)
 
 
 def test_hooks_are_removed_even_after_an_error():
     model = freeze(Toy(nn.Sequential(RunsTwice(), nn.Linear(4, 5))))
     with pytest.raises(ValueError, match="ran twice"):
-        hook_gradients(model, find_layers(model).layers, TOY_BATCH)
+        hook_gradients(model, (whole_layer(model, "body.0.shared"),), TOY_BATCH)
     assert not any(module._forward_hooks for module in model.modules())
     assert not model(TOY_BATCH.input_ids).logits.requires_grad
 
