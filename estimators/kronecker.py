@@ -67,7 +67,7 @@ class Covariances:
         """Decompose the mean covariances in float64; results in the precision of the products.
 
         Raises:
-            ValueError: a layer saw no token, or a covariance is not finite.
+            ValueError: a layer saw no token or no gradient, or a covariance is not finite.
         """
         return {name: self._decompose(name) for name in self._sums}
 
@@ -84,6 +84,12 @@ class Covariances:
                 raise ValueError(
                     f"The {side} covariance of layer {name} is not finite: the model gives NaN or "
                     f"infinite values on the fitting examples; check the model's weights."
+                )
+            if side == "output gradient" and not total.any():
+                raise ValueError(
+                    f"No gradient reached layer {name} while fitting: its output does not change "
+                    f"the loss (a LoRA adapter that was never trained has B = 0, so A gets none). "
+                    f"Train it, or leave it out with a layer pattern."
                 )
             values, vectors = torch.linalg.eigh(total / positions)
             # Row-major like a file's tensors, so that a loaded estimator gives the same bits.

@@ -54,6 +54,7 @@ def main(
     ] = False,
     device: options.Device = "cpu",
     dtype: options.DType = "auto",
+    gradient_checkpointing: options.GradientCheckpointing = False,
 ) -> None:
     """Build an index, or finish one that was interrupted (run the same command again).
 
@@ -62,7 +63,9 @@ def main(
     --factors runs/demo/ekfac.safetensors --out runs/demo/index
     """
     start = time.perf_counter()
-    loaded = load_model(model, device=device, dtype=dtype)
+    loaded = load_model(
+        model, device=device, dtype=dtype, gradient_checkpointing=gradient_checkpointing
+    )
     source = options.corpus_source(
         data, split, text_column, id_column, document_column, metadata_column, limit
     )

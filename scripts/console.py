@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from estimators.layers import Coverage, SkippedModule
 
 stderr = Console(stderr=True)
 """For people."""
@@ -55,6 +58,36 @@ def print_progress(description: str, done: int, total: int, elapsed: float, note
         left = elapsed * (total - done) / done
         tail = f", about {left:.0f} s left" if done < total else f", took {elapsed:.0f} s"
         print(f"{description}: {done} of {total}{note}{tail}", file=sys.stderr, flush=True)
+
+
+def show_coverage(coverage: Coverage) -> None:
+    """Print what share of the model is attributed and everything that is not.
+
+    Modules that differ only in the numbers of their names, as those of identical blocks do, share
+    a line; the manifest lists each.
+    """
+    blocks = sum(layer.name != layer.module_name for layer in coverage.layers)
+    split = f", {blocks} of them blocks of wider ones" if blocks else ""
+    print_plain(
+        f"attributed: {len(coverage.layers)} layers{split}, "
+        f"{coverage.attributed_share:.2%} of the parameters"
+    )
+    groups: dict[tuple[str, str, str], list[SkippedModule]] = {}
+    for module in coverage.skipped:
+        name = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module.name)
+        groups.setdefault((name, module.kind, module.reason), []).append(module)
+    for (name, kind, reason), modules in groups.items():
+        count = f"{len(modules)} modules, " if len(modules) > 1 else ""
+        share = sum(module.share for module in modules)
+        shown = name if len(modules) > 1 else modules[0].name
+        print_plain(
+            f"not attributed: {shown} ({kind}, {count}{share:.2%} of the parameters): {reason}"
+        )
+
+
+def print_plain(line: str) -> None:
+    """A line on stderr as it is, neither coloured nor wrapped."""
+    stderr.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_json(document: Any) -> None:

@@ -14,7 +14,7 @@ from estimators.storage import serialise_estimator
 from estimators.tokens import Sequence1D
 from index.files import write_whole
 from scripts import options
-from scripts.console import one_sentence_errors, print_json, show_progress, stderr
+from scripts.console import one_sentence_errors, print_json, show_coverage, show_progress
 from service.corpus import read_examples
 from service.models import load_model
 
@@ -46,6 +46,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the drawn examples and sampled labels.")] = 0,
     device: options.Device = "cpu",
     dtype: options.DType = "auto",
+    gradient_checkpointing: options.GradientCheckpointing = False,
 ) -> None:
     """Fit curvature factors and write them to one safetensors file.
 
@@ -54,14 +55,14 @@ def main(
     """
     start = time.perf_counter()
     selection = LayerSelection(patterns=tuple(layers or ["*"]), widest=widest)
-    loaded = load_model(model, layers=selection, device=device, dtype=dtype)
-    for module in loaded.coverage.skipped:
-        stderr.print(
-            f"not attributed: {module.name} ({module.kind}, {module.share:.2%} of the "
-            f"parameters): {module.reason}",
-            highlight=False,
-            soft_wrap=True,
-        )
+    loaded = load_model(
+        model,
+        layers=selection,
+        device=device,
+        dtype=dtype,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    show_coverage(loaded.coverage)
     source = options.corpus_source(data, split, text_column, None, None, [], limit)
     everything = list(read_examples(source, loaded, max_tokens or loaded.context))
     generator = np.random.default_rng(seed)

@@ -26,6 +26,14 @@ Widest = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Where to compute, e.g. cpu or cuda.")]
 DType = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+GradientCheckpointing = Annotated[
+    bool,
+    typer.Option(
+        "--gradient-checkpointing",
+        help="Compute each block again in the backward pass instead of keeping its activations: "
+        "less memory, more time, the same numbers.",
+    ),
+]
 Data = Annotated[
     str,
     typer.Option(
