@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-
 SETTLED = 1e-12
 """Largest relative change of a weight in one round that ends the alternation."""
 

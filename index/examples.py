@@ -1,15 +1,17 @@
 """The examples of an index: ids, documents, text, tokens and metadata, in Arrow files."""
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Bool, Int
 
-from index.errors import DuplicateIds, IndexCorrupt, IndexMissing
+from index.errors import IndexCorrupt, IndexMissing
 from index.files import write_whole
 
 SCHEMA = pa.schema(
@@ -28,7 +30,7 @@ class Example:
     """One training example, as the model read it.
 
     Attributes:
-        id: unique within the corpus.
+        id: unique within the index.
         document: the document it is a part of; its own id unless the corpus says otherwise.
         text: what ``tokens`` encode.
         tokens: token ids.
@@ -42,46 +44,45 @@ class Example:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def check_ids(examples: Iterable[Example]) -> None:
-    """Raise DuplicateIds if an id comes twice."""
-    seen: dict[str, int] = {}
-    for row, example in enumerate(examples):
-        if seen.setdefault(example.id, row) != row:
-            raise DuplicateIds(
-                f"The id '{example.id}' comes twice, in rows {seen[example.id]} and {row}; ids "
-                f"must be unique. Name another id column, or none to number the rows."
-            )
+def examples_path(part: Path, number: int) -> Path:
+    """Where the examples of shard ``number`` of a part are."""
+    return part / "examples" / f"{number:05d}.arrow"
 
 
-def write_examples(folder: Path, examples: Iterable[Example], rows_per_file: int) -> list[Path]:
-    """Write ``folder/examples/NNNNN.arrow``, ``rows_per_file`` rows each."""
-    paths: list[Path] = []
-    for chunk in _chunks(examples, rows_per_file):
-        path = folder / "examples" / f"{len(paths):05d}.arrow"
-        write_whole(path, _serialise(chunk))
-        paths.append(path)
-    return paths
+def write_examples(path: Path, examples: Sequence[Example]) -> None:
+    """Write one file of examples."""
+    write_whole(path, serialise_examples(examples))
 
 
-def corpus_sha256(examples: Iterable[Example]) -> str:
-    """SHA-256 over ids and tokens in order: two corpora with the same hash give the same index."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example.id, example.tokens]).encode())
-    return digest.hexdigest()
+def serialise_examples(examples: Sequence[Example]) -> bytes:
+    """A file of examples; the same examples give the same bytes."""
+    columns = [
+        [e.id for e in examples],
+        [e.document for e in examples],
+        [e.text for e in examples],
+        [list(e.tokens) for e in examples],
+        [json.dumps(e.metadata, ensure_ascii=False, sort_keys=True) for e in examples],
+    ]
+    arrays = [pa.array(c, type=f.type) for c, f in zip(columns, SCHEMA, strict=True)]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, SCHEMA) as writer:
+        writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
+    return bytes(sink.getvalue())
 
 
 class ExampleStore:
-    """Random access to the examples of an index, by row or by id.
+    """Random access to examples by row or by id; files are mapped, not read into memory.
 
     Args:
         paths: the files in order.
+        keep: False for rows that are to be left out, of all rows of the files; the others are
+            numbered through. None keeps all.
 
     Raises:
         IndexCorrupt: a file is missing or not an Arrow file.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], keep: Bool[np.ndarray, "row"] | None = None) -> None:
         tables = []
         for path in paths:
             try:
@@ -92,16 +93,15 @@ class ExampleStore:
                     f"{path} is missing or not an Arrow file ({error}); run the build again."
                 ) from error
         self._table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
-        ids = self._table.column("id").to_pylist()
-        self._row_of = {identifier: row for row, identifier in enumerate(ids)}
+        self._stored: np.ndarray | None = None if keep is None else np.flatnonzero(keep)
 
     def __len__(self) -> int:
-        return len(self._row_of)
+        return int(self._table.num_rows) if self._stored is None else len(self._stored)
 
     def __getitem__(self, row: int) -> Example:
         if not 0 <= row < len(self):
             raise IndexMissing(f"There is no row {row}; the index has rows 0 to {len(self) - 1}.")
-        values = self._table.slice(row, 1).to_pylist()[0]
+        values = self._table.slice(self._stored_row(row), 1).to_pylist()[0]
         return Example(
             id=values["id"],
             document=values["document"],
@@ -116,42 +116,50 @@ class ExampleStore:
         Raises:
             IndexMissing: there is no such id.
         """
-        try:
-            return self._row_of[identifier]
-        except KeyError as error:
-            raise IndexMissing(f"There is no example with the id '{identifier}'.") from error
+        rows = self._rows_where("id", identifier)
+        if not len(rows):
+            raise IndexMissing(f"There is no example with the id '{identifier}'.")
+        return int(rows[0])
+
+    def rows_of_document(self, document: str) -> list[int]:
+        """All rows of a document, in order; none if there is no such document."""
+        rows: list[int] = self._rows_where("document", document).tolist()
+        return rows
 
     def tokens(self, row: int) -> tuple[int, ...]:
         """Token ids of one row."""
-        return tuple(self._table.column("tokens")[row].as_py())
+        return tuple(self._table.column("tokens")[self._stored_row(row)].as_py())
+
+    def lengths(self) -> Int[np.ndarray, "row"]:
+        """Number of tokens of every row."""
+        lengths: np.ndarray = pc.list_value_length(self._table.column("tokens")).to_numpy()
+        return lengths if self._stored is None else lengths[self._stored]
+
+    def ids(self) -> list[str]:
+        """Ids of all rows, in order."""
+        return self._column("id")
+
+    def documents(self) -> list[str]:
+        """Documents of all rows, in order."""
+        return self._column("document")
 
     def texts(self) -> list[str]:
         """Texts of all rows, in order."""
-        result: list[str] = self._table.column("text").to_pylist()
-        return result
+        return self._column("text")
 
+    def _stored_row(self, row: int) -> int:
+        return row if self._stored is None else int(self._stored[row])
 
-def _chunks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    chunk: list[Example] = []
-    for example in examples:
-        chunk.append(example)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+    def _column(self, name: str) -> list[str]:
+        column = self._table.column(name)
+        values: list[str] = (
+            column if self._stored is None else column.take(self._stored)
+        ).to_pylist()
+        return values
 
-
-def _serialise(examples: Sequence[Example]) -> bytes:
-    columns = [
-        [e.id for e in examples],
-        [e.document for e in examples],
-        [e.text for e in examples],
-        [list(e.tokens) for e in examples],
-        [json.dumps(e.metadata, ensure_ascii=False, sort_keys=True) for e in examples],
-    ]
-    arrays = [pa.array(c, type=f.type) for c, f in zip(columns, SCHEMA, strict=True)]
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
-    return bytes(sink.getvalue())
+    def _rows_where(self, column: str, value: str) -> Int[np.ndarray, "found"]:
+        stored = np.flatnonzero(pc.equal(self._table.column(column), value).to_numpy())
+        if self._stored is None:
+            return stored
+        rows: np.ndarray = np.flatnonzero(np.isin(self._stored, stored))
+        return rows

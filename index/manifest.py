@@ -1,16 +1,14 @@
 """The manifest of an index: written last, so that its presence means that the index is whole."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from index.errors import IndexCorrupt, IndexMissing
-from index.files import write_whole
+from index.files import read_sealed, write_sealed
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[2] = 2
 FILE_NAME = "manifest.json"
 
 
@@ -81,9 +79,19 @@ class SketchRecord(Record):
 
 
 class DataRecord(Record):
-    """The corpus: where it came from and what it holds.
+    """A corpus: where it came from and what it holds.
 
-    ``empty_rows`` have no token to predict, hence no gradient: kept, scored 0, never found.
+    Attributes:
+        source: in words.
+        sha256: over the ids and tokens of all rows in order.
+        documents: number of different ones, each counted where its rows are consecutive.
+        rows: windows counted singly.
+        empty_rows: rows without a token to predict, hence no gradient: kept, scored 0, never found.
+        null_rows: rows whose text was null or NaN; kept as empty.
+        replaced_rows: rows whose text holds U+FFFD, the mark of bytes that are not UTF-8.
+        duplicate_rows: rows with the same tokens as an earlier one; kept.
+        tokens: of all rows.
+        max_tokens: longest window.
     """
 
     source: str
@@ -91,6 +99,9 @@ class DataRecord(Record):
     documents: int
     rows: int
     empty_rows: int
+    null_rows: int
+    replaced_rows: int
+    duplicate_rows: int
     tokens: int
     max_tokens: int
 
@@ -102,47 +113,97 @@ class FailedRow(Record):
     reason: str
 
 
-class ShardRecord(Record):
-    """The receipt of one shard of codes: its rows, its file's hash and what failed in it."""
-
-    number: int
-    first_row: int
-    rows: int
-    sha256: str
-    failed: list[FailedRow]
-
-
 class FileRecord(Record):
-    """Another file of the index, with its hash."""
+    """A file of the index, with its hash."""
 
     path: str
     sha256: str
 
 
-class Manifest(Record):
-    """Everything that must agree before an index is served; see ``read`` and ``write``."""
+class CorpusRecord(Record):
+    """What reading a corpus gave: its record and the hashes of its files of examples in order."""
 
-    schema_version: Literal[1]
+    data: DataRecord
+    examples: list[FileRecord]
+
+
+class ShardRecord(Record):
+    """The receipt of one shard of codes; rows are counted within its part.
+
+    Attributes:
+        number: of the shard in its part.
+        first_row: number of its first row.
+        rows: how many.
+        sha256: of its file of codes and norms.
+        examples_sha256: of the file of examples that they were computed from.
+        failed: rows that could not be indexed.
+    """
+
+    number: int
+    first_row: int
+    rows: int
+    sha256: str
+    examples_sha256: str
+    failed: list[FailedRow]
+
+
+class PartRecord(Record):
+    """One corpus of an index: built at once, or appended or merged later.
+
+    Attributes:
+        name: of its folder under ``parts/``.
+        data: what the corpus holds.
+        shards: receipts in order.
+        deleted: rows, counted within the part, that no answer may contain; ascending.
+    """
+
+    name: str
+    data: DataRecord
+    shards: list[ShardRecord]
+    deleted: list[int]
+
+
+class Manifest(Record):
+    """Everything that must agree before an index is served; see ``read`` and ``write``.
+
+    Rows are numbered through all parts in order, deleted ones included.
+    """
+
+    schema_version: Literal[2]
     model: ModelRecord
     estimator: EstimatorRecord
     sketch: SketchRecord
     codes: str
     bytes_per_row: int
-    data: DataRecord
-    shards: list[ShardRecord]
+    parts: list[PartRecord]
     files: list[FileRecord]
     versions: dict[str, str]
 
     @property
+    def rows(self) -> int:
+        """Rows on disk, deleted ones included."""
+        return sum(part.data.rows for part in self.parts)
+
+    @property
     def failed(self) -> list[FailedRow]:
-        """All rows that could not be indexed."""
-        return [failed for shard in self.shards for failed in shard.failed]
+        """All rows that could not be indexed, numbered through all parts."""
+        return [
+            FailedRow(row=start + failed.row, reason=failed.reason)
+            for start, part in self._starts()
+            for shard in part.shards
+            for failed in shard.failed
+        ]
+
+    def _starts(self) -> list[tuple[int, PartRecord]]:
+        starts, start = [], 0
+        for part in self.parts:
+            starts.append((start, part))
+            start += part.data.rows
+        return starts
 
     def write(self, folder: Path) -> None:
         """Write the manifest with a checksum over its own content."""
-        content = self.model_dump(mode="json")
-        document = {**content, "checksum": _checksum(content)}
-        write_whole(folder / FILE_NAME, json.dumps(document, indent=1).encode())
+        write_sealed(folder / FILE_NAME, self.model_dump(mode="json"))
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -158,26 +219,13 @@ class Manifest(Record):
                 f"No complete index in {folder}: {FILE_NAME} is missing. Build it with "
                 f"scripts.build_index, or run that command again to finish an interrupted build."
             )
-        try:
-            content = json.loads(path.read_bytes())
-            checksum = content.pop("checksum", None)
-        except (ValueError, AttributeError, TypeError) as error:
-            raise IndexCorrupt(f"{path} is not a JSON object ({error}); rebuild it.") from error
+        content = read_sealed(path, "restore it, or delete it and run the build again")
         if content.get("schema_version") != SCHEMA_VERSION:
             raise IndexCorrupt(
                 f"{path} has schema version {content.get('schema_version')!r}, this program reads "
                 f"{SCHEMA_VERSION}; build the index again."
             )
-        if checksum != _checksum(content):
-            raise IndexCorrupt(
-                f"{path} was changed after it was written: its checksum is {checksum}, its content "
-                f"has {_checksum(content)}. Restore it, or delete it and run the build again."
-            )
         try:
             return cls.model_validate(content)
         except ValidationError as error:
             raise IndexCorrupt(f"{path} has an unexpected form: {error}") from error
-
-
-def _checksum(content: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,6 @@
 """Shards of codes and norms; a shard's receipt is written after it and marks it as whole."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,83 +10,89 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from index.errors import IndexCorrupt
-from index.files import sha256_of, write_whole
-from index.manifest import FailedRow, ShardRecord
+from index.files import read_sealed, sha256_of, write_sealed, write_whole
+from index.manifest import ShardRecord
+
+MEND = "run the build again: it replaces this shard and keeps the others"
 
 
-def codes_path(folder: Path, number: int) -> Path:
-    """Where shard ``number`` keeps codes and norms."""
-    return folder / "shards" / f"{number:05d}.safetensors"
+def codes_path(part: Path, number: int) -> Path:
+    """Where shard ``number`` of a part keeps codes and norms."""
+    return part / "shards" / f"{number:05d}.safetensors"
 
 
-def receipt_path(folder: Path, number: int) -> Path:
-    """Where shard ``number`` keeps its receipt."""
-    return folder / "shards" / f"{number:05d}.json"
+def receipt_path(part: Path, number: int) -> Path:
+    """Where shard ``number`` of a part keeps its receipt."""
+    return part / "shards" / f"{number:05d}.json"
 
 
 def write_shard(
-    folder: Path,
-    number: int,
-    first_row: int,
+    part: Path,
     codes: UInt8[np.ndarray, "row byte"],
     norms: Float[np.ndarray, "row"],
-    failed: list[FailedRow],
+    record: ShardRecord,
 ) -> ShardRecord:
     """Write codes and norms, then the receipt.
 
     Args:
-        folder: of the index.
-        number: of the shard.
-        first_row: row number of its first row.
+        part: folder of the part.
         codes: one code a row.
         norms: whitened norm of each row's gradient, float32; 0 for failed rows.
-        failed: rows that could not be indexed.
+        record: the receipt, whose ``sha256`` is filled in here.
     """
-    path = codes_path(folder, number)
     content = save({"codes": codes, "norms": norms.astype(np.float32)})
-    write_whole(path, content)
-    record = ShardRecord(
-        number=number,
-        first_row=first_row,
-        rows=len(codes),
-        sha256=hashlib.sha256(content).hexdigest(),
-        failed=failed,
-    )
-    write_whole(receipt_path(folder, number), record.model_dump_json(indent=1).encode())
+    write_whole(codes_path(part, record.number), content)
+    record = record.model_copy(update={"sha256": hashlib.sha256(content).hexdigest()})
+    write_sealed(receipt_path(part, record.number), record.model_dump(mode="json"))
     return record
 
 
-def find_receipt(folder: Path, number: int) -> ShardRecord | None:
-    """The receipt of a shard that is whole on disk, or None if it must be (re)built."""
-    path = receipt_path(folder, number)
+def find_receipt(part: Path, number: int, examples_sha256: str) -> ShardRecord | None:
+    """The receipt of a shard that is whole on disk, or None if it must be (re)built.
+
+    Args:
+        part: folder of the part.
+        number: of the shard.
+        examples_sha256: hash of the examples that it must have been computed from.
+    """
+    path = receipt_path(part, number)
     try:
-        record = ShardRecord.model_validate(json.loads(path.read_bytes()))
-        whole = sha256_of(codes_path(folder, number)) == record.sha256
+        record = ShardRecord.model_validate(read_sealed(path, MEND))
+        whole = sha256_of(codes_path(part, number)) == record.sha256
     except (OSError, ValueError, ValidationError):
         return None
-    return record if whole else None
+    return record if whole and record.examples_sha256 == examples_sha256 else None
+
+
+def check_shard(part: Path, record: ShardRecord) -> Path:
+    """The file of a shard, after checking it against its receipt.
+
+    Raises:
+        IndexCorrupt: the file is missing, truncated or changed.
+    """
+    path = codes_path(part, record.number)
+    if not path.is_file():
+        raise IndexCorrupt(f"{path} is missing; {MEND}.")
+    actual = sha256_of(path)
+    if actual != record.sha256:
+        raise IndexCorrupt(
+            f"{path} is truncated or was changed: its SHA-256 is {actual}, the manifest says "
+            f"{record.sha256}; {MEND}."
+        )
+    return path
 
 
 def read_shard(
-    folder: Path, record: ShardRecord
+    part: Path, record: ShardRecord
 ) -> tuple[UInt8[np.ndarray, "row byte"], Float[np.ndarray, "row"]]:
     """Codes and norms of a shard, checked against its receipt.
 
     Raises:
         IndexCorrupt: the file is missing, truncated or changed.
     """
-    path = codes_path(folder, record.number)
-    mend = "Run the build again: it replaces this shard and keeps the others."
-    if not path.is_file():
-        raise IndexCorrupt(f"{path} is missing. {mend}")
-    actual = sha256_of(path)
-    if actual != record.sha256:
-        raise IndexCorrupt(
-            f"{path} is truncated or was changed: its SHA-256 is {actual}, the manifest says "
-            f"{record.sha256}. {mend}"
-        )
+    path = check_shard(part, record)
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise IndexCorrupt(f"{path} is not a safetensors file ({error}). {mend}") from error
+        raise IndexCorrupt(f"{path} is not a safetensors file ({error}); {MEND}.") from error
     return tensors["codes"], tensors["norms"]

@@ -1,18 +1,20 @@
 """The batch indexing job: sketch every training example's gradient into an index."""
 
+import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from index.manifest import Manifest
 from index.vectors import CODES
 from scripts import options
 from scripts.console import one_sentence_errors, print_json, show_progress, stderr
-from service.building import BuildOptions, build_index
+from service.building import BuildOptions, Mode, Worker, build_index, build_share
 from service.models import load_model
-from service.prediction import Prediction, predict_build
+from service.prediction import Prediction, peak_memory, predict_build
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -49,6 +51,21 @@ def main(
     seed: Annotated[
         int | None, typer.Option(help="Of the sketch; drawn if not given (better: keep it so).")
     ] = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add the corpus to the index that is there.")
+    ] = False,
+    supersede: Annotated[
+        bool,
+        typer.Option("--supersede", help="Append, and delete old rows with the id of a new one."),
+    ] = False,
+    shard_id: Annotated[
+        int | None,
+        typer.Option(help="Build one share only: this worker's number, from 0. See --num-shards."),
+    ] = None,
+    num_shards: Annotated[
+        int | None,
+        typer.Option(help="Workers in all, e.g. $SLURM_NTASKS; they share the folder."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only predict disk, memory and time.")
     ] = False,
@@ -80,31 +97,51 @@ def main(
         seed=seed,
     )
     if dry_run:
-        _show_prediction(predict_build(loaded, factors, source, chosen))
+        loading = time.perf_counter() - start
+        with tempfile.TemporaryDirectory() as scratch:
+            prediction = predict_build(loaded, factors, source, chosen, Path(scratch))
+        _show_prediction(replace(prediction, seconds=loading + prediction.seconds))
         return
-    manifest = build_index(out, loaded, factors, source, chosen, show_progress)
+    mode: Mode = "supersede" if supersede else "append" if append else "new"
+    if shard_id is None and num_shards is None:
+        manifest = build_index(out, loaded, factors, source, chosen, show_progress, mode)
+    else:
+        worker = Worker(number=shard_id or 0, count=num_shards or 1)
+        share = build_share(out, loaded, factors, source, chosen, worker, show_progress, mode)
+        if share is None:
+            stderr.print("This share is done; other workers' shards are not.", highlight=False)
+            print_json({"out": str(out), "complete": False})
+            return
+        manifest = share
+    print_json(_report(manifest, out, time.perf_counter() - start))
+
+
+def _report(manifest: Manifest, out: Path, seconds: float) -> dict[str, Any]:
+    """What was built, for programs; what was odd about it is told on stderr."""
     for failed in manifest.failed:
         stderr.print(f"row {failed.row} is not indexed: {failed.reason}", highlight=False)
-    if manifest.data.empty_rows:
-        stderr.print(
-            f"{manifest.data.empty_rows} rows have no token to predict; they are kept but can "
-            "never be found. Check the text column.",
-            highlight=False,
-        )
-    print_json(
-        {
-            "out": str(out),
-            "rows": manifest.data.rows,
-            "documents": manifest.data.documents,
-            "tokens": manifest.data.tokens,
-            "empty_rows": manifest.data.empty_rows,
-            "failed_rows": len(manifest.failed),
-            "bytes_per_row": manifest.bytes_per_row,
-            "noise": manifest.sketch.noise.model_dump(),
-            "attributed_share": manifest.estimator.attributed_share,
-            "seconds": time.perf_counter() - start,
-        }
-    )
+    data = manifest.parts[-1].data
+    for count, text in (
+        (data.empty_rows, "have no token to predict; they are kept but can never be found"),
+        (data.null_rows, "are null instead of text, and kept as empty"),
+        (data.replaced_rows, "hold U+FFFD, the mark of bytes that are not UTF-8"),
+        (data.duplicate_rows, "have the same tokens as an earlier row"),
+    ):
+        if count:
+            stderr.print(f"{count:,} rows {text}.", highlight=False, soft_wrap=True)
+    return {
+        "out": str(out),
+        "complete": True,
+        "rows": manifest.rows - sum(len(part.deleted) for part in manifest.parts),
+        "deleted_rows": sum(len(part.deleted) for part in manifest.parts),
+        "failed_rows": len(manifest.failed),
+        "corpora": [part.data.model_dump() for part in manifest.parts],
+        "bytes_per_row": manifest.bytes_per_row,
+        "noise": manifest.sketch.noise.model_dump(),
+        "attributed_share": manifest.estimator.attributed_share,
+        "memory_bytes": peak_memory(),
+        "seconds": seconds,
+    }
 
 
 def _show_prediction(prediction: Prediction) -> None:

@@ -5,7 +5,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sized
 from typing import Any, TypeVar
 
 import typer
@@ -25,13 +25,16 @@ from estimators.layers import Coverage, SkippedModule
 stderr = Console(stderr=True)
 """For people."""
 
+LINE_EVERY = 10_000
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def show_progress(description: str, items: Sequence[Any]) -> Iterable[Any]:
+def show_progress(description: str, items: Iterable[Any]) -> Iterable[Any]:
     """Yield ``items`` behind a progress bar with time elapsed and time left.
 
-    Where stderr is no terminal, a line is printed at every tenth of the way.
+    Where stderr is no terminal, a line is printed at every tenth of the way, or at every
+    ``LINE_EVERY`` items that have no length.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -41,7 +44,7 @@ def show_progress(description: str, items: Sequence[Any]) -> Iterable[Any]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    total = len(items)
+    total = len(items) if isinstance(items, Sized) else None
     start = time.monotonic()
     with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as progress:
         task = progress.add_task(description, total=total)
@@ -52,9 +55,14 @@ def show_progress(description: str, items: Sequence[Any]) -> Iterable[Any]:
                 print_progress(description, number, total, time.monotonic() - start)
 
 
-def print_progress(description: str, done: int, total: int, elapsed: float, note: str = "") -> None:
+def print_progress(
+    description: str, done: int, total: int | None, elapsed: float, note: str = ""
+) -> None:
     """A line on stderr whenever another tenth of the way is done; ``elapsed`` in seconds."""
-    if done * 10 // total != (done - 1) * 10 // total:
+    if total is None:
+        if done % LINE_EVERY == 0:
+            print(f"{description}: {done:,}{note}, {elapsed:.0f} s so far", file=sys.stderr)
+    elif done * 10 // total != (done - 1) * 10 // total:
         left = elapsed * (total - done) / done
         tail = f", about {left:.0f} s left" if done < total else f", took {elapsed:.0f} s"
         print(f"{description}: {done} of {total}{note}{tail}", file=sys.stderr, flush=True)

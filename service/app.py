@@ -199,4 +199,7 @@ def _describe(name: str, retriever: Retriever) -> IndexResponse:
     manifest = retriever.index.manifest
     shared = {f: getattr(manifest, f) for f in IndexResponse.model_fields if hasattr(manifest, f)}
     shared["sketch"] = SketchSchema(**manifest.sketch.model_dump(exclude={"seed"}))
+    shared["corpora"] = [part.data for part in manifest.parts]
+    shared["rows"] = len(retriever.index.examples)
+    shared["deleted_rows"] = manifest.rows - shared["rows"]
     return IndexResponse(name=name, failed_rows=manifest.failed, **shared)

@@ -1,46 +1,51 @@
-"""The batch indexing job: examples, sketches, shards, noise, manifest; resumable at every shard."""
+"""The batch indexing job: examples, shards, noise, manifest; resumable at every file."""
 
-import json
 import math
-import secrets
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from jaxtyping import Float
+from typing import Literal
 
 from estimators.layers import LayerSelection, find_layers
 from estimators.progress import Progress, no_progress
 from estimators.sketch import Sketch, SketchPlan
 from estimators.storage import load_estimator
-from estimators.tokens import Sequence1D, collate, plan_batches
 from index.errors import IndexMismatch
-from index.examples import Example, check_ids, corpus_sha256, write_examples
-from index.files import exclusive, sha256_of, write_whole
+from index.examples import ExampleStore
+from index.files import exclusive, remove_leftovers, sha256_of, write_whole
 from index.manifest import (
-    DataRecord,
+    SCHEMA_VERSION,
+    CorpusRecord,
     EstimatorRecord,
-    FailedRow,
     FileRecord,
     Manifest,
     ModelRecord,
     NoiseRecord,
+    PartRecord,
     ShardRecord,
     SketchRecord,
     SkippedRecord,
 )
-from index.shards import find_receipt, write_shard
+from index.parts import (
+    check_new_ids,
+    example_files,
+    find_manifest,
+    kept_rows,
+    part_folder,
+    supersede,
+)
+from index.shards import find_receipt
 from index.vectors import make_index
-from service.corpus import CorpusSource, describe, read_examples
+from service.corpus import CorpusSource, fingerprint_source
 from service.models import LoadedModel
 from service.noise import measure_noise
-from service.versions import versions
+from service.plan import settle_plan
+from service.reading import find_corpus, read_corpus
+from service.sketching import ShardJob
+from service.versions import numerical_versions, versions
 
-PLAN_NAME = "plan.json"
 FACTORS_NAME = "factors/estimator.safetensors"
+
+Mode = Literal["new", "append", "supersede"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +79,21 @@ class BuildOptions:
         return SketchPlan(seed=seed, dimensions=self.dimensions, rank=max(1, rank))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """Which shards this process builds: those whose number leaves ``number`` modulo ``count``."""
+
+    number: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.count:
+            raise ValueError(
+                f"The worker's number must be from 0 to {self.count - 1} for {self.count} "
+                f"workers, got {self.number}."
+            )
+
+
 def build_index(
     folder: Path,
     loaded: LoadedModel,
@@ -81,12 +101,23 @@ def build_index(
     source: CorpusSource,
     options: BuildOptions,
     progress: Progress = no_progress,
+    mode: Mode = "new",
 ) -> Manifest:
     """Build, or finish building, the index of a corpus in ``folder``.
 
-    The layers attributed are those that the factors were fitted for.
+    The layers attributed are those that the factors were fitted for. What is whole on disk is
+    kept; the result is the same as without the interruption. The manifest is written last: until
+    then an index that was there before stays as it was.
 
-    Shards that are whole on disk are kept; the result is the same as without the interruption.
+    Args:
+        folder: of the index.
+        loaded: the model.
+        factors: what ``scripts.fit_estimator`` wrote.
+        source: the corpus.
+        options: sizes and seed; an appended corpus must repeat those of the index.
+        progress: shows the steps.
+        mode: "append" adds the corpus to the index that is there, as a further part; "supersede"
+            also deletes rows there that have the id of an appended row.
 
     Raises:
         IndexMismatch: the factors belong to another model, or the folder holds a build with
@@ -96,127 +127,193 @@ def build_index(
         DuplicateIds: two examples have the same id.
         ValueError: the corpus cannot be read or has no row.
     """
-    name, estimator, facts = load_estimator(factors)
-    check_factors(facts, loaded)
-    coverage = find_layers(loaded.model, LayerSelection.from_facts(facts))
-    loaded = replace(loaded, coverage=coverage)
+    build = _Build(folder, loaded, factors, source, options, mode)
     with exclusive(folder):
-        max_tokens = options.max_tokens or loaded.context
-        examples = list(read_examples(source, loaded, max_tokens))
-        if not examples:
-            raise ValueError(f"The corpus '{source.data}' has no row.")
-        check_ids(examples)
-        plan = _settle_plan(folder, loaded, factors, examples, options)
-        whitening = estimator.whitening(loaded.coverage.layers, options.damping)
-        sketch = Sketch(loaded.coverage.layers, whitening, options.sketch_plan(plan["seed"]))
-        paths = write_examples(folder, examples, options.rows_per_shard)
-        job = _Job(folder=folder, loaded=loaded, sketch=sketch, options=options)
-        shards = job.run(examples, progress)
-        write_whole(folder / FACTORS_NAME, factors.read_bytes())
-        failed = {failed.row for shard in shards for failed in shard.failed}
-        index = make_index(options.codes, options.dimensions)
-        budget = options.token_budget
-        noise = measure_noise(
-            loaded, estimator, options.damping, sketch, index, examples, failed, budget
-        )
-        manifest = Manifest(
-            schema_version=1,
-            model=ModelRecord(
-                source=loaded.source,
-                model_sha256=loaded.model_sha256,
-                tokenizer_sha256=loaded.tokenizer_sha256,
-            ),
-            estimator=_estimator_record(name, factors, facts, loaded, options),
-            sketch=_sketch_record(sketch, noise),
-            codes=options.codes,
-            bytes_per_row=index.code_size + 4,
-            data=_data_record(source, plan["corpus_sha256"], examples, max_tokens),
-            shards=shards,
-            files=_file_records(folder, [*paths, folder / FACTORS_NAME]),
-            versions=versions(),
-        )
-        manifest.write(folder)
-    return manifest
+        remove_leftovers(folder)
+        part, corpus = build.read(progress)
+        build.run_shards(part, corpus, Worker(), progress)
+        shards = build.receipts(part, corpus)
+        assert shards is not None
+        return build.finish(part, corpus, shards)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    folder: Path
-    loaded: LoadedModel
-    sketch: Sketch
-    options: BuildOptions
-
-    def run(self, examples: Sequence[Example], progress: Progress) -> list[ShardRecord]:
-        size = self.options.rows_per_shard
-        starts = list(range(0, len(examples), size))
-        records = []
-        for number, start in enumerate(progress("index", starts)):
-            record = find_receipt(self.folder, number)
-            if record is None:
-                record = self.run_shard(number, start, examples[start : start + size])
-            records.append(record)
-        return records
-
-    def run_shard(self, number: int, first_row: int, examples: Sequence[Example]) -> ShardRecord:
-        """Sketch, encode and write one shard; safe to repeat."""
-        sketches, norms, failed = self._sketch(first_row, examples)
-        codes = make_index(self.options.codes, self.options.dimensions).encode(sketches)
-        return write_shard(self.folder, number, first_row, codes, norms, failed)
-
-    def _sketch(
-        self, first_row: int, examples: Sequence[Example]
-    ) -> tuple[Float[np.ndarray, "row dimension"], Float[np.ndarray, "row"], list[FailedRow]]:
-        sketches = np.zeros((len(examples), self.options.dimensions), dtype=np.float32)
-        norms = np.zeros(len(examples), dtype=np.float32)
-        lengths = [len(example.tokens) for example in examples]
-        for positions in plan_batches(lengths, self.options.token_budget):
-            batch = collate([Sequence1D(tokens=examples[p].tokens) for p in positions])
-            x, norm = self.sketch.training(self.loaded.model, batch.to(self.loaded.device))
-            length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-            unit = torch.where(length > 0, x / length, 0)
-            sketches[positions] = unit.cpu().numpy()
-            norms[positions] = norm.cpu().numpy()
-        failed = []
-        for position in np.flatnonzero(~np.isfinite(norms) | ~np.isfinite(sketches).all(1)):
-            failed.append(
-                FailedRow(row=first_row + int(position), reason="its gradient is not finite")
-            )
-            sketches[position], norms[position] = 0, 0
-        return sketches, norms, failed
-
-
-def _settle_plan(
+def build_share(
     folder: Path,
     loaded: LoadedModel,
     factors: Path,
-    examples: Sequence[Example],
+    source: CorpusSource,
     options: BuildOptions,
-) -> dict[str, Any]:
-    """Write what the build is made of, or compare it with what an earlier run wrote."""
-    plan: dict[str, Any] = {
-        **asdict(options),
-        "model_sha256": loaded.model_sha256,
-        "tokenizer_sha256": loaded.tokenizer_sha256,
-        "factors_sha256": sha256_of(factors),
-        "corpus_sha256": corpus_sha256(examples),
-    }
-    path = folder / PLAN_NAME
-    if path.is_file():
-        found = json.loads(path.read_bytes())
-        if plan["seed"] is None:
-            plan["seed"] = found["seed"]
-        changed = sorted(key for key in plan if plan[key] != found.get(key))
-        if changed:
-            listing = "; ".join(f"{key}: {found.get(key)} -> {plan[key]}" for key in changed)
-            raise IndexMismatch(
-                f"{folder} holds a build with other inputs or settings ({listing}). Repeat them, "
-                f"or choose another folder."
-            )
-        return plan
-    if plan["seed"] is None:
-        plan["seed"] = secrets.randbits(62)
-    write_whole(path, json.dumps(plan, indent=1).encode())
-    return plan
+    worker: Worker,
+    progress: Progress = no_progress,
+    mode: Mode = "new",
+) -> Manifest | None:
+    """One worker's share of ``build_index``; all workers get the same arguments and one folder.
+
+    The first to come reads the corpus while the others wait; the last to finish its shards writes
+    the manifest. A worker that failed or was killed is started again with the same arguments.
+
+    Returns:
+        The manifest, or None as long as other workers' shards are missing.
+
+    Raises:
+        IndexBusy: a worker of the same number is running; otherwise as ``build_index``.
+    """
+    build = _Build(folder, loaded, factors, source, options, mode)
+    with exclusive(folder, f".worker-{worker.number}-of-{worker.count}.lock"):
+        with exclusive(folder, wait=True):
+            part, corpus = build.read(progress)
+        build.run_shards(part, corpus, worker, progress)
+        with exclusive(folder, wait=True):
+            shards = build.receipts(part, corpus)
+            return None if shards is None else build.finish(part, corpus, shards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """The part under construction.
+
+    Attributes:
+        name: of its folder.
+        path: its folder.
+        sketch: drawn for it.
+    """
+
+    name: str
+    path: Path
+    sketch: Sketch
+
+
+class _Build:
+    """Inputs of a build, checked against each other."""
+
+    def __init__(
+        self,
+        folder: Path,
+        loaded: LoadedModel,
+        factors: Path,
+        source: CorpusSource,
+        options: BuildOptions,
+        mode: Mode,
+    ) -> None:
+        self.folder, self.factors, self.source = folder, factors, source
+        self.options, self.mode = options, mode
+        self.estimator_name, self.estimator, self.facts = load_estimator(factors)
+        check_factors(self.facts, loaded)
+        coverage = find_layers(loaded.model, LayerSelection.from_facts(self.facts))
+        self.loaded = replace(loaded, coverage=coverage)
+
+    def read(self, progress: Progress) -> tuple[_Part, CorpusRecord]:
+        """Settle the part and its plan, and read the corpus unless that was done."""
+        plan = {
+            **asdict(self.options),
+            "model_sha256": self.loaded.model_sha256,
+            "tokenizer_sha256": self.loaded.tokenizer_sha256,
+            "factors_sha256": sha256_of(self.factors),
+            "source_sha256": fingerprint_source(self.source),
+            "versions": numerical_versions(),
+        }
+        name, seed = settle_plan(self.folder, plan, append=self.mode != "new")
+        layers = self.loaded.coverage.layers
+        whitening = self.estimator.whitening(layers, self.options.damping)
+        sketch = Sketch(layers, whitening, self.options.sketch_plan(seed))
+        part = _Part(name=name, path=part_folder(self.folder, name), sketch=sketch)
+        corpus = find_corpus(part.path)
+        if corpus is None:
+            rows = self.options.rows_per_shard
+            longest = self.options.max_tokens or self.loaded.context
+            corpus = read_corpus(part.path, self.source, self.loaded, longest, rows, progress)
+        return part, corpus
+
+    def run_shards(
+        self, part: _Part, corpus: CorpusRecord, worker: Worker, progress: Progress
+    ) -> None:
+        """Build this worker's shards that are not whole on disk."""
+        job = ShardJob(
+            part=part.path,
+            loaded=self.loaded,
+            sketch=part.sketch,
+            codes=self.options.codes,
+            token_budget=self.options.token_budget,
+        )
+        numbers = range(worker.number, len(corpus.examples), worker.count)
+        for number in progress("index", numbers):
+            file = corpus.examples[number]
+            if find_receipt(part.path, number, file.sha256) is None:
+                job.run(number, number * self.options.rows_per_shard, file)
+
+    def receipts(self, part: _Part, corpus: CorpusRecord) -> list[ShardRecord] | None:
+        """The receipts of all shards, or None as long as one is missing."""
+        receipts = []
+        for number, file in enumerate(corpus.examples):
+            receipt = find_receipt(part.path, number, file.sha256)
+            if receipt is None:
+                return None
+            receipts.append(receipt)
+        return receipts
+
+    def finish(self, part: _Part, corpus: CorpusRecord, shards: list[ShardRecord]) -> Manifest:
+        """Write the manifest of the parts that were there and this one."""
+        write_whole(self.folder / FACTORS_NAME, self.factors.read_bytes())
+        parts = self._parts(PartRecord(name=part.name, data=corpus.data, shards=shards, deleted=[]))
+        index = make_index(self.options.codes, self.options.dimensions)
+        examples = ExampleStore(example_files(self.folder, parts), kept_rows(parts, failed=False))
+        noise = measure_noise(
+            self.loaded,
+            self.estimator,
+            self.options.damping,
+            part.sketch,
+            index,
+            examples,
+            self.options.token_budget,
+        )
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            model=ModelRecord(
+                source=self.loaded.source,
+                model_sha256=self.loaded.model_sha256,
+                tokenizer_sha256=self.loaded.tokenizer_sha256,
+            ),
+            estimator=self._estimator_record(),
+            sketch=_sketch_record(part.sketch, noise),
+            codes=self.options.codes,
+            bytes_per_row=index.code_size + 4,
+            parts=parts,
+            files=[FileRecord(path=FACTORS_NAME, sha256=sha256_of(self.folder / FACTORS_NAME))],
+            versions=versions(),
+        )
+        manifest.write(self.folder)
+        return manifest
+
+    def _parts(self, fresh: PartRecord) -> list[PartRecord]:
+        """All parts, ``fresh`` in its place; rows that it supersedes are marked as deleted."""
+        manifest = find_manifest(self.folder)
+        found = [] if manifest is None else manifest.parts
+        if fresh.name in (part.name for part in found):
+            return [
+                fresh.model_copy(update={"deleted": part.deleted})
+                if part.name == fresh.name
+                else part
+                for part in found
+            ]
+        if self.mode == "supersede":
+            found = supersede(self.folder, found, fresh)
+        else:
+            check_new_ids(self.folder, found, fresh)
+        return [*found, fresh]
+
+    def _estimator_record(self) -> EstimatorRecord:
+        coverage = self.loaded.coverage
+        selection = LayerSelection.from_facts(self.facts)
+        return EstimatorRecord(
+            name=self.estimator_name,
+            sha256=sha256_of(self.factors),
+            damping=self.options.damping,
+            layer_patterns=list(selection.patterns),
+            widest=selection.widest,
+            layers=[layer.name for layer in coverage.layers],
+            attributed_share=coverage.attributed_share,
+            skipped=[SkippedRecord(**asdict(module)) for module in coverage.skipped],
+        )
 
 
 def check_factors(facts: dict[str, str], loaded: LoadedModel) -> None:
@@ -228,37 +325,6 @@ def check_factors(facts: dict[str, str], loaded: LoadedModel) -> None:
         )
 
 
-def _estimator_record(
-    name: str, factors: Path, facts: dict[str, str], loaded: LoadedModel, options: BuildOptions
-) -> EstimatorRecord:
-    coverage = loaded.coverage
-    selection = LayerSelection.from_facts(facts)
-    return EstimatorRecord(
-        name=name,
-        sha256=sha256_of(factors),
-        damping=options.damping,
-        layer_patterns=list(selection.patterns),
-        widest=selection.widest,
-        layers=[layer.name for layer in coverage.layers],
-        attributed_share=coverage.attributed_share,
-        skipped=[SkippedRecord(**asdict(module)) for module in coverage.skipped],
-    )
-
-
-def _data_record(
-    source: CorpusSource, sha256: str, examples: Sequence[Example], max_tokens: int
-) -> DataRecord:
-    return DataRecord(
-        source=describe(source),
-        sha256=sha256,
-        documents=len({example.document for example in examples}),
-        rows=len(examples),
-        empty_rows=sum(len(example.tokens) < 2 for example in examples),
-        tokens=sum(len(example.tokens) for example in examples),
-        max_tokens=max_tokens,
-    )
-
-
 def _sketch_record(sketch: Sketch, noise: NoiseRecord) -> SketchRecord:
     return SketchRecord(
         seed=sketch.plan.seed,
@@ -267,7 +333,3 @@ def _sketch_record(sketch: Sketch, noise: NoiseRecord) -> SketchRecord:
         entries=sketch.entries,
         noise=noise,
     )
-
-
-def _file_records(folder: Path, paths: Sequence[Path]) -> list[FileRecord]:
-    return [FileRecord(path=str(p.relative_to(folder)), sha256=sha256_of(p)) for p in paths]

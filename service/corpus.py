@@ -1,14 +1,17 @@
 """Reading a corpus: any source that the datasets library loads, cut into windows of tokens."""
 
+import hashlib
 import json
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
 
 from index.examples import Example
+from index.files import sha256_of
 from service.models import LoadedModel
 
 READERS = {
@@ -44,12 +47,33 @@ class CorpusSource:
     limit: int | None = None
 
 
-def read_examples(source: CorpusSource, loaded: LoadedModel, max_tokens: int) -> Iterator[Example]:
+@dataclass(kw_only=True)
+class Dirt:
+    """What was wrong with texts, counted while reading.
+
+    Attributes:
+        null_rows: null or NaN instead of text; kept as empty rows.
+        replaced_rows: holding U+FFFD, the mark of bytes that are not UTF-8; kept as they are.
+    """
+
+    null_rows: int = 0
+    replaced_rows: int = 0
+
+
+def read_examples(
+    source: CorpusSource, loaded: LoadedModel, max_tokens: int, dirt: Dirt | None = None
+) -> Iterator[Example]:
     """Tokenise the corpus; a text of more than ``max_tokens`` tokens is cut into windows.
 
     Windows follow each other without overlap. Each is an example of its own with the id
     ``ID#wNUMBER``; all name the same document. Texts that tokenise to nothing are kept, as
-    examples without gradient, so that nothing is skipped in silence.
+    examples without gradient, so that nothing is skipped in silence; so are nulls.
+
+    Args:
+        source: what to read.
+        loaded: the model whose tokenizer is used.
+        max_tokens: of a window.
+        dirt: where to count what is wrong with texts.
 
     Raises:
         ValueError: the source cannot be read, or a column is missing.
@@ -59,19 +83,34 @@ def read_examples(source: CorpusSource, loaded: LoadedModel, max_tokens: int) ->
             f"max_tokens must be between 2 and the model's context of {loaded.context} tokens, "
             f"got {max_tokens}."
         )
+    dirt = dirt or Dirt()
     for number, row in enumerate(_read_rows(source)):
-        yield from _examples_of_row(number, row, source, loaded, max_tokens)
+        text = _text(row, source, number, dirt)
+        yield from _examples_of_row(number, row, text, source, loaded, max_tokens)
 
 
-def _examples_of_row(
-    number: int, row: dict[str, Any], source: CorpusSource, loaded: LoadedModel, max_tokens: int
-) -> Iterator[Example]:
+def _text(row: dict[str, Any], source: CorpusSource, number: int, dirt: Dirt) -> str:
     text = _column(row, source.text_column, number)
+    if text is None or (isinstance(text, float) and math.isnan(text)):
+        dirt.null_rows += 1
+        return ""
     if not isinstance(text, str):
         raise ValueError(
             f"Row {number} has {type(text).__name__} in column '{source.text_column}', expected "
             f"text. Remove the row or name another column."
         )
+    dirt.replaced_rows += "\ufffd" in text
+    return text
+
+
+def _examples_of_row(
+    number: int,
+    row: dict[str, Any],
+    text: str,
+    source: CorpusSource,
+    loaded: LoadedModel,
+    max_tokens: int,
+) -> Iterator[Example]:
     identifier = str(_column(row, source.id_column, number)) if source.id_column else str(number)
     document = source.document_column and _column(row, source.document_column, number)
     roles = {source.text_column, source.id_column, source.document_column}
@@ -92,6 +131,36 @@ def _examples_of_row(
         )
 
 
+def fingerprint_source(source: CorpusSource) -> str:
+    """SHA-256 over how the corpus is read and, of a file, its bytes.
+
+    A named data set's content is not hashed here: that would need a download before the first row.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    facts = {**asdict(source), "data": describe(source)}
+    path = Path(source.data)
+    if path.suffix in READERS:
+        if not path.is_file():
+            raise ValueError(f"Cannot read the corpus: there is no file {path.resolve()}.")
+        facts["file_sha256"] = sha256_of(path)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _reader_options(source: CorpusSource, suffix: str) -> dict[str, Any]:
+    """Bytes that are not UTF-8 become U+FFFD; ids of a table keep their leading zeros."""
+    if suffix == ".parquet":
+        return {}
+    options: dict[str, Any] = {"encoding_errors": "replace"}
+    if READERS[suffix] == "json":
+        options["encoding"] = "utf8"  # spelt otherwise than its default, the reader decodes itself
+    if suffix == ".csv":
+        named = (source.id_column, source.document_column)
+        options["converters"] = {column: str for column in named if column}
+    return options
+
+
 def _read_rows(source: CorpusSource) -> Iterator[dict[str, Any]]:
     path = Path(source.data)
     try:
@@ -99,7 +168,11 @@ def _read_rows(source: CorpusSource) -> Iterator[dict[str, Any]]:
             if not path.is_file():
                 raise ValueError(f"there is no file {path.resolve()}")
             rows = load_dataset(
-                READERS[path.suffix], data_files=str(path), split="train", streaming=True
+                READERS[path.suffix],
+                data_files=str(path),
+                split="train",
+                streaming=True,
+                **_reader_options(source, path.suffix),
             )
         else:
             name, _, configuration = source.data.partition(":")

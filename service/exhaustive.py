@@ -47,8 +47,7 @@ def exact_scores(
     batches = list(plan_batches(lengths, token_budget))
     names = list(estimators)
     result = {name: np.zeros((len(queries), len(chosen)), dtype=np.float32) for name in names}
-    parameters = sum(layer.parameters for layer in loaded.coverage.layers)
-    size = max(1, MOST_BYTES // (4 * parameters * len(names)))
+    size = queries_at_once(loaded, estimators=len(names))
     for start in range(0, len(queries), size):
         part = queries[start : start + size]
         directions = _stacked_directions(loaded, estimators, part)
@@ -63,6 +62,12 @@ def exact_scores(
     for values in result.values():
         values[~np.isfinite(values)] = np.nan
     return result
+
+
+def queries_at_once(loaded: LoadedModel, *, estimators: int) -> int:
+    """How many queries' gradients are held at a time, so that they stay within ``MOST_BYTES``."""
+    parameters = sum(layer.parameters for layer in loaded.coverage.layers)
+    return max(1, MOST_BYTES // (4 * parameters * estimators))
 
 
 def _stacked_directions(

@@ -1,21 +1,19 @@
 """Measuring the sketch's error on the corpus itself, at the end of a build."""
 
-from collections.abc import Collection, Sequence
-
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 from scipy import stats
-from torch import Tensor
 
 from estimators.contracts import Estimator
-from estimators.rescoring import query_directions, query_gradients, score_batch_for_queries
+from estimators.rescoring import query_directions, query_gradients
 from estimators.sketch import Sketch
 from estimators.tokens import Sequence1D, collate, plan_batches
-from index.examples import Example
+from index.examples import ExampleStore
 from index.manifest import NoiseRecord
 from index.vectors import VectorIndex
+from service.exhaustive import exact_scores, queries_at_once
 from service.models import LoadedModel
+from service.sketching import unit_sketches
 
 QUERIES = 16
 ROWS = 512
@@ -31,15 +29,15 @@ def measure_noise(
     damping: float,
     sketch: Sketch,
     index: VectorIndex,
-    examples: Sequence[Example],
-    failed: Collection[int],
+    examples: ExampleStore,
     token_budget: int,
 ) -> NoiseRecord:
     """Error of the proxy in cosine units, over pseudo-queries and rows drawn from the corpus.
 
     A pseudo-query asks for the second half of a training example given its first half. Rows are the
-    examples that the pseudo-queries are made of, for large cosines, and others at random;
-    ``failed`` rows are left out. Needs a forward and backward pass over at most 528 examples.
+    examples that the pseudo-queries are made of, for large cosines, and others at random. Needs a
+    forward and backward pass over at most 528 examples to sketch them, and one to score them for
+    each chunk of pseudo-queries that fits into memory.
 
     Args:
         loaded: the model with the layers to attribute.
@@ -47,25 +45,29 @@ def measure_noise(
         damping: relative.
         sketch: of the index.
         index: empty, of the index' kind of code; it is filled with the drawn rows.
-        examples: the corpus.
-        failed: rows without a finite gradient.
+        examples: the corpus, without rows that failed or were deleted.
         token_budget: padded tokens in a batch.
 
     Raises:
         ValueError: no example has the four tokens that a pseudo-query needs.
     """
     generator = np.random.default_rng(SEED)
-    sound = [i for i in range(len(examples)) if i not in failed]
-    asked = generator.permutation([i for i in sound if len(examples[i].tokens) >= 4])[:QUERIES]
+    asked = generator.permutation(np.flatnonzero(examples.lengths() >= 4))[:QUERIES]
     if not len(asked):
         raise ValueError("No example has four tokens or more; check the text column.")
-    rows = np.union1d(asked, generator.permutation(sound)[:ROWS])
-    queries = [_second_half(examples[i]) for i in asked]
-    gradients, _ = query_gradients(loaded.model, loaded.coverage.layers, queries)
-    directions = query_directions(estimator, gradients, damping)
-    y, query_norms = (part.cpu().numpy() for part in sketch.query(directions))
-    drawn = [examples[i] for i in rows]
-    exact, units, norms = _score_and_sketch(loaded, directions, sketch, drawn, token_budget)
+    rows = np.union1d(asked, generator.permutation(len(examples))[:ROWS])
+    queries = [_second_half(examples.tokens(int(i))) for i in asked]
+    exact = exact_scores(
+        loaded,
+        {"": (estimator, damping)},
+        examples,
+        queries,
+        rows=rows.tolist(),
+        token_budget=token_budget,
+    )[""]
+    y, query_norms = _sketch_queries(loaded, estimator, damping, sketch, queries)
+    drawn = [Sequence1D(tokens=examples.tokens(int(row))) for row in rows]
+    units, norms = _sketch_rows(loaded, sketch, drawn, token_budget)
     index.add(index.encode(units))
     proxies = np.stack([index.inner_products(query) for query in y])
     proxies /= np.linalg.norm(y, axis=1, keepdims=True)
@@ -105,35 +107,36 @@ def _summarise(
     )
 
 
-def _second_half(example: Example) -> Sequence1D:
-    return Sequence1D(tokens=example.tokens, first_target=len(example.tokens) // 2)
+def _second_half(tokens: tuple[int, ...]) -> Sequence1D:
+    return Sequence1D(tokens=tokens, first_target=len(tokens) // 2)
 
 
-def _score_and_sketch(
+def _sketch_queries(
     loaded: LoadedModel,
-    directions: dict[str, Tensor],
+    estimator: Estimator,
+    damping: float,
     sketch: Sketch,
-    examples: Sequence[Example],
-    token_budget: int,
-) -> tuple[
-    Float[np.ndarray, "query row"], Float[np.ndarray, "row dimension"], Float[np.ndarray, "row"]
-]:
-    """Exact scores, unit sketches and whitened norms of ``examples``."""
-    exact, units, norms = [], [], []
-    order: list[int] = []
-    for positions in plan_batches([len(example.tokens) for example in examples], token_budget):
-        sequences = [Sequence1D(tokens=examples[p].tokens) for p in positions]
-        batch = collate(sequences).to(loaded.device)
+    queries: list[Sequence1D],
+) -> tuple[Float[np.ndarray, "query dimension"], Float[np.ndarray, "query"]]:
+    """Sketches and exact norms of preconditioned query gradients, some queries at a time."""
+    size = queries_at_once(loaded, estimators=1)
+    sketches, norms = [], []
+    for start in range(0, len(queries), size):
         layers = loaded.coverage.layers
-        exact.append(score_batch_for_queries(loaded.model, layers, directions, batch))
-        x, norm = sketch.training(loaded.model, batch)
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        units.append(torch.where(length > 0, x / length, 0))
-        norms.append(norm)
-        order += positions
-    back = np.argsort(order)
-    return (
-        torch.cat(exact, dim=1).cpu().numpy()[:, back],
-        torch.cat(units).cpu().numpy()[back],
-        torch.cat(norms).cpu().numpy()[back],
-    )
+        gradients, _ = query_gradients(loaded.model, layers, queries[start : start + size])
+        y, norm = sketch.query(query_directions(estimator, gradients, damping))
+        sketches.append(y.cpu().numpy())
+        norms.append(norm.cpu().numpy())
+    return np.concatenate(sketches), np.concatenate(norms)
+
+
+def _sketch_rows(
+    loaded: LoadedModel, sketch: Sketch, sequences: list[Sequence1D], token_budget: int
+) -> tuple[Float[np.ndarray, "row dimension"], Float[np.ndarray, "row"]]:
+    """Unit sketches and whitened norms."""
+    units = np.zeros((len(sequences), sketch.plan.dimensions), dtype=np.float32)
+    norms = np.zeros(len(sequences), dtype=np.float32)
+    for positions in plan_batches([len(s.tokens) for s in sequences], token_budget):
+        batch = collate([sequences[p] for p in positions]).to(loaded.device)
+        units[positions], norms[positions] = unit_sketches(sketch, loaded, batch)
+    return units, norms

@@ -4,16 +4,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from estimators.contracts import Estimator
 from estimators.layers import LayerSelection, find_layers
 from estimators.sketch import Sketch, SketchPlan
 from estimators.storage import load_estimator
 from index.errors import IndexCorrupt, IndexMismatch
-from index.examples import ExampleStore
+from index.examples import ExampleStore, examples_path
 from index.files import sha256_of
 from index.manifest import Manifest
+from index.parts import example_files, kept_rows, part_folder
 from index.shards import read_shard
 from index.vectors import VectorIndex, make_index
 from service.building import FACTORS_NAME
@@ -22,16 +23,17 @@ from service.models import LoadedModel
 
 @dataclass(frozen=True, kw_only=True)
 class OpenIndex:
-    """A whole index in memory, ready to be searched.
+    """A whole index, ready to be searched. Deleted rows are left out of it, the rest numbered anew.
 
     Attributes:
         folder: where it is.
         loaded: the model, with the layers that the index attributes.
         manifest: what it is made of.
         examples: texts and tokens by row.
-        vectors: codes by row.
+        vectors: codes of all rows on disk.
+        kept: numbers on disk of the rows that were not deleted; None if none was.
         norms: whitened norm of each row's gradient; 0 for rows that failed or are empty.
-        failed: rows whose gradient is not finite.
+        failed: True for rows whose gradient is not finite.
         estimator: fitted.
         sketch: drawn as during the build.
     """
@@ -41,10 +43,16 @@ class OpenIndex:
     manifest: Manifest
     examples: ExampleStore
     vectors: VectorIndex
+    kept: Int[np.ndarray, "row"] | None
     norms: Float[np.ndarray, "row"]
-    failed: tuple[int, ...]
+    failed: Bool[np.ndarray, "row"]
     estimator: Estimator
     sketch: Sketch
+
+    def inner_products(self, query: Float[np.ndarray, "dimension"]) -> Float[np.ndarray, "row"]:
+        """Estimated inner product of a query's sketch with every row, in order of row."""
+        values = self.vectors.inner_products(query)
+        return values if self.kept is None else values[self.kept]
 
 
 def open_index(folder: Path, loaded: LoadedModel) -> OpenIndex:
@@ -62,13 +70,7 @@ def open_index(folder: Path, loaded: LoadedModel) -> OpenIndex:
     loaded = replace(loaded, coverage=find_layers(loaded.model, wanted))
     _check_model(manifest, loaded)
     for record in manifest.files:
-        path = folder / record.path
-        actual = sha256_of(path) if path.is_file() else "missing"
-        if actual != record.sha256:
-            raise IndexCorrupt(
-                f"{path} is truncated or was changed: its SHA-256 is {actual}, the manifest says "
-                f"{record.sha256}. Run the build again."
-            )
+        _check_file(folder / record.path, record.sha256)
     _, estimator, _ = load_estimator(folder / FACTORS_NAME)
     layers = loaded.coverage.layers
     sketch = Sketch(
@@ -82,22 +84,39 @@ def open_index(folder: Path, loaded: LoadedModel) -> OpenIndex:
     )
     vectors = make_index(manifest.codes, manifest.sketch.dimensions)
     norms = []
-    for shard in manifest.shards:
-        codes, shard_norms = read_shard(folder, shard)
-        vectors.add(codes)
-        norms.append(shard_norms)
-    paths = [folder / r.path for r in manifest.files if r.path.startswith("examples/")]
+    for part in manifest.parts:
+        for shard in part.shards:
+            _check_file(
+                examples_path(part_folder(folder, part.name), shard.number), shard.examples_sha256
+            )
+            codes, shard_norms = read_shard(part_folder(folder, part.name), shard)
+            vectors.add(codes)
+            norms.append(shard_norms)
+    keep = kept_rows(manifest.parts)
+    failed = np.zeros(len(keep), dtype=bool)
+    failed[[record.row for record in manifest.failed]] = True
+    whole = bool(keep.all())
     return OpenIndex(
         folder=folder,
         loaded=loaded,
         manifest=manifest,
-        examples=ExampleStore(paths),
+        examples=ExampleStore(example_files(folder, manifest.parts), None if whole else keep),
         vectors=vectors,
-        norms=np.concatenate(norms),
-        failed=tuple(failed.row for failed in manifest.failed),
+        kept=None if whole else np.flatnonzero(keep),
+        norms=np.concatenate(norms)[keep],
+        failed=failed[keep],
         estimator=estimator,
         sketch=sketch,
     )
+
+
+def _check_file(path: Path, sha256: str) -> None:
+    actual = sha256_of(path) if path.is_file() else "missing"
+    if actual != sha256:
+        raise IndexCorrupt(
+            f"{path} is truncated or was changed: its SHA-256 is {actual}, the manifest says "
+            f"{sha256}. Run the build again."
+        )
 
 
 def _check_model(manifest: Manifest, loaded: LoadedModel) -> None:

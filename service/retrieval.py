@@ -154,7 +154,7 @@ class Retriever:
         y = sketch[0].cpu().numpy()
         length = float(np.linalg.norm(y))
         psi = float(norm[0])
-        cosines = self.index.vectors.inner_products(y) / length if length else 0 * self.index.norms
+        cosines = self.index.inner_products(y) / length if length else 0 * self.index.norms
         norms = self.index.norms.astype(np.float64)
         noise = self.index.manifest.sketch.noise
         scale = max(noise.predicted, noise.measured)
@@ -163,13 +163,13 @@ class Retriever:
         live = norms > 0
         weights = norms if ranking == "score" else live.astype(np.float64)
         values = cosines * psi * weights
-        values[list(self.index.failed)] = -np.inf
+        values[self.index.failed] = -np.inf
         return Proxies(
             values=values,
             sigmas=scale * psi * weights,
             relative=noise.relative,
             divisors=np.ones_like(norms) if ranking == "score" else np.where(live, norms, np.inf),
-            failed=np.isin(np.arange(len(norms)), self.index.failed),
+            failed=self.index.failed,
         )
 
     def _check(self, query: Query) -> None:

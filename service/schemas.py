@@ -152,7 +152,9 @@ class IndexResponse(Schema):
     sketch: SketchSchema
     codes: str
     bytes_per_row: int
-    data: DataRecord
+    corpora: list[DataRecord] = Field(description="In order of appending.")
+    rows: int = Field(description="That count; deleted ones do not.")
+    deleted_rows: int
     failed_rows: list[FailedRow]
     sign_and_unit: str = SIGN_AND_UNIT
 

@@ -20,6 +20,12 @@ def revision() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def numerical_versions() -> dict[str, str]:
+    """Versions of the libraries whose arithmetic an index is made of."""
+    wanted = ("torch", "transformers", "numpy", "faiss-cpu", "faiss-gpu")
+    return {name: version for name, version in versions().items() if name in wanted}
+
+
 def versions() -> dict[str, str]:
     """Versions by name, of those that are installed."""
     found = {"python": platform.python_version(), "revision": revision()}

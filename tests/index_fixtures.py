@@ -18,11 +18,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from estimators.fitting import fit_estimator
+from estimators.progress import Progress, no_progress
 from estimators.storage import serialise_estimator
 from estimators.tokens import Sequence1D
 from index.files import write_whole
 from index.manifest import Manifest
-from service.building import BuildOptions, build_index
+from service.building import BuildOptions, Mode, build_index
 from service.corpus import CorpusSource, read_examples
 from service.models import LoadedModel, load_model
 
@@ -133,6 +134,8 @@ class Workshop:
         source: CorpusSource | None = None,
         factors: Path | None = None,
         loaded: LoadedModel | None = None,
+        mode: Mode = "new",
+        progress: Progress = no_progress,
         **options: object,
     ) -> Manifest:
         """Build an index in ``folder``; ``options`` change the usual ones."""
@@ -142,6 +145,8 @@ class Workshop:
             factors or self.factors,
             source or self.source,
             replace(self.options, **options),
+            progress,
+            mode,
         )
 
 

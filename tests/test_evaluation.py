@@ -146,11 +146,15 @@ def test_no_bound_is_judged_by_a_sample():
     assert report["certificates"]["sketch"]["violations"] == 0
 
 
-def test_a_prediction_counts_rows_and_comes_near_the_disk_that_a_build_takes(built, workshop):
-    prediction = predict_build(workshop.loaded, workshop.factors, workshop.source, workshop.options)
+def test_a_prediction_counts_rows_and_comes_near_the_disk_that_a_build_takes(
+    built, workshop, tmp_path
+):
+    prediction = predict_build(
+        workshop.loaded, workshop.factors, workshop.source, workshop.options, tmp_path
+    )
     opened = open_index(built, workshop.loaded)
-    assert prediction.rows == opened.manifest.data.rows
-    assert prediction.tokens == opened.manifest.data.tokens
+    assert prediction.rows == opened.manifest.parts[0].data.rows
+    assert prediction.tokens == opened.manifest.parts[0].data.tokens
     actual = sum(path.stat().st_size for path in built.rglob("*") if path.is_file())
     assert prediction.disk_bytes == pytest.approx(actual, rel=0.25)
     assert prediction.seconds > 0

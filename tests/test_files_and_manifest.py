@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from index.errors import DiskFull, IndexBusy, IndexCorrupt, IndexMissing
-from index.files import exclusive, sha256_of, write_whole
+from index.files import exclusive, sha256_of, write_sealed, write_whole
 from index.manifest import (
     FILE_NAME,
     DataRecord,
@@ -22,6 +22,7 @@ from index.manifest import (
     Manifest,
     ModelRecord,
     NoiseRecord,
+    PartRecord,
     ShardRecord,
     SketchRecord,
     SkippedRecord,
@@ -33,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 def example_manifest() -> Manifest:
     failed = [FailedRow(row=3, reason="its gradient is not finite")]
     return Manifest(
-        schema_version=1,
+        schema_version=2,
         model=ModelRecord(source="tiny", model_sha256="aa" * 32, tokenizer_sha256="bb" * 32),
         estimator=EstimatorRecord(
             name="ekfac",
@@ -57,18 +58,41 @@ def example_manifest() -> Manifest:
         ),
         codes="one-bit",
         bytes_per_row=140,
-        data=DataRecord(
-            source="Málaga.jsonl",
-            sha256="dd" * 32,
-            documents=5,
-            rows=6,
-            empty_rows=0,
-            tokens=60,
-            max_tokens=32,
-        ),
-        shards=[
-            ShardRecord(number=0, first_row=0, rows=4, sha256="ee" * 32, failed=failed),
-            ShardRecord(number=1, first_row=4, rows=2, sha256="ff" * 32, failed=[]),
+        parts=[
+            PartRecord(
+                name="000",
+                data=DataRecord(
+                    source="Málaga.jsonl",
+                    sha256="dd" * 32,
+                    documents=5,
+                    rows=6,
+                    empty_rows=0,
+                    null_rows=0,
+                    replaced_rows=0,
+                    duplicate_rows=1,
+                    tokens=60,
+                    max_tokens=32,
+                ),
+                shards=[
+                    ShardRecord(
+                        number=0,
+                        first_row=0,
+                        rows=4,
+                        sha256="ee" * 32,
+                        examples_sha256="11" * 32,
+                        failed=failed,
+                    ),
+                    ShardRecord(
+                        number=1,
+                        first_row=4,
+                        rows=2,
+                        sha256="ff" * 32,
+                        examples_sha256="22" * 32,
+                        failed=[],
+                    ),
+                ],
+                deleted=[],
+            )
         ],
         files=[FileRecord(path="examples/00000.arrow", sha256="00" * 32)],
         versions={"numpy": "2.0"},
@@ -226,11 +250,13 @@ def test_without_a_manifest_there_is_no_index(tmp_path):
         Manifest.read(tmp_path / "not_there")
 
 
-@pytest.mark.parametrize("version", [2, 0, None, "1"])
+@pytest.mark.parametrize("version", [1, 3, 0, None])
 def test_another_schema_version_is_named(tmp_path, version):
     example_manifest().write(tmp_path)
     path = tmp_path / FILE_NAME
-    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": version}))
+    content = {**json.loads(path.read_text()), "schema_version": version}
+    del content["checksum"]
+    write_sealed(path, content)
     with pytest.raises(IndexCorrupt, match=re.escape(f"schema version {version!r}")):
         Manifest.read(tmp_path)
 

@@ -142,11 +142,11 @@ def test_fit_and_build_end_with_one_json_line(built: Built) -> None:
     assert built.indexed.code == 0, built.indexed.stderr
     report = json_line(built.indexed.stdout)
     manifest = Manifest.read(built.workspace.index)
-    assert report["rows"] == manifest.data.rows == len(corpus_rows())
+    assert report["rows"] == manifest.rows == len(corpus_rows())
     assert report["documents"] == len({row["document"] for row in corpus_rows()})
     assert report["failed_rows"] == 0
     assert report["bytes_per_row"] == manifest.bytes_per_row
-    assert len(manifest.shards) == 3
+    assert len(manifest.parts[0].shards) == 3
     for result in (built.fitted, built.indexed):
         assert len(result.stdout.splitlines()) == 1
 

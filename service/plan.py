@@ -1,0 +1,101 @@
+"""What a build is made of, written before its first row: a resumed build must agree with it."""
+
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from index.errors import IndexMismatch
+from index.files import read_sealed, write_sealed
+from index.parts import find_manifest, part_folder
+
+PLAN_NAME = "plan.json"
+RECORD_NAME = "corpus.json"
+"""Written when the corpus of a part was read."""
+
+OF_THE_INDEX = (
+    "model_sha256",
+    "tokenizer_sha256",
+    "factors_sha256",
+    "damping",
+    "dimensions",
+    "rank",
+    "codes",
+    "seed",
+)
+"""Entries of a plan in which all parts of an index agree."""
+
+
+def settle_plan(folder: Path, plan: Mapping[str, Any], *, append: bool) -> tuple[str, int]:
+    """Find the part that ``plan`` belongs to, or begin one.
+
+    A part whose corpus was not read to its end does not bind: nothing was built from it.
+
+    Args:
+        folder: of the index.
+        plan: settings and hashes of inputs; a ``seed`` of None agrees with any.
+        append: whether another corpus may be added to what is there.
+
+    Returns:
+        The part's name and the sketch's seed.
+
+    Raises:
+        IndexMismatch: the folder holds a build with other inputs or settings.
+        IndexCorrupt: a plan was damaged.
+    """
+    paths = sorted(folder.glob(f"parts/*/{PLAN_NAME}"))
+    found = {p.parent.name: _read(p) for p in paths if (p.parent / RECORD_NAME).is_file()}
+    for name, other in found.items():
+        if not _differences(plan, other, plan):
+            return name, int(other["seed"])
+    if not found:
+        seed = secrets.randbits(62) if plan["seed"] is None else plan["seed"]
+        return _begin(folder, "000", plan, seed)
+    first = next(iter(found.values()))
+    if not append:
+        raise IndexMismatch(
+            f"{folder} holds a build with other inputs or settings "
+            f"({_differences(plan, first, plan)}). Repeat them, choose another folder, or add "
+            f"the corpus to the index that is there with --append."
+        )
+    _check_append(folder, plan, found)
+    return _begin(folder, f"{len(found):03d}", plan, int(first["seed"]))
+
+
+def _check_append(folder: Path, plan: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    manifest = find_manifest(folder)
+    finished = set() if manifest is None else {part.name for part in manifest.parts}
+    for name, other in found.items():
+        if name not in finished:
+            raise IndexMismatch(
+                f"A build of {part_folder(folder, name)} was not finished "
+                f"({_differences(plan, other, plan)}). Repeat its command first, or remove that "
+                f"folder."
+            )
+        differences = _differences(plan, other, OF_THE_INDEX)
+        if differences:
+            raise IndexMismatch(
+                f"Cannot append to {folder}: all parts of an index share these settings "
+                f"({differences}). Repeat them, or build another index."
+            )
+
+
+def _begin(folder: Path, name: str, plan: Mapping[str, Any], seed: int) -> tuple[str, int]:
+    path = part_folder(folder, name) / PLAN_NAME
+    if path.is_file() and not _differences(plan, begun := _read(path), plan):
+        return name, int(begun["seed"])
+    write_sealed(path, {**plan, "seed": seed})
+    return name, seed
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_sealed(path, f"restore it, or remove {path.parent} and build again")
+
+
+def _differences(plan: Mapping[str, Any], found: Mapping[str, Any], keys: Any) -> str:
+    changed = sorted(
+        key
+        for key in keys
+        if plan[key] != found.get(key) and not (key == "seed" and plan[key] is None)
+    )
+    return "; ".join(f"{key}: {found.get(key)} -> {plan[key]}" for key in changed)
