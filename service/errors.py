@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from estimators.memory import OutOfMemory
 from estimators.rescoring import NonFiniteGradientError
 from index.errors import IndexCorrupt, IndexFault, IndexMismatch, IndexMissing
 from service.models import BadQuery
@@ -48,6 +49,7 @@ PROBLEMS: dict[type[Exception], Problem] = {
     IndexMismatch: Problem(status=503, title="The index does not fit the model"),
     IndexCorrupt: Problem(status=503, title="The index is damaged"),
     IndexFault: Problem(status=503, title="The index cannot be used"),
+    OutOfMemory: Problem(status=503, title="Not enough memory for this query"),
     Overloaded: Problem(status=503, title="Too many queries at once", retry_after=1),
     NotReady: Problem(status=503, title="Not ready", retry_after=5),
     ClientGone: Problem(status=499, title="Client closed the connection"),

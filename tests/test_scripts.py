@@ -143,7 +143,7 @@ def test_fit_and_build_end_with_one_json_line(built: Built) -> None:
     report = json_line(built.indexed.stdout)
     manifest = Manifest.read(built.workspace.index)
     assert report["rows"] == manifest.rows == len(corpus_rows())
-    assert report["documents"] == len({row["document"] for row in corpus_rows()})
+    assert report["corpora"][0]["documents"] == len({row["document"] for row in corpus_rows()})
     assert report["failed_rows"] == 0
     assert report["bytes_per_row"] == manifest.bytes_per_row
     assert len(manifest.parts[0].shards) == 3
@@ -290,7 +290,7 @@ def test_a_damaged_index_ends_serve_with_one_sentence(built: Built, tmp_path: Pa
     result = invoke(
         serve, "--model", built.workspace.model, "--index", f"default={folder}", "--port", 0
     )
-    assert "schema version" in sentence(result)
+    assert "manifest.json was changed after it was written" in sentence(result)
 
 
 def test_flags_reach_the_service_which_is_loaded_before_it_listens(

@@ -230,7 +230,9 @@ def test_the_index_page_says_what_is_attributed_and_what_is_not(client: Client) 
     (found,) = response.json()["indexes"]
     assert set(found) == set(IndexResponse.model_fields)
     assert found["name"] == "default"
-    assert (found["data"]["rows"], found["data"]["source"]) == (ROWS, "corpus.jsonl")
+    (corpus,) = found["corpora"]
+    assert (corpus["rows"], corpus["source"]) == (ROWS, "corpus.jsonl")
+    assert (found["rows"], found["deleted_rows"]) == (ROWS, 0)
     assert found["failed_rows"] == []
     estimator = found["estimator"]
     skipped = {module["name"]: module["share"] for module in estimator["skipped"]}
