@@ -31,6 +31,13 @@ DEPTH = 10
 SPARE = 20
 """Ranked examples kept, so that ten are left when the source's own are taken out."""
 
+GAINS = {
+    "gain": "\ngain",
+    "gain_without_source": "without\nsource",
+    "gain_wrong_answers": "wrong\nanswers",
+}
+"""Causal columns and their headings."""
+
 Rankings = list[np.ndarray]
 """For each query the best rows, best first."""
 
@@ -53,9 +60,15 @@ def main(
     queries: Annotated[Path, typer.Option(help="What scripts.train_demo_model wrote.")],
     right: Annotated[int, typer.Option(help="Queries that the model answers rightly.")] = 70,
     wrong: Annotated[int, typer.Option(help="Queries that it answers wrongly.")] = 30,
+    causal: Annotated[
+        bool,
+        typer.Option(help="With the causal columns: a training step for each query and method."),
+    ] = True,
     learning_rate: Annotated[float, typer.Option(help="Of the one causal training step.")] = 0.1,
     token_budget: options.TokenBudget = 1024,
     seed: Annotated[int, typer.Option(help="Of the drawn queries and the random baseline.")] = 0,
+    device: options.Device = "cpu",
+    dtype: options.DType = "auto",
 ) -> None:
     """Compare Etymon with exhaustive EK-FAC, gradient dot product, BM25 and chance.
 
@@ -65,14 +78,18 @@ def main(
     document; "wrong answers" are completions that no document states.
     """
     start = time.perf_counter()
-    retriever = Retriever(open_index(index, load_model(model)), token_budget)
+    retriever = Retriever(
+        open_index(index, load_model(model, device=device, dtype=dtype)), token_budget
+    )
     asked = _draw_queries(retriever, queries, right, wrong, seed)
     methods = _rank(retriever, asked, token_budget, seed)
     documents = [retriever.index.examples[r].document for r in range(len(retriever.index.examples))]
-    patch = TailPatch(retriever.loaded.model, learning_rate)
-    gains = _gains(retriever, methods, asked, documents, patch)
+    gains: Mapping[str, dict[str, float]] = {}
+    if causal:
+        patch = TailPatch(retriever.loaded.model, learning_rate)
+        gains = _gains(retriever, methods, asked, documents, patch)
     rows = [
-        {"method": name, **_source_columns(found, asked, documents), **gains[name]}
+        {"method": name, **_source_columns(found, asked, documents), **gains.get(name, {})}
         for name, found in methods.items()
     ]
     _show(rows, asked)
@@ -81,7 +98,7 @@ def main(
             "rows": rows,
             "right": sum(q.document is not None for q in asked),
             "wrong": sum(q.document is None for q in asked),
-            "learning_rate": learning_rate,
+            "learning_rate": learning_rate if causal else None,
             "examples": len(documents),
             "seconds": time.perf_counter() - start,
         }
@@ -223,29 +240,20 @@ def _gains(
 
 def _show(rows: Sequence[dict[str, Any]], asked: Sequence[Asked]) -> None:
     right = sum(query.document is not None for query in asked)
-    columns = ("gain", "gain_without_source", "gain_wrong_answers")
-    errors = [max(row[f"{name}_error"] for row in rows) for name in columns]
+    gains = [name for name in GAINS if name in rows[0]]
     table = Table(
         title=f"{right} rightly and {len(asked) - right} wrongly answered queries",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         caption="Source columns: the document that states the fact among the examples found. "
-        "Gains: mean change of log p(completion) in nats by one plain gradient step on the ten "
-        "best examples (such a step favours the dot product by construction); standard errors are "
-        f"at most {errors[0]:.2f}, {errors[1]:.2f} and {errors[2]:.2f}. 'exhaustive' is exact "
-        "EK-FAC over every example, Etymon the two-stage answer.",
+        + (_about_gains(rows, gains) if gains else "")
+        + "'exhaustive' is exact EK-FAC over every example, Etymon the two-stage answer.",
         caption_justify="left",
     )
     table.add_column("method", no_wrap=True)
-    for heading in (
-        "source\nfirst",
-        "in first\nten",
-        "MRR\n@10",
-        "\ngain",
-        "without\nsource",
-        "wrong\nanswers",
-    ):
+    headings = ("source\nfirst", "in first\nten", "MRR\n@10", *(GAINS[name] for name in gains))
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -253,9 +261,18 @@ def _show(rows: Sequence[dict[str, Any]], asked: Sequence[Asked]) -> None:
             f"{row['first']:.0%}",
             f"{row['in_first_ten']:.0%}",
             f"{row['mean_reciprocal_rank']:.2f}",
-            *(f"{row[name]:+.2f}" for name in columns),
+            *(f"{row[name]:+.2f}" for name in gains),
         )
     stderr.print(table)
+
+
+def _about_gains(rows: Sequence[dict[str, Any]], gains: Sequence[str]) -> str:
+    errors = [max(row[f"{name}_error"] for row in rows) for name in gains]
+    return (
+        "Gains: mean change of log p(completion) in nats by one plain gradient step on the ten "
+        "best examples (such a step favours the dot product by construction); standard errors are "
+        f"at most {errors[0]:.2f}, {errors[1]:.2f} and {errors[2]:.2f}. "
+    )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class TailPatch:
         parameters = list(self._model.parameters())
         for parameter in parameters:
             parameter.requires_grad_(True)
-        batch = collate(examples)
+        batch = collate(examples).to(parameters[0].device)
         loss = negative_log_likelihood(next_token_logits(self._model, batch), batch).sum() / tokens
         gradients = torch.autograd.grad(loss, parameters)
         with torch.no_grad():
@@ -52,5 +52,5 @@ class TailPatch:
 
     @torch.no_grad()
     def _log_probability(self, query: Sequence1D) -> float:
-        batch = collate([query])
+        batch = collate([query]).to(next(self._model.parameters()).device)
         return -float(negative_log_likelihood(next_token_logits(self._model, batch), batch)[0])

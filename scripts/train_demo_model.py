@@ -30,7 +30,13 @@ from rich.progress import (
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from scripts.console import one_sentence_errors, print_json, print_progress, stderr
@@ -112,10 +118,12 @@ def run(out: Path, recipe: Recipe) -> dict[str, Any]:
     tokenizer = train_tokenizer(texts, recipe.vocabulary)
     model = new_model(tokenizer)
     sequences = [torch.tensor(ids) for ids in encode(tokenizer, texts)]
-    with _progress() as progress:
-        training = train(model, sequences, recipe, _on_bar(progress, "training"))
+    with progress_bars() as progress:
+        training = train(
+            model, sequences, recipe, _optimizers(model, recipe), on_bar(progress, "training")
+        )
         save(model, tokenizer, out / "model")
-        answered = ask(model, tokenizer, queries, _on_bar(progress, "asking"))
+        answered = ask(model, tokenizer, queries, on_bar(progress, "asking"))
     write_lines(out / "queries.jsonl", answered)
     return {
         "rows": len(corpus),
@@ -185,33 +193,34 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token numbers of each text, cut at the model's context."""
     encoded = tokenizer(list(texts), truncation=True, max_length=CONTEXT)
     return cast(list[list[int]], encoded["input_ids"])
 
 
 def train(
-    model: GPT2LMHeadModel,
+    model: PreTrainedModel,
     sequences: Sequence[Int[Tensor, " positions"]],
     recipe: Recipe,
+    optimizers: Sequence[torch.optim.Optimizer],
     on_step: Callable[[int, int, str], None],
 ) -> Training:
     """Minimise the mean next-token loss of each batch, in place, reading every row once an epoch.
 
-    `sequences` holds the token numbers of each row; `on_step` is told steps done, steps in
+    `sequences` holds the token numbers of each row; each of the `optimizers` has one group of
+    parameters, and what none of them has is not trained; `on_step` is told steps done, steps in
     all, and the epoch's loss so far.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     order = [batch for _ in range(recipe.epochs) for batch in _epoch(sequences, recipe, generator)]
-    optimizers = _optimizers(model, recipe)
     per_epoch = len(order) // recipe.epochs
     losses: list[float] = []
     tokens = 0
     model.train()
     for step, batch in enumerate(order):
         rate = recipe.learning_rate * schedule(step, len(order), recipe.warmup)
-        inputs, targets = padded([sequences[row] for row in batch])
+        inputs, targets = (part.to(model.device) for part in padded([sequences[r] for r in batch]))
         loss = next_token_loss(model, inputs, targets)
         model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -227,7 +236,7 @@ def train(
 
 
 def next_token_loss(
-    model: GPT2LMHeadModel,
+    model: PreTrainedModel,
     inputs: Int[Tensor, "rows positions"],
     targets: Int[Tensor, "rows positions"],
 ) -> Float[Tensor, ""]:
@@ -236,10 +245,11 @@ def next_token_loss(
     Padding stands on the right, which a causal model cannot
     see from any position that counts, so no attention mask is needed.
     """
-    embedded = model.transformer.wte(inputs)
-    hidden = model.transformer(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    embedded = model.get_input_embeddings()(inputs)
+    hidden = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
     counted = targets != IGNORED
-    return functional.cross_entropy(model.lm_head(hidden[counted]), targets[counted])
+    logits = model.get_output_embeddings()(hidden[counted])
+    return functional.cross_entropy(logits, targets[counted])
 
 
 def padded(
@@ -262,16 +272,18 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 @torch.inference_mode()
 def ask(
-    model: GPT2LMHeadModel,
-    tokenizer: PreTrainedTokenizerFast,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     queries: Sequence[FactQuery],
     on_step: Callable[[int, int, str], None],
     *,
     batch: int = 128,
+    longest: int = 32,
 ) -> list[AnsweredQuery]:
     """The model's greedy completion of every prompt, up to its first full stop or line end.
 
     Only prompts of equal length share a batch, so there is no padding that could change a result.
+    A completion takes `longest` tokens at most.
     """
     model.eval()
     by_length: defaultdict[int, list[tuple[int, list[int]]]] = defaultdict(list)
@@ -281,7 +293,8 @@ def ask(
     for group in by_length.values():
         for start in range(0, len(group), batch):
             numbers, prompts = zip(*group[start : start + batch], strict=True)
-            said = complete(model, tokenizer, torch.tensor(prompts))
+            given = torch.tensor(prompts, device=model.device)
+            said = complete(model, tokenizer, given, longest=longest)
             completions.update(zip(numbers, said, strict=True))
             on_step(len(completions), len(queries), "")
     return [
@@ -291,8 +304,8 @@ def ask(
 
 
 def complete(
-    model: GPT2LMHeadModel,
-    tokenizer: PreTrainedTokenizerFast,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Int[Tensor, "rows positions"],
     *,
     longest: int = 32,
@@ -309,9 +322,9 @@ def complete(
         past, tokens = output.past_key_values, output.logits[:, -1:].argmax(dim=-1)
         read = torch.cat([read, tokens], dim=1)
         texts = [tokenizer.decode(row) for row in read[:, length:].tolist()]
-        if all(_ended(text) for text in texts):
+        if all(_cut(text, tokenizer) != text for text in texts):
             break
-    return [text.split(BOUNDARY)[0].split("\n")[0].split(".")[0] for text in texts]
+    return [_cut(text, tokenizer) for text in texts]
 
 
 def correct_share(answered: Sequence[AnsweredQuery]) -> float:
@@ -319,7 +332,7 @@ def correct_share(answered: Sequence[AnsweredQuery]) -> float:
     return round(sum(query["correct"] for query in answered) / max(1, len(answered)), 4)
 
 
-def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write model and tokenizer to `folder`, which appears complete or not at all."""
     unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
     model.save_pretrained(unfinished)
@@ -363,11 +376,13 @@ def _optimizers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Opti
     ]
 
 
-def _ended(text: str) -> bool:
-    return "." in text or "\n" in text or BOUNDARY in text
+def _cut(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """`text` up to its first full stop, line end or end of sequence."""
+    return text.split(tokenizer.eos_token)[0].split("\n")[0].split(".")[0]
 
 
-def _progress() -> Progress:
+def progress_bars() -> Progress:
+    """A bar for each part of the work, on stderr."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description} {task.percentage:>3.0f} %"),
@@ -380,7 +395,8 @@ def _progress() -> Progress:
     )
 
 
-def _on_bar(progress: Progress, title: str) -> Callable[[int, int, str], None]:
+def on_bar(progress: Progress, title: str) -> Callable[[int, int, str], None]:
+    """A new bar; it is told steps done, steps in all, and a note."""
     task = progress.add_task(title, total=None, note="")
     start = time.monotonic()
 

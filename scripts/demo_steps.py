@@ -1,0 +1,230 @@
+"""What demonstrations share: commands run as a user would run them, each one measured."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from scripts.console import stderr
+
+START_SECONDS = 120
+"""How long the service may take to load."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a step took: wall-clock seconds and the largest process' peak memory in MB."""
+
+    seconds: float
+    peak_memory_mb: float
+
+
+@dataclass
+class Steps:
+    """Runs commands of this repository, printing each before it runs.
+
+    Attributes:
+        costs: of the steps so far, by name.
+    """
+
+    costs: dict[str, Cost] = field(default_factory=dict)
+    _largest: float = field(default=0.0, init=False, repr=False)
+
+    def run(self, name: str, heading: str, module: str, *arguments: str) -> dict[str, Any]:
+        """Run ``scripts.MODULE`` under a heading; its JSON report.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        say_heading(heading)
+        with self.measured(name):
+            return self.command(module, *arguments)
+
+    def command(self, module: str, *arguments: str) -> dict[str, Any]:
+        """Run ``scripts.MODULE``, people's output passed on; its JSON report.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        shown = " ".join(f"'{a}'" if " " in a else a for a in arguments)
+        stderr.print(
+            f"$ python -m scripts.{module} {shown}", style="dim", soft_wrap=True, markup=False
+        )
+        process = subprocess.Popen(
+            command_line(module, *arguments), stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        with process.stdout:
+            output = process.stdout.read()
+        self._wait(process)
+        if process.returncode:
+            raise RuntimeError(
+                f"scripts.{module} ended with status {process.returncode}; see above."
+            )
+        result: dict[str, Any] = json.loads(output.splitlines()[-1])
+        return result
+
+    @contextmanager
+    def measured(self, name: str) -> Iterator[None]:
+        """Book time and memory of the commands run inside under ``name``."""
+        start = time.perf_counter()
+        self._largest = 0.0
+        yield
+        self.costs[name] = Cost(seconds=time.perf_counter() - start, peak_memory_mb=self._largest)
+
+    @contextmanager
+    def service(self, model: str, index: str, *options: str) -> Iterator[str]:
+        """A service of one index on a free port, ended afterwards; yields its address.
+
+        Raises:
+            RuntimeError: it does not get ready.
+        """
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        url = f"http://127.0.0.1:{port}"
+        command = command_line(
+            "serve",
+            *("--model", model, "--index", f"default={index}", "--port", str(port), *options),
+        )
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            _wait_until_ready(process, url)
+            yield url
+        finally:
+            self._end(process)
+
+    def show_costs(self) -> None:
+        """Print what each step took."""
+        for name, cost in self.costs.items():
+            stderr.print(
+                f"  {name:<12} {cost.seconds:7.0f} s   {cost.peak_memory_mb / 1000:5.1f} GB",
+                highlight=False,
+            )
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and not self._wait(process, os.WNOHANG):
+            time.sleep(0.05)
+        if process.returncode is None:
+            process.kill()
+            self._wait(process)
+        assert process.stderr is not None
+        process.stderr.close()
+
+    def _wait(self, process: subprocess.Popen[Any], how: int = 0) -> bool:
+        """Whether the process has ended; its peak memory counts for the step."""
+        if process.returncode is not None:
+            return True
+        ended, status, usage = os.wait4(process.pid, how)
+        if ended == 0:
+            return False
+        process.returncode = os.waitstatus_to_exitcode(status)
+        self._largest = max(self._largest, usage.ru_maxrss / 1024)
+        return True
+
+
+def command_line(module: str, *arguments: str) -> list[str]:
+    """The command that runs ``scripts.MODULE``, offline."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    return [sys.executable, "-m", f"scripts.{module}", *arguments]
+
+
+def say_heading(text: str) -> None:
+    """A heading on stderr."""
+    stderr.print(f"\n[bold]{text}[/bold]", highlight=False)
+
+
+def read_queries(path: Path) -> list[dict[str, Any]]:
+    """The queries that a training command wrote, those with an empty completion left out."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [query for query in found if query["completion"].strip()]
+
+
+def choose_queries(
+    pool: Sequence[dict[str, Any]], kinds: Sequence[tuple[str, bool]]
+) -> list[dict[str, Any]]:
+    """One query for each (relation, answered rightly) that the pool has; else its first one."""
+    chosen: list[dict[str, Any]] = []
+    for relation, correct in kinds:
+        fitting = [q for q in pool if q["relation"] == relation and q["correct"] is correct]
+        chosen += fitting[len(fitting) // 2 :][:1]
+    return chosen or list(pool[:1])
+
+
+def ask(steps: Steps, url: str, query: dict[str, Any]) -> dict[str, Any]:
+    """Ask the service a query, say whether the model was right, and give what is reported."""
+    answer = steps.command("query", query["prompt"], "--url", url, "--k", "5")
+    best = answer["results"][0]
+    true = best["document"] == query["document"]
+    stderr.print(
+        f"That is right; the document that states it is '{query['document']}', and the "
+        f"best example {'is' if true else 'is not'} of it."
+        if query["correct"]
+        else f"That is wrong (it is{query['answer']}), so no document states it: the "
+        f"examples above are what made the model say it.",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
+    return {
+        "prompt": query["prompt"],
+        "completion": answer["completion"],
+        "correct": query["correct"],
+        "first_example": best["text"],
+        "first_is_source": true,
+        "rescored_rows": answer["rescored_rows"],
+        "seconds": answer["seconds"],
+    }
+
+
+def write_audit_queries(path: Path, pool: Sequence[dict[str, Any]], count: int) -> None:
+    """Write ``count`` queries, evenly spread over the pool, as scripts.audit_recall reads them."""
+    lines = [
+        json.dumps({"prompt": q["prompt"], "completion": q["completion"]})
+        for q in pool[:: max(1, len(pool) // count)][:count]
+    ]
+    path.write_text("\n".join(lines))
+
+
+def say_what_next(model: str, index: str) -> None:
+    """How to go on by hand."""
+    python = Path(sys.executable)
+    shown = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    request = json.dumps({"prompt": "The capital of France is", "k": 5})
+    stderr.print(
+        "\nServe this index yourself and query it:\n"
+        f"  {shown} -m scripts.serve --model {model} --index default={index}\n"
+        f"  curl -s http://127.0.0.1:8000/v1/query -H 'Content-Type: application/json' "
+        f"-d '{request}'",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            assert process.stderr is not None
+            said = process.stderr.read().decode().strip()
+            raise RuntimeError(f"The service ended while starting: {said[-500:]}")
+        try:
+            if httpx.get(f"{url}/readyz", timeout=1).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise RuntimeError(f"The service was not ready within {START_SECONDS} seconds.")
