@@ -9,8 +9,16 @@ from beartype import beartype
 from beartype.roar import BeartypeDecorHintException
 from jaxtyping import install_import_hook
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 
 def check_types(function: Callable) -> Callable:
@@ -59,18 +67,51 @@ def _build_gpt2() -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
+GROUPED_QUERIES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16,
+}
+
+
 def _build_llama() -> nn.Module:
-    config = LlamaConfig(
+    return LlamaForCausalLM(LlamaConfig(**GROUPED_QUERIES, tie_word_embeddings=False))
+
+
+def _build_qwen2() -> nn.Module:
+    return Qwen2ForCausalLM(Qwen2Config(**GROUPED_QUERIES, tie_word_embeddings=True))
+
+
+def _build_gpt_neox() -> nn.Module:
+    config = GPTNeoXConfig(
         vocab_size=VOCABULARY,
         hidden_size=8,
         intermediate_size=12,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,
         max_position_embeddings=16,
-        tie_word_embeddings=False,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
     )
-    return LlamaForCausalLM(config)
+    return GPTNeoXForCausalLM(config)
+
+
+def _in_float64(model: nn.Module) -> nn.Module:
+    """A copy in float64, RMS norms included: transformers' own always round to float32."""
+    copied = copy.deepcopy(model).double()
+    for name, module in list(copied.named_modules()):
+        if type(module).__name__.endswith("RMSNorm") and not isinstance(module, nn.RMSNorm):
+            norm = nn.RMSNorm(module.weight.shape, module.variance_epsilon)
+            norm.weight = module.weight
+            copied.set_submodule(name, norm)
+    return copied
 
 
 @pytest.fixture(scope="session")
@@ -93,20 +134,47 @@ def llama_float32() -> nn.Module:
 
 @pytest.fixture(scope="session")
 def llama(llama_float32: nn.Module) -> nn.Module:
-    """The same weights in float64, norms included: Llama's own always round to float32."""
-    model = copy.deepcopy(llama_float32).double()
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LlamaRMSNorm):
-            norm = nn.RMSNorm(module.weight.shape, module.variance_epsilon)
-            norm.weight = module.weight
-            model.set_submodule(name, norm)
-    return model
+    """The same weights in float64."""
+    return _in_float64(llama_float32)
 
 
-@pytest.fixture(scope="session", params=["gpt2", "llama"])
+@pytest.fixture(scope="session")
+def qwen2_float32() -> nn.Module:
+    """Like Llama, with biases on queries, keys and values and a tied output head; frozen."""
+    return _seeded(_build_qwen2, seed=4)
+
+
+@pytest.fixture(scope="session")
+def qwen2(qwen2_float32: nn.Module) -> nn.Module:
+    """The same weights in float64."""
+    return _in_float64(qwen2_float32)
+
+
+@pytest.fixture(scope="session")
+def gpt_neox_float32() -> nn.Module:
+    """Two blocks of width 8 of nn.Linear layers with biases, attention and MLP in parallel."""
+    return _seeded(_build_gpt_neox, seed=5)
+
+
+@pytest.fixture(scope="session")
+def gpt_neox(gpt_neox_float32: nn.Module) -> nn.Module:
+    """The same weights in float64."""
+    return _in_float64(gpt_neox_float32)
+
+
+ARCHITECTURES = ["gpt2", "llama", "qwen2", "gpt_neox"]
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
 def model(request: pytest.FixtureRequest) -> nn.Module:
     """Each tiny model in float64. Shared by all tests: copy it before changing a weight."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def model_float32(request: pytest.FixtureRequest) -> nn.Module:
+    """Each tiny model as transformers builds it."""
+    return request.getfixturevalue(f"{request.param}_float32")
 
 
 @pytest.fixture(scope="session")

@@ -89,12 +89,30 @@ def test_hook_gradients_are_autograds(model, sequences):
     assert_rows_equal(gradients, dense.example_gradients(model, layers, sequences))
 
 
-def test_both_kinds_of_layer_occur(gpt2, llama):
-    conv, linear = find_layers(gpt2).layers, find_layers(llama).layers
-    assert {type(layer.module).__name__ for layer in conv} == {"Conv1D"}
-    assert all(layer.has_bias for layer in conv)
-    assert {type(layer.module).__name__ for layer in linear} == {"Linear"}
-    assert not any(layer.has_bias for layer in linear)
+LAYERS = {
+    "gpt2": ("Conv1D", 8, "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj"),
+    "llama": ("Linear", 0, "self_attn.[qkvo]_proj mlp.gate_proj mlp.up_proj mlp.down_proj"),
+    "qwen2": ("Linear", 6, "self_attn.[qkvo]_proj mlp.gate_proj mlp.up_proj mlp.down_proj"),
+    "gpt_neox": (
+        "Linear",
+        8,
+        "attention.query_key_value attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_linear_layer_but_the_head_is_attributed(name, request):
+    model = request.getfixturevalue(name)
+    kind, biases, ends = LAYERS[name]
+    layers = find_layers(model).layers
+    linear = {n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
+    head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
+    assert {layer.name for layer in layers} == linear - {head}
+    assert {type(layer.module).__name__ for layer in layers} == {kind}
+    assert sum(layer.has_bias for layer in layers) == biases
+    for end in ends.split():
+        assert len(find_layers(model, LayerSelection(patterns=(f"*.{end}",))).layers) in (2, 8)
 
 
 def test_linear_with_bias():
@@ -197,12 +215,12 @@ def test_sequences_that_predict_nothing_have_no_gradient(gpt2, sequences, tokens
     assert dense.worst_error({n: g[1:] for n, g in with_empty.items()}, without) < EXACT
 
 
-def test_bfloat16_model_keeps_its_precision_in_the_loss(gpt2_float32, sequences):
-    model = copy.deepcopy(gpt2_float32).bfloat16()
+def test_bfloat16_model_keeps_its_precision_in_the_loss(model_float32, sequences):
+    model = copy.deepcopy(model_float32).bfloat16()
     layers = find_layers(model).layers
     losses = visit_gradients(model, layers, collate(sequences), lambda *_: None)
     assert losses.dtype == torch.float32
-    expected = torch.stack([dense.loss(gpt2_float32, s) for s in sequences])
+    expected = torch.stack([dense.loss(model_float32, s) for s in sequences])
     assert dense.relative_error(losses, expected) < 0.02  # bfloat16 has 8 bits: 0.004 an operation
 
 
