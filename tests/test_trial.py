@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig
 
 from estimators.capture import freeze
 from estimators.layers import LayerSelection, find_layers
@@ -119,6 +120,55 @@ def test_routed_experts_are_named_with_their_share():
     assert reasons["body.0.experts.2"] == "did not run in a trial pass"
     shares = [m.share for m in coverage.skipped if "experts" in m.name]
     assert shares == [20 / 105] * 3
+
+
+MOE = {
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "shared"),
+    [
+        (MixtralConfig(**MOE, num_local_experts=4), 0),
+        (
+            Qwen2MoeConfig(
+                **MOE,
+                num_experts=4,
+                moe_intermediate_size=8,
+                shared_expert_intermediate_size=12,
+            ),
+            4,
+        ),
+    ],
+)
+def test_fused_experts_are_named_with_their_share_and_the_rest_is_exact(config, shared):
+    torch.manual_seed(0)
+    model = freeze(AutoModelForCausalLM.from_config(config))
+    coverage = find_layers(model)
+    attention = [f"model.layers.0.self_attn.{x}_proj" for x in "qkvo"]
+    assert [layer.name for layer in coverage.layers] == attention
+    skipped = {module.name: module for module in coverage.skipped}
+    experts = skipped["model.layers.0.mlp.experts"]
+    assert experts.reason == "not a linear layer"
+    width = 16 if shared == 0 else 8
+    assert experts.parameters == 4 * 3 * 8 * width
+    total = sum(p.numel() for p in model.parameters())
+    assert experts.share == experts.parameters / total
+    # The shared expert sees all tokens as one sequence: [token, feature].
+    flat = [m for m in coverage.skipped if "not [batch, token, feature]" in m.reason]
+    assert len(flat) == shared
+    gradients = hook_gradients(model, coverage.layers, collate(SEQUENCES))
+    warm = copy.deepcopy(model).requires_grad_(True)
+    for i, sequence in enumerate(SEQUENCES):
+        expected = dense.weight_gradients(warm, coverage.layers, dense.loss(warm, sequence))
+        assert dense.worst_error({n: g[i] for n, g in gradients.items()}, expected) < 1e-5
 
 
 def test_a_model_that_does_not_run_is_refused_with_the_cause():
