@@ -88,8 +88,8 @@ def query_directions(
     estimator: Estimator, gradients: Gradients, damping: float
 ) -> dict[str, Tensor]:
     """``-(H + lambda I)^-1 grad f``: its inner product with ``grad L(z)`` is the score."""
-    preconditioned = estimator.precondition(gradients, damping)
-    return {name: -value for name, value in preconditioned.items()}
+    preconditioned = dict(estimator.precondition(gradients, damping))
+    return {name: -preconditioned.pop(name) for name in list(preconditioned)}
 
 
 def score_batch(

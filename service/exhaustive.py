@@ -1,6 +1,6 @@
 """Exact scores of every row for many queries: the ground truth that shortlists are judged by."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,8 +14,11 @@ from estimators.tokens import Sequence1D, collate, plan_batches
 from index.examples import ExampleStore
 from service.models import LoadedModel
 
-MOST_BYTES = 2**30
-"""Memory that the directions of one chunk of queries may take."""
+MOST_BYTES = 3 * 2**30
+"""Memory that the directions of one chunk of queries may take; making them takes it twice."""
+
+Watch = Callable[[dict[str, Tensor]], None]
+"""Sees the directions of a chunk of queries, [estimator * query, in, out] a layer."""
 
 
 def exact_scores(
@@ -27,6 +30,7 @@ def exact_scores(
     rows: Sequence[int] | None = None,
     token_budget: int = 1024,
     progress: Progress = no_progress,
+    watch: Watch | None = None,
 ) -> dict[str, Float[np.ndarray, "query row"]]:
     """Exact scores for each estimator, in nats, positive = proponent; NaN where not finite.
 
@@ -40,6 +44,7 @@ def exact_scores(
         rows: rows to score; None scores all.
         token_budget: padded tokens in a batch.
         progress: shows the batches.
+        watch: shown the directions of each chunk, in the order of the queries.
     """
     chosen = list(range(len(examples))) if rows is None else list(rows)
     sequences = [Sequence1D(tokens=examples.tokens(row)) for row in chosen]
@@ -51,6 +56,8 @@ def exact_scores(
     for start in range(0, len(queries), size):
         part = queries[start : start + size]
         directions = _stacked_directions(loaded, estimators, part)
+        if watch is not None:
+            watch(directions)
         for positions in progress(f"exact scores of queries {start + 1}+", batches):
             batch = collate([sequences[p] for p in positions]).to(loaded.device)
             scores = score_batch_for_queries(
@@ -81,4 +88,6 @@ def _stacked_directions(
         query_directions(estimator, gradients, damping)
         for estimator, damping in estimators.values()
     ]
-    return {layer.name: torch.cat([d[layer.name] for d in each]) for layer in layers}
+    if len(each) == 1:
+        return each[0]
+    return {layer.name: torch.cat([d.pop(layer.name) for d in each]) for layer in layers}

@@ -1,11 +1,12 @@
 """Measuring the sketch's error on the corpus itself, at the end of a build."""
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 from scipy import stats
+from torch import Tensor
 
 from estimators.contracts import Estimator
-from estimators.rescoring import query_directions, query_gradients
 from estimators.sketch import Sketch
 from estimators.tokens import Sequence1D, collate, plan_batches
 from index.examples import ExampleStore
@@ -16,6 +17,8 @@ from service.models import LoadedModel
 from service.sketching import unit_sketches
 
 QUERIES = 16
+FEWEST_QUERIES = 6
+"""For large models, whose query gradients fill the memory: otherwise as many as fit at once."""
 ROWS = 512
 LARGEST = 5
 """Pairs a query, of the largest cosines, from which the relative noise is estimated."""
@@ -36,8 +39,8 @@ def measure_noise(
 
     A pseudo-query asks for the second half of a training example given its first half. Rows are the
     examples that the pseudo-queries are made of, for large cosines, and others at random. Needs a
-    forward and backward pass over at most 528 examples to sketch them, and one to score them for
-    each chunk of pseudo-queries that fits into memory.
+    forward and backward pass over at most 528 examples to sketch them, and one to score them (for a
+    model so large that not even six query gradients fit into memory, one for each part of them).
 
     Args:
         loaded: the model with the layers to attribute.
@@ -52,11 +55,13 @@ def measure_noise(
         ValueError: no example has the four tokens that a pseudo-query needs.
     """
     generator = np.random.default_rng(SEED)
-    asked = generator.permutation(np.flatnonzero(examples.lengths() >= 4))[:QUERIES]
+    count = min(QUERIES, max(FEWEST_QUERIES, queries_at_once(loaded, estimators=1)))
+    asked = generator.permutation(np.flatnonzero(examples.lengths() >= 4))[:count]
     if not len(asked):
         raise ValueError("No example has four tokens or more; check the text column.")
     rows = np.union1d(asked, generator.permutation(len(examples))[:ROWS])
     queries = [_second_half(examples.tokens(int(i))) for i in asked]
+    sketched: list[tuple[Tensor, Tensor]] = []
     exact = exact_scores(
         loaded,
         {"": (estimator, damping)},
@@ -64,8 +69,9 @@ def measure_noise(
         queries,
         rows=rows.tolist(),
         token_budget=token_budget,
+        watch=lambda directions: sketched.append(sketch.query(directions)),
     )[""]
-    y, query_norms = _sketch_queries(loaded, estimator, damping, sketch, queries)
+    y, query_norms = (torch.cat(parts).cpu().numpy() for parts in zip(*sketched, strict=True))
     drawn = [Sequence1D(tokens=examples.tokens(int(row))) for row in rows]
     units, norms = _sketch_rows(loaded, sketch, drawn, token_budget)
     index.add(index.encode(units))
@@ -109,25 +115,6 @@ def _summarise(
 
 def _second_half(tokens: tuple[int, ...]) -> Sequence1D:
     return Sequence1D(tokens=tokens, first_target=len(tokens) // 2)
-
-
-def _sketch_queries(
-    loaded: LoadedModel,
-    estimator: Estimator,
-    damping: float,
-    sketch: Sketch,
-    queries: list[Sequence1D],
-) -> tuple[Float[np.ndarray, "query dimension"], Float[np.ndarray, "query"]]:
-    """Sketches and exact norms of preconditioned query gradients, some queries at a time."""
-    size = queries_at_once(loaded, estimators=1)
-    sketches, norms = [], []
-    for start in range(0, len(queries), size):
-        layers = loaded.coverage.layers
-        gradients, _ = query_gradients(loaded.model, layers, queries[start : start + size])
-        y, norm = sketch.query(query_directions(estimator, gradients, damping))
-        sketches.append(y.cpu().numpy())
-        norms.append(norm.cpu().numpy())
-    return np.concatenate(sketches), np.concatenate(norms)
 
 
 def _sketch_rows(
