@@ -71,8 +71,7 @@ class Sketch:
         self.plan = plan
         self._layers = tuple(layers)
         self._whitening = dict(whitening)
-        self._train: dict[str, tuple[Tensor, Tensor]] = {}
-        self._query: dict[str, tuple[Tensor, Tensor]] = {}
+        self._near = _Near()
         self._slices: dict[str, slice] = {}
         start = 0
         for number, layer in enumerate(layers):
@@ -86,13 +85,17 @@ class Sketch:
             _orthonormal_frame(width, self.plan, 2 * number + side)
             for side, width in enumerate((layer.in_features, layer.out_features))
         ]
-        for maps, dual in ((self._train, False), (self._query, True)):
-            maps[layer.name] = (
-                _fold_frame(frames[0], white.left_map(dual=dual)),
-                _fold_frame(frames[1], white.right_map(dual=dual)),
-            )
-        left, right = self._train[layer.name]
-        end = start + left.shape[0] * right.shape[0]
+        maps = {
+            "train left": _fold_frame(frames[0], white.left_map(dual=False)),
+            "train right": _fold_frame(frames[1], white.right_map(dual=False)),
+            "query left": _fold_frame(frames[0], torch.diag(1 / white.left_scale)),
+            "query right": _fold_frame(frames[1], torch.diag(1 / white.right_scale)),
+        }
+        bases = {"left basis": white.left_basis, "right basis": white.right_basis}
+        for what, matrix in (maps | bases).items():
+            if matrix is not None:
+                self._near.add(f"{layer.name} {what}", matrix)
+        end = start + len(maps["train left"]) * len(maps["train right"])
         self._slices[layer.name] = slice(start, end)
         return end
 
@@ -129,7 +132,7 @@ class Sketch:
 
         def visit(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
             a, d = widen(a), widen(d)
-            left, right = (side.to(a) for side in self._train[layer.name])
+            left, right = (self._near(f"{layer.name} train {s}", a) for s in ("left", "right"))
             projected = torch.bmm((a @ left.T).transpose(1, 2), d @ right.T)
             blocks[:, self._slices[layer.name]] = projected.flatten(1).to(blocks)
 
@@ -154,16 +157,47 @@ class Sketch:
         blocks = torch.zeros(count, self._entries, device=device)
         square = torch.zeros(count, dtype=torch.float64, device=device)
         for name, gradient in directions.items():
-            left, right = (side.to(gradient) for side in self._query[name])
-            blocks[:, self._slices[name]] = (left @ gradient @ right.T).flatten(1).to(blocks)
-            square += self._whitened_square(name, gradient)
+            rotated = self._rotated(name, gradient)
+            left, right = (self._near(f"{name} query {s}", gradient) for s in ("left", "right"))
+            blocks[:, self._slices[name]] = (left @ rotated @ right.T).flatten(1).to(blocks)
+            square += self._whitened_square(name, rotated)
         return self._fold(blocks), square.sqrt()
 
-    def _whitened_square(self, name: str, gradient: Tensor) -> Float[Tensor, "query"]:
+    def _rotated(self, name: str, gradient: Tensor) -> Float[Tensor, "query in out"]:
+        """``Q_A^T F Q_S``, in the eigenbasis."""
         white = self._whitening[name]
-        left, right = white.left_map(dual=True), white.right_map(dual=True)
-        psi = left.to(gradient) @ gradient @ right.to(gradient).T
+        if white.left_basis is not None:
+            gradient = self._near(f"{name} left basis", gradient).T @ gradient
+        if white.right_basis is not None:
+            gradient = gradient @ self._near(f"{name} right basis", gradient)
+        return gradient
+
+    def _whitened_square(self, name: str, rotated: Tensor) -> Float[Tensor, "query"]:
+        white = self._whitening[name]
+        psi = rotated / white.left_scale.to(rotated)[:, None] / white.right_scale.to(rotated)
         return psi.double().square().sum((-2, -1))
+
+
+class _Near:
+    """Fixed tensors by name, each copied only once to the device and precision that asks for it."""
+
+    def __init__(self) -> None:
+        self._own: dict[str, Tensor] = {}
+        self._copies: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self._own[name] = tensor
+
+    def __call__(self, name: str, like: Tensor) -> Tensor:
+        """The tensor ``name`` on the device of ``like``, in its precision if it is a float."""
+        own = self._own[name]
+        dtype = like.dtype if own.is_floating_point() else own.dtype
+        if own.device == like.device and own.dtype == dtype:
+            return own
+        key = (name, like.device, dtype)
+        if key not in self._copies:
+            self._copies[key] = own.to(device=like.device, dtype=dtype)
+        return self._copies[key]
 
 
 class _Fold:
@@ -173,17 +207,21 @@ class _Fold:
         k = plan.dimensions
         self.padded = max(k, k * math.ceil(entries / k))
         generator = np.random.Generator(np.random.Philox(key=[plan.seed, 2**32]))
-        self._order = torch.from_numpy(generator.permutation(self.padded))
+        self._near = _Near()
+        self._near.add("order", torch.from_numpy(generator.permutation(self.padded)))
         signs = generator.integers(0, 2, self.padded).astype(np.float32) * 2 - 1
-        self._signs = torch.from_numpy(signs)
+        self._near.add("signs", torch.from_numpy(signs))
         power = int(math.log2(k))
-        self._hadamard = (_hadamard(power // 2), _hadamard(power - power // 2))
+        self._near.add("first", _hadamard(power // 2))
+        self._near.add("second", _hadamard(power - power // 2))
 
     def __call__(self, blocks: Float[Tensor, "batch entry"]) -> Float[Tensor, "batch dimension"]:
-        first, second = (h.to(blocks) for h in self._hadamard)
+        order, signs, first, second = (
+            self._near(name, blocks) for name in ("order", "signs", "first", "second")
+        )
         k = len(first) * len(second)
         padded = nn.functional.pad(blocks, (0, self.padded - blocks.shape[1]))
-        mixed = padded[:, self._order.to(blocks.device)] * self._signs.to(blocks)
+        mixed = padded[:, order] * signs
         buckets = mixed.view(len(blocks), -1, k).sum(1)
         rotated = first @ buckets.view(-1, len(first), len(second)) @ second
         return rotated.reshape(len(blocks), k)
