@@ -43,6 +43,9 @@ def main(
         float | None, typer.Option(help="Of each certificate, e.g. 0.95.")
     ] = None,
     budget: Annotated[int | None, typer.Option(help="Most rows to rescore exactly.")] = None,
+    documents: Annotated[
+        bool, typer.Option("--documents", help="Also score the whole documents of the examples.")
+    ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 600.0,
 ) -> None:
     """Show the training examples that most raised log p(completion | prompt), and how sure that is.
@@ -60,6 +63,7 @@ def main(
         "recall": recall,
         "confidence": confidence,
         "budget": budget,
+        "documents": documents or None,
     }
     given = {name: value for name, value in choices.items() if value is not None}
     try:
@@ -134,6 +138,8 @@ def show(answer: dict[str, Any]) -> None:
     stderr.print(
         Text("score in nats: + raised log p(completion | prompt), - lowered it", style="dim")
     )
+    for document in answer.get("documents", []):
+        stderr.print(_whole_document(document))
     for certificate in answer["certificates"]:
         stderr.print(_certificate(certificate))
     stderr.print(
@@ -162,6 +168,16 @@ def _table(results: list[dict[str, Any]]) -> Table:
             Text(shortened(printable(result["text"]))),
         )
     return table
+
+
+def _whole_document(document: dict[str, Any]) -> Text:
+    score = document["score"]
+    told = "too many rows for the budget" if score is None else f"{signed(score)} nats"
+    return Text.assemble(
+        ("document ", "bold"),
+        f"{printable(document['document'])}: {told} over its {document['rows']:,} rows, "
+        f"{document['found']:,} of them above",
+    )
 
 
 def _certificate(certificate: dict[str, Any]) -> Text:

@@ -27,6 +27,8 @@ class Query:
             them a "gaussian" sketch certificate states no bound.
         audit_rows: rows drawn uniformly among those not rescored, for the audit certificate.
         damping: relative; None takes the index's own.
+        documents: also score the whole documents that the answer's examples are parts of; needs the
+            exact score of all their rows.
         tail: assumed law of the sketch's noise.
         seed: of the two samples; None draws one, which the answer reports.
     """
@@ -41,5 +43,6 @@ class Query:
     calibration_rows: int = 64
     audit_rows: int = 64
     damping: float | None = None
+    documents: bool = False
     tail: Tail = "gaussian"
     seed: int | None = None

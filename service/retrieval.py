@@ -8,6 +8,7 @@ of whitened norm.
 
 import math
 import secrets
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,6 +55,24 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DocumentScore:
+    """The influence of a whole document: the sum over all its rows.
+
+    Attributes:
+        document: that some of the answer's examples belong to.
+        rows: that it has in the index, windows of long texts counted singly.
+        found: how many of them are among the answer's examples.
+        score: sum of their exact scores in nats, positive = proponent; None if it has more rows
+            than the query's budget, or a row that cannot be scored.
+    """
+
+    document: str
+    rows: int
+    found: int
+    score: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Answer:
     """Ranked training examples and what is known about those that were not looked at.
 
@@ -64,6 +83,7 @@ class Answer:
         log_probability: ``log p(completion | prompt)`` in nats.
         completion_tokens: how many tokens count.
         results: best first.
+        documents: those of the results in order of their best one; empty unless asked for.
         certificates: "sketch" and "audit", each a statement by itself at its own confidence.
         rescored_rows: rows rescored because of their proxies.
         sampled_rows: further rows scored exactly for the checks.
@@ -78,6 +98,7 @@ class Answer:
     log_probability: float
     completion_tokens: int
     results: list[Result]
+    documents: list[DocumentScore]
     certificates: list[Certificate]
     rescored_rows: int
     sampled_rows: int
@@ -121,13 +142,17 @@ class Retriever:
         scorer = GradientScorer(self.loaded, self.index.examples, directions, self._token_budget)
         search = Search(query, proxies, scorer, seed)
         certificates = search.run(clock)
+        results = self._results(search, query.k)
+        documents = self._documents(search, results) if query.documents else []
+        clock.stop("documents")
         return Answer(
             prompt=query.prompt,
             completion=completion,
             completed_by_model=query.completion is None,
             log_probability=log_probability,
             completion_tokens=sequence.targets,
-            results=self._results(search, query.k),
+            results=results,
+            documents=documents,
             certificates=certificates,
             rescored_rows=search.rescored,
             sampled_rows=int(search.scored.sum()) - search.rescored,
@@ -208,3 +233,14 @@ class Retriever:
                 )
             )
         return results
+
+    def _documents(self, search: Search, results: list[Result]) -> list[DocumentScore]:
+        found = Counter(result.document for result in results)
+        scores = []
+        for document, count in found.items():
+            rows = np.array(self.index.examples.rows_of_document(document))
+            score = search.total(rows) if len(rows) <= search.query.budget else None
+            scores.append(
+                DocumentScore(document=document, rows=len(rows), found=count, score=score)
+            )
+        return scores

@@ -53,6 +53,11 @@ class QueryRequest(Schema):
         default=64, ge=0, description="Random rows that check the sketch's noise."
     )
     audit_rows: int = Field(default=64, ge=0, description="Random unscored rows to audit.")
+    documents: bool = Field(
+        default=False,
+        description="Also score the whole documents that the examples are parts of, which needs "
+        "the exact scores of all their rows.",
+    )
     damping: float | None = Field(
         default=None,
         ge=1e-6,
@@ -83,6 +88,18 @@ class ResultSchema(Schema):
     gradient_norm: float
 
 
+class DocumentSchema(Schema):
+    """The influence of a whole document: the sum over all its rows."""
+
+    document: str
+    rows: int
+    found: int = Field(description="How many of its rows are among the results.")
+    score: float | None = Field(
+        description="nats, positive = proponent; null if it has more rows than the budget, or one "
+        "that cannot be scored."
+    )
+
+
 class CertificateSchema(Schema):
     """One statement about the recall of this answer, valid by itself at its own confidence."""
 
@@ -110,6 +127,7 @@ class QueryResponse(Schema):
     ranking: str
     sign_and_unit: str = SIGN_AND_UNIT
     results: list[ResultSchema]
+    documents: list[DocumentSchema] = Field(description="Empty unless asked for.")
     certificates: list[CertificateSchema] = Field(
         description="Each holds at its own confidence; they do not share an error probability."
     )
@@ -124,6 +142,7 @@ class QueryResponse(Schema):
         """The response to ``request``."""
         fields = {name: getattr(answer, name) for name in cls.model_fields if hasattr(answer, name)}
         fields["results"] = [ResultSchema(**vars(result)) for result in answer.results]
+        fields["documents"] = [DocumentSchema(**vars(document)) for document in answer.documents]
         fields["certificates"] = [
             CertificateSchema(**{**vars(c), "assumptions": list(c.assumptions)})
             for c in answer.certificates

@@ -90,6 +90,13 @@ class Search:
         found: np.ndarray = rows[np.isfinite(values[rows])]
         return found
 
+    def total(self, rows: Int[np.ndarray, "row"]) -> float | None:
+        """Sum of the rows' exact scores; None if one is not finite."""
+        unscored = rows[~self.scored[rows]]
+        scores = self.exact[rows]
+        scores[~self.scored[rows]] = self._scorer.score(unscored.tolist())
+        return float(scores.sum()) if np.isfinite(scores).all() else None
+
     def _values(self) -> Float[np.ndarray, "row"]:
         values: np.ndarray = self.exact / self.proxies.divisors
         values[~np.isfinite(values)] = -np.inf

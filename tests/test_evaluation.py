@@ -109,6 +109,7 @@ def answer(rows: list[int], bound: float) -> Answer:
         certificates=[certificate],
         rescored_rows=2,
         sampled_rows=0,
+        documents=[],
         rows=5,
         seed=0,
     )
