@@ -3,6 +3,7 @@
 #                   quarter of an hour on two cores; with DEVICE=cuda the whole corpus)
 # make test   set up, then run the tests
 # make record  time setup, test and demo in a fresh clone; keeps the figures
+# make bench-kills, bench-prediction  see the figures' commands in README.md
 # make lint   formatting, lint and types
 #
 # PYTHON   the interpreter to build the environment from
@@ -21,7 +22,7 @@ DEVICE ?= cpu
 GPU := $(shell $(PYTHON) -c "import torch; print('yes' if torch.cuda.is_available() else '')" 2>/dev/null)
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo demo-smollm test record lint format clean
+.PHONY: setup demo demo-smollm test record lint format clean bench-kills bench-prediction
 
 setup: $(READY)
 
@@ -52,6 +53,9 @@ test: $(READY)
 
 record: $(READY)
 	@$(BIN)/python -m scripts.record_commands
+
+bench-kills bench-prediction: bench-%: $(READY)
+	@$(BIN)/python -m scripts.bench_$*
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .
