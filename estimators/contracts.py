@@ -1,7 +1,7 @@
 """The two contracts of this package: an Estimator preconditions, a Scorer scores exactly."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -11,13 +11,49 @@ from estimators.gradients import Gradients
 from estimators.layers import LinearLayer
 from estimators.whitening import LayerWhitening
 
-FitVisitor = Callable[[LinearLayer, Tensor, Tensor, int], None]
-"""Receives a layer, its inputs ``a`` [batch, token, in], output gradients ``d`` [batch, token, out]
-(both 0 at positions that serve no counted token) and the number of positions that do serve one."""
 
-RunPass = Callable[[str, FitVisitor], int]
-"""``run_pass(name, visit)``: one forward and backward pass over the fitting examples, shown to
-people as ``name``; returns the number of examples seen."""
+class Accumulator(Protocol):
+    """Running sums over the fitting examples; a class is built from what its ``tensors()`` gave."""
+
+    def add(self, layer: LinearLayer, a: Tensor, d: Tensor, positions: Tensor) -> None:
+        """Add a batch's inputs ``a`` [batch, token, in] and output gradients ``d`` of one layer.
+
+        ``positions`` index the flattened tokens that serve a counted token; elsewhere ``d`` is 0.
+        Running out of memory must leave the sums as they were.
+        """
+        ...
+
+    def settle(self) -> None:
+        """Called every some thousand tokens: move short sums into long ones."""
+        ...
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Everything that was settled."""
+        ...
+
+
+Sums = TypeVar("Sums", bound=Accumulator)
+
+
+class RunPass(Protocol):
+    """One forward and backward pass over the fitting examples, which can be interrupted."""
+
+    def __call__(
+        self, name: str, kind: Callable[[Mapping[str, Tensor]], Sums], begin: Callable[[], Sums]
+    ) -> Sums:
+        """The sums after the pass.
+
+        Args:
+            name: one of ``PASSES``, shown to people.
+            kind: rebuilds the sums of an interrupted pass from their tensors.
+            begin: empty sums, where no interrupted pass is found; what comes before the pass,
+                earlier passes included, belongs in here, so that it is not repeated.
+        """
+        ...
+
+
+PASSES = ("covariances", "eigenvalues")
+"""Every pass that an estimator may ask for; each draws labels of its own."""
 
 
 class Estimator(Protocol):

@@ -6,7 +6,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from estimators.gradients import Gradients
-from estimators.kronecker import Eigenbasis
 from estimators.layers import LinearLayer
 from estimators.whitening import LayerWhitening, noise_optimal_weights
 
@@ -91,15 +90,3 @@ class EigenbasisOperator:
                 f"No curvature factors for layer {name}; they exist for {self._names}. "
                 f"Fit the estimator on this model with the same layer patterns."
             ) from error
-
-
-def eigenbasis_tensors(
-    bases: Mapping[str, Eigenbasis], eigenvalues: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The tensors that an ``EigenbasisOperator`` is built from."""
-    tensors: dict[str, Tensor] = {}
-    for name, basis in bases.items():
-        tensors[f"{name}.left"] = basis.left
-        tensors[f"{name}.right"] = basis.right
-        tensors[f"{name}.eigenvalues"] = eigenvalues[name]
-    return tensors

@@ -1,20 +1,45 @@
 """Fitting an estimator: passes over examples with labels drawn from the model."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from estimators.capture import Visitor, visit_gradients
-from estimators.contracts import Estimator, FitVisitor
+from estimators.contracts import PASSES, Accumulator, Estimator, Sums
 from estimators.layers import LinearLayer
 from estimators.memory import BackOff
 from estimators.progress import Progress, no_progress
 from estimators.registry import estimator_class
-from estimators.tokens import Sequence1D, TokenBatch, collate, plan_batches
+from estimators.tokens import Sequence1D, collate, plan_batches
 
 Labels = Literal["sampled", "empirical"]
+
+SETTLE_TOKENS = 16384
+"""Padded tokens whose sums stay in float32 before they are added in float64: 16 batches of 1,024,
+so that the addition of large matrices costs little beside their products."""
+
+
+class Checkpoint(Protocol):
+    """Where an interrupted fit left its sums."""
+
+    def load(self, name: str) -> tuple[int, Mapping[str, Tensor]] | None:
+        """Batches done and tensors of the sums, if the pass ``name`` was interrupted."""
+        ...
+
+    def offer(self, name: str, done: int, sums: Accumulator) -> None:
+        """A moment at which ``sums`` are settled after ``done`` batches and may be kept."""
+        ...
+
+
+class NoCheckpoint:
+    """Keeps nothing."""
+
+    def load(self, name: str) -> None:
+        """Nothing was kept."""
+
+    def offer(self, name: str, done: int, sums: Accumulator) -> None:
+        """Keep nothing."""
 
 
 def fit_estimator(
@@ -27,6 +52,7 @@ def fit_estimator(
     seed: int = 0,
     labels: Labels = "sampled",
     progress: Progress = no_progress,
+    checkpoint: Checkpoint | None = None,
 ) -> Estimator:
     """Fit the estimator ``name`` on ``sequences``.
 
@@ -42,9 +68,12 @@ def fit_estimator(
         seed: of the sampled labels.
         labels: "sampled" for the true Fisher, "empirical" for the examples' own tokens.
         progress: shows each pass.
+        checkpoint: of an earlier, interrupted call with the same arguments; the result is the same
+            to the bit as without the interruption.
 
     Raises:
         ValueError: no sequence predicts anything, or the model gives non-finite values.
+        OutOfMemory: not even one sequence fits into memory.
     """
     useful = [sequence for sequence in sequences if sequence.targets > 0]
     if not useful:
@@ -52,45 +81,73 @@ def fit_estimator(
             f"None of the {len(sequences)} fitting examples has two tokens or more; "
             f"check the text column."
         )
-    device = next(model.parameters()).device
     lengths = [len(sequence.tokens) for sequence in useful]
     batches = list(plan_batches(lengths, token_budget))
-    backing = BackOff(lengths)
-    passes = 0
+    kept = checkpoint or NoCheckpoint()
 
-    def run_pass(description: str, visit: FitVisitor) -> int:
-        nonlocal passes
-        label_seed = None if labels == "empirical" else 2 * seed + passes
-        passes += 1
-        for positions in progress(description, batches):
-            counted: dict[str, set[int]] = {layer.name: set() for layer in layers}
-
-            def add(part: Sequence[int], counted: dict[str, set[int]] = counted) -> None:
-                batch = collate([useful[p] for p in part]).to(device)
-                adding = _adding(visit, batch, part, counted)
-                visit_gradients(model, layers, batch, adding, label_seed)
-
-            backing.run(positions, add)
-        return len(useful)
+    def run_pass(
+        name: str, kind: Callable[[Mapping[str, Tensor]], Sums], begin: Callable[[], Sums]
+    ) -> Sums:
+        found = kept.load(name)
+        done, sums = (0, begin()) if found is None else (found[0], kind(found[1]))
+        kept.offer(name, done, sums)
+        label_seed = None if labels == "empirical" else len(PASSES) * seed + PASSES.index(name)
+        adding = _Adding(model, layers, useful, label_seed, sums)
+        backing = BackOff(lengths)
+        unsettled = 0
+        for number, positions in enumerate(progress(name, batches[done:]), start=done + 1):
+            backing.run(positions, adding.batch())
+            unsettled += len(positions) * max(lengths[p] for p in positions)
+            if unsettled >= SETTLE_TOKENS or number == len(batches):
+                sums.settle()
+                unsettled = 0
+                kept.offer(name, number, sums)
+        return sums
 
     return estimator_class(name).fit(layers, run_pass)
 
 
-def _adding(
-    visit: FitVisitor, batch: TokenBatch, part: Sequence[int], counted: dict[str, set[int]]
-) -> Visitor:
-    """Hand masked inputs to ``visit``, except for layers that already ``counted`` these sequences.
+class _Adding:
+    """Adds batches to the sums of one pass."""
 
-    A batch that ran out of memory in the middle of its backward pass is done again in halves: the
-    layers that it reached have counted all of it.
-    """
-    mask = batch.position_mask
-    positions = int(mask.sum())
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[LinearLayer],
+        sequences: Sequence[Sequence1D],
+        label_seed: int | None,
+        sums: Accumulator,
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._sequences = sequences
+        self._label_seed = label_seed
+        self._sums = sums
+        self._device = next(model.parameters()).device
 
-    def add(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
-        if counted[layer.name].issuperset(part):
-            return
-        visit(layer, torch.where(mask[..., None], a, 0), d, positions)
-        counted[layer.name].update(part)
+    def batch(self) -> Callable[[Sequence[int]], None]:
+        """Work on the parts of one batch, each of which a layer counts once.
 
-    return add
+        A part that ran out of memory in the middle of its backward pass is done again in halves:
+        the layers that it reached have counted all of it and leave the halves out.
+        """
+        counted: dict[str, set[int]] = {layer.name: set() for layer in self._layers}
+
+        def work(part: Sequence[int]) -> None:
+            batch = collate([self._sequences[p] for p in part])
+            served = batch.position_mask.flatten().nonzero().squeeze(1).to(self._device)
+            visit = self._visitor(part, served, counted)
+            placed = batch.to(self._device)
+            visit_gradients(self._model, self._layers, placed, visit, self._label_seed)
+
+        return work
+
+    def _visitor(
+        self, part: Sequence[int], served: Tensor, counted: dict[str, set[int]]
+    ) -> Visitor:
+        def visit(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
+            if not counted[layer.name].issuperset(part):
+                self._sums.add(layer, a, d, served)
+                counted[layer.name].update(part)
+
+        return visit

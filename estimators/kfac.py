@@ -6,7 +6,7 @@ from typing import Self
 import torch
 
 from estimators.contracts import RunPass
-from estimators.eigenbasis import EigenbasisOperator, eigenbasis_tensors
+from estimators.eigenbasis import EigenbasisOperator
 from estimators.kronecker import Covariances
 from estimators.layers import LinearLayer
 
@@ -21,12 +21,10 @@ class KFac(EigenbasisOperator):
     @classmethod
     def fit(cls, layers: Sequence[LinearLayer], run_pass: RunPass) -> Self:
         """One pass for the covariances."""
-        covariances = Covariances(layers)
-        examples = run_pass("covariances", covariances.add)
-        bases = covariances.eigenbases()
-        eigenvalues = {
-            name: torch.outer(basis.left_values, basis.right_values)
-            * (covariances.positions(name) / examples)
-            for name, basis in bases.items()
-        }
-        return cls(eigenbasis_tensors(bases, eigenvalues))
+        covariances = run_pass("covariances", Covariances, lambda: Covariances.begin(layers))
+        tensors = {}
+        for name, basis in covariances.eigenbases(layers).items():
+            values = torch.outer(basis.left_values, basis.right_values)
+            tensors[f"{name}.left"], tensors[f"{name}.right"] = basis.left.cpu(), basis.right.cpu()
+            tensors[f"{name}.eigenvalues"] = (values * covariances.mean_positions(name)).cpu()
+        return cls(tensors)

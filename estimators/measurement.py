@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from estimators.tokens import TokenBatch
 
+_CHUNK = 2**23
+"""Probabilities held at once while labels are drawn: 32 MB, which are reused, not mapped anew."""
+
 
 def next_token_logits(
     model: nn.Module, batch: TokenBatch
@@ -55,6 +58,11 @@ def sample_labels(
         [np.random.Generator(np.random.Philox(key=[seed, row])).random(count) for row in batch.rows]
     )
     wanted = torch.from_numpy(uniform).to(logits.device, torch.float32).unsqueeze(-1)
-    cumulative = torch.softmax(logits.float(), dim=-1).cumsum_(dim=-1)
-    labels = torch.searchsorted(cumulative, wanted * cumulative[..., -1:]).squeeze(-1)
-    return labels.clamp_(max=logits.shape[-1] - 1)
+    vocabulary = logits.shape[-1]
+    size = max(1, _CHUNK // vocabulary)
+    labels = []
+    for sequence, numbers in zip(logits, wanted, strict=True):
+        for chunk, u in zip(sequence.split(size), numbers.split(size), strict=True):
+            cumulative = torch.softmax(chunk.float(), dim=-1).cumsum_(dim=-1)
+            labels.append(torch.searchsorted(cumulative, u * cumulative[:, -1:]))
+    return torch.cat(labels).clamp_(max=vocabulary - 1).view(len(batch.rows), count)

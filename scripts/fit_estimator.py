@@ -4,18 +4,14 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
-from estimators.fitting import Labels, fit_estimator
+from estimators.fitting import Labels
 from estimators.layers import LayerSelection
 from estimators.registry import ESTIMATORS
-from estimators.storage import serialise_estimator
-from estimators.tokens import Sequence1D
-from index.files import write_whole
 from scripts import options
 from scripts.console import one_sentence_errors, print_json, show_coverage, show_progress
-from service.corpus import read_examples
+from service.fitting import FitOptions, fit_factors
 from service.models import load_model
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -44,11 +40,16 @@ def main(
     ] = None,
     token_budget: options.TokenBudget = 1024,
     seed: Annotated[int, typer.Option(help="Of the drawn examples and sampled labels.")] = 0,
+    checkpoint_seconds: Annotated[
+        float, typer.Option(help="An interruption loses about this much at most.")
+    ] = 60.0,
     device: options.Device = "cpu",
     dtype: options.DType = "auto",
     gradient_checkpointing: options.GradientCheckpointing = False,
 ) -> None:
     """Fit curvature factors and write them to one safetensors file.
+
+    A fit that was interrupted goes on where it was if the same command is run again.
 
     Example: python -m scripts.fit_estimator --model runs/demo/model
     --data runs/demo/corpus.jsonl --out runs/demo/ekfac.safetensors
@@ -64,33 +65,20 @@ def main(
     )
     show_coverage(loaded.coverage)
     source = options.corpus_source(data, split, text_column, None, None, [], limit)
-    everything = list(read_examples(source, loaded, max_tokens or loaded.context))
-    generator = np.random.default_rng(seed)
-    chosen = np.sort(generator.permutation(len(everything))[:examples])
-    sequences = [Sequence1D(tokens=everything[i].tokens, row=int(i)) for i in chosen]
-    fitted = fit_estimator(
-        estimator,
-        loaded.model,
-        loaded.coverage.layers,
-        sequences,
+    chosen = FitOptions(
+        estimator=estimator,
+        examples=examples,
+        labels=labels,
+        max_tokens=max_tokens,
         token_budget=token_budget,
         seed=seed,
-        labels=labels,
-        progress=show_progress,
     )
-    facts = {
-        "model_sha256": loaded.model_sha256,
-        **selection.to_facts(),
-        "labels": labels,
-        "examples": str(len(sequences)),
-        "seed": str(seed),
-    }
-    write_whole(out, serialise_estimator(estimator, fitted, facts))
+    count = fit_factors(out, loaded, selection, source, chosen, show_progress, checkpoint_seconds)
     print_json(
         {
             "estimator": estimator,
             "out": str(out),
-            "examples": len(sequences),
+            "examples": count,
             "layers": len(loaded.coverage.layers),
             "attributed_share": loaded.coverage.attributed_share,
             "seconds": time.perf_counter() - start,

@@ -11,7 +11,7 @@ from scipy.stats import chi2_contingency, chisquare
 from torch import Tensor, nn
 
 from estimators.capture import freeze
-from estimators.ekfac import EKFac, rotated_gradients
+from estimators.ekfac import EKFac, Rotation
 from estimators.fitting import fit_estimator
 from estimators.identity import Identity
 from estimators.kfac import KFac
@@ -204,11 +204,14 @@ def test_ekfac_is_exact_for_gradients_along_a_kronecker_basis():
     sizes = torch.rand(2, 12, 1, generator=generator, dtype=torch.float64) + 0.2
     a = left.T.repeat_interleave(3, dim=0) * sizes[0]
     d = right.T.repeat(4, 1) * sizes[1]
-    layer = LinearLayer(name="x", module=nn.Linear(4, 3), in_features=4, out_features=3)
+    module = nn.Linear(4, 3).double()
+    layer = LinearLayer(name="x", module=module, in_features=4, out_features=3)
 
-    def run_pass(name, visit):
-        visit(layer, a[:, None], d[:, None], len(a))
-        return len(a)
+    def run_pass(name, kind, begin):
+        sums = begin()
+        sums.add(layer, a[:, None], d[:, None], torch.arange(len(a)))
+        sums.settle()
+        return sums
 
     examples = [torch.outer(x, y) for x, y in zip(a, d, strict=True)]
     gradients = random_gradients((layer,))
@@ -345,7 +348,9 @@ def test_rotation_is_the_same_by_tokens_and_by_gradients(tokens):
     a, d = draw(3, tokens, 5), draw(3, tokens, 4)
     left, right = (torch.linalg.qr(draw(n, n))[0] for n in (5, 4))
     expected = torch.stack([left.T @ (x.T @ y) @ right for x, y in zip(a, d, strict=True)])
-    assert dense.relative_error(rotated_gradients(a, d, left, right), expected) < 1e-12
+    rotation = Rotation(a, d, left, right)
+    found = torch.stack([rotation(number).clone() for number in range(3)])
+    assert dense.relative_error(found, expected) < 1e-12
 
 
 def labels_by_row(model: nn.Module, batches: list[TokenBatch], seed: int) -> dict[int, list[int]]:
