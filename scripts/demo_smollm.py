@@ -20,8 +20,8 @@ from scripts.demo_steps import (
     write_audit_queries,
 )
 
-ASKED = (("capital", True), ("highest_point", True), ("currency", True), ("capital", False))
-"""Relation and whether the model knows it: three facts of different kinds and a wrong one."""
+ASKED = (("capital", True), ("highest_point", True), ("independence", False))
+"""Relation and whether the model knows it: two facts of different kinds and a wrong one."""
 
 WRITTEN = (
     "model",
@@ -50,7 +50,8 @@ class Size:
         audited: queries compared with exact scores of every example.
         right: rightly answered queries of the closing table.
         wrong: wrongly answered ones.
-        causal: whether the table has the causal columns, of a training step a cell.
+        thorough: whether the table asks for both rankings and has the causal columns, which take
+            a training step for each query and method.
     """
 
     facts: int
@@ -62,20 +63,20 @@ class Size:
     audited: int
     right: int
     wrong: int
-    causal: bool
+    thorough: bool
 
 
 ON_CPU = Size(
-    facts=240,
-    paragraphs=80,
+    facts=200,
+    paragraphs=60,
     epochs=5,
     rows_per_batch=16,
-    fitting_examples=256,
+    fitting_examples=200,
     token_budget=1024,
-    audited=6,
+    audited=4,
     right=12,
     wrong=0,
-    causal=False,
+    thorough=False,
 )
 ON_GPU = Size(
     facts=0,
@@ -87,7 +88,7 @@ ON_GPU = Size(
     audited=32,
     right=70,
     wrong=30,
-    causal=True,
+    thorough=True,
 )
 
 
@@ -227,13 +228,15 @@ class SmolLMDemo:
 
     def _compare(self) -> dict[str, Any]:
         size = self._size
+        correct = [query["correct"] for query in read_queries(self._queries)]
+        right, wrong = min(size.right, sum(correct)), min(size.wrong, correct.count(False))
         return self.steps.run(
             "compare",
-            f"7/7 Compare methods over {size.right + size.wrong} queries",
+            f"7/7 Compare methods over {right + wrong} queries",
             "evaluate_demo",
             *("--model", self.model, "--index", self.index, "--queries", str(self._queries)),
-            *("--right", str(size.right), "--wrong", str(size.wrong)),
-            "--causal" if size.causal else "--no-causal",
+            *("--right", str(right), "--wrong", str(wrong)),
+            *(() if size.thorough else ("--no-causal", "--no-by-score")),
             *self._computing,
         )
 

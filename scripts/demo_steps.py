@@ -23,9 +23,16 @@ START_SECONDS = 120
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a step took: wall-clock seconds and the largest process' peak memory in MB."""
+    """What a step took.
+
+    Attributes:
+        seconds: wall-clock time.
+        processor_seconds: of all its commands, over all cores.
+        peak_memory_mb: of the largest of its commands; a GPU's own memory is not in it.
+    """
 
     seconds: float
+    processor_seconds: float
     peak_memory_mb: float
 
 
@@ -39,6 +46,7 @@ class Steps:
 
     costs: dict[str, Cost] = field(default_factory=dict)
     _largest: float = field(default=0.0, init=False, repr=False)
+    _computed: float = field(default=0.0, init=False, repr=False)
 
     def run(self, name: str, heading: str, module: str, *arguments: str) -> dict[str, Any]:
         """Run ``scripts.MODULE`` under a heading; its JSON report.
@@ -78,9 +86,13 @@ class Steps:
     def measured(self, name: str) -> Iterator[None]:
         """Book time and memory of the commands run inside under ``name``."""
         start = time.perf_counter()
-        self._largest = 0.0
+        self._largest = self._computed = 0.0
         yield
-        self.costs[name] = Cost(seconds=time.perf_counter() - start, peak_memory_mb=self._largest)
+        self.costs[name] = Cost(
+            seconds=time.perf_counter() - start,
+            processor_seconds=self._computed,
+            peak_memory_mb=self._largest,
+        )
 
     @contextmanager
     def service(self, model: str, index: str, *options: str) -> Iterator[str]:
@@ -108,7 +120,8 @@ class Steps:
         """Print what each step took."""
         for name, cost in self.costs.items():
             stderr.print(
-                f"  {name:<12} {cost.seconds:7.0f} s   {cost.peak_memory_mb / 1000:5.1f} GB",
+                f"  {name:<8} {cost.seconds:6.0f} s ({cost.processor_seconds:5.0f} s of processor "
+                f"time), {cost.peak_memory_mb / 1000:4.1f} GB",
                 highlight=False,
             )
 
@@ -132,6 +145,7 @@ class Steps:
             return False
         process.returncode = os.waitstatus_to_exitcode(status)
         self._largest = max(self._largest, usage.ru_maxrss / 1024)
+        self._computed += usage.ru_utime + usage.ru_stime
         return True
 
 

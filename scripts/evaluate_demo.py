@@ -64,6 +64,10 @@ def main(
         bool,
         typer.Option(help="With the causal columns: a training step for each query and method."),
     ] = True,
+    by_score: Annotated[
+        bool,
+        typer.Option(help="Ask Etymon for the ranking by score too, not the normalised one only."),
+    ] = True,
     learning_rate: Annotated[float, typer.Option(help="Of the one causal training step.")] = 0.1,
     token_budget: options.TokenBudget = 1024,
     seed: Annotated[int, typer.Option(help="Of the drawn queries and the random baseline.")] = 0,
@@ -82,7 +86,7 @@ def main(
         open_index(index, load_model(model, device=device, dtype=dtype)), token_budget
     )
     asked = _draw_queries(retriever, queries, right, wrong, seed)
-    methods = _rank(retriever, asked, token_budget, seed)
+    methods = _rank(retriever, asked, token_budget, seed, by_score)
     documents = [retriever.index.examples[r].document for r in range(len(retriever.index.examples))]
     gains: Mapping[str, dict[str, float]] = {}
     if causal:
@@ -131,7 +135,7 @@ def _draw_queries(
 
 
 def _rank(
-    retriever: Retriever, asked: Sequence[Asked], token_budget: int, seed: int
+    retriever: Retriever, asked: Sequence[Asked], token_budget: int, seed: int, by_score: bool
 ) -> dict[str, Rankings]:
     index = retriever.index
     scores = exact_scores(
@@ -159,6 +163,7 @@ def _rank(
     found = {
         name: [_two_stage(retriever, q, ranking, seed) for q in show_progress(name.strip(), asked)]
         for name, ranking in (("Etymon", "score"), ("Etymon, normalised", "normalised"))
+        if by_score or ranking == "normalised"
     }
     for name, rank in rankings.items():
         found[name] = [rank(i, q) for i, q in enumerate(asked)]
