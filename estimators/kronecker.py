@@ -114,7 +114,8 @@ class Covariances:
                 f"Layer {name} saw no token while fitting: it never ran, or every example is "
                 f"empty. Leave it out with a layer pattern or fit on other examples."
             )
-        dtype = layer.module.weight.dtype
+        # Quantised layers have integers for weights, or none of that name.
+        dtype = getattr(getattr(layer.module, "weight", None), "dtype", None)
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         parts = []
         for part, side in zip(self._sums.pop(name), ("input", "output gradient"), strict=True):

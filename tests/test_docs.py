@@ -52,6 +52,15 @@ def test_commands_in_the_documents_exist(document: str) -> None:
     assert not missing
 
 
+def test_every_test_that_the_coverage_table_names_exists() -> None:
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", (ROOT / "docs" / "coverage.md").read_text())
+    assert len(named) >= 30
+    missing = [
+        f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / file).read_text()
+    ]
+    assert not missing
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)", page.read_text()):

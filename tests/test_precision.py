@@ -77,10 +77,13 @@ def test_sums_of_many_bfloat16_batches_do_not_stagnate():
     # A bfloat16 sum of ones stops at 256, a float32 one of 0.01 is off by percents at 1e7.
     layer = LinearLayer(name="x", module=torch.nn.Linear(2, 2), in_features=2, out_features=2)
     a = torch.tensor([[[0.1, 0.3]]]).bfloat16()
-    covariances = Covariances([layer])
-    for _ in range(3000):
-        covariances.add(layer, a, a, positions=1)
-    basis = covariances.eigenbases()["x"]
+    covariances = Covariances.begin([layer])
+    for batch in range(3000):
+        covariances.add(layer, a, a, torch.tensor([0]))
+        if batch % 16 == 15:  # as often as a fit does with batches of 1,024 tokens
+            covariances.settle()
+    covariances.settle()
+    basis = covariances.eigenbases([layer])["x"]
     exact = torch.outer(a[0, 0].double(), a[0, 0].double())
     rebuilt = basis.left.double() @ torch.diag(basis.left_values.double()) @ basis.left.double().T
     assert dense.relative_error(rebuilt, exact) < 1e-6

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig
 
 from estimators.capture import freeze
+from estimators.fitting import fit_estimator
 from estimators.layers import LayerSelection, find_layers
 from estimators.recomputation import recompute_blocks
+from estimators.rescoring import query_directions, query_gradients, score_batch_for_queries
 from estimators.tokens import Sequence1D, collate
 from tests import dense_reference as dense
 from tests.test_capture import Toy, hook_gradients
@@ -84,6 +86,17 @@ def test_quantised_layers_are_attributed_and_count_with_all_their_weights():
     expected = dense.example_gradients(freeze(plain), find_layers(plain).layers, SEQUENCES)
     for i, row in enumerate(expected):
         assert dense.worst_error({n: g[i] for n, g in found.items()}, row) < 1e-11
+
+
+def test_quantised_layers_are_fitted_and_scored():
+    model = freeze(Toy(nn.Sequential(Packed(4, 6), nn.Tanh(), nn.Linear(6, 5))))
+    layers = find_layers(model).layers
+    ekfac = fit_estimator("ekfac", model, layers, SEQUENCES)
+    directions = query_directions(ekfac, query_gradients(model, layers, SEQUENCES)[0], 0.1)
+    scores = score_batch_for_queries(model, layers, directions, collate(SEQUENCES))
+    # A sequence's own gradient raises it: the diagonal of a positive definite matrix.
+    assert (scores.diagonal() > 0).all()
+    assert torch.allclose(scores, scores.T, rtol=1e-4)
 
 
 def test_blocks_of_quantised_layers():
