@@ -139,7 +139,7 @@ class Job:
     def state(self) -> str:
         """How far it is, in a few words."""
         if not self.factors.is_file():
-            checkpoints = list(self.folder.glob("*checkpoint*"))
+            checkpoints = list(self.folder.glob("*.partial/[!.]*"))
             return "checkpoint" if checkpoints else "nothing"
         receipts = len(list(self.folder.glob("index/parts/*/shards/*.json")))
         if (self.folder / "index" / "manifest.json").is_file():

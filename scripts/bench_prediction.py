@@ -1,4 +1,4 @@
-"""What the dry run predicts against what the build then takes: memory, disk, time."""
+"""What dry runs predict against what fit and build then take: memory, disk, time."""
 
 import json
 import shutil
@@ -30,15 +30,18 @@ def main(
     model: Annotated[str | None, typer.Option(help="Model; the demo's by default.")] = None,
     data: Annotated[str | None, typer.Option(help="Corpus; the demo's by default.")] = None,
 ) -> None:
-    """Predict builds of three sizes, build them, and compare; exits with 1 beyond the limits."""
+    """Predict a fit and three builds, run them, and compare; exits with 1 beyond the limits."""
     if model is None or data is None:
         demo = demo_model()
         model, data = str(demo.model), str(demo.corpus)
     shutil.rmtree(folder, ignore_errors=True)
     inputs = ["--model", model, "--data", data]
     factors = folder / "ekfac.safetensors"
-    run("fit_estimator", *inputs, "--out", str(factors), "--examples", "512")
-    rows = []
+    arguments = [*inputs, "--out", str(factors), "--examples", "4096"]
+    predicted = run("fit_estimator", *arguments, "--dry-run")
+    actual = run("fit_estimator", *arguments)
+    actual["disk_bytes"] = factors.stat().st_size
+    rows = [compare(f"fit {q}", q, predicted, actual) for q in LIMITS]
     for dimensions, limit in ((16384, 2048), (16384, 8192), (65536, 8192)):
         index = folder / f"{dimensions}-{limit}"
         arguments = [*inputs, "--factors", str(factors), "--out", str(index), "--id-column", "id"]
@@ -46,7 +49,8 @@ def main(
         predicted = run("build_index", *arguments, "--dry-run")
         actual = run("build_index", *arguments)
         actual["disk_bytes"] = sum(p.stat().st_size for p in index.rglob("*") if p.is_file())
-        rows += [compare(q, dimensions, limit, predicted, actual) for q in LIMITS]
+        name = f"build, {dimensions} dimensions"
+        rows += [compare(f"{name}, {q}", q, predicted, actual) for q in LIMITS]
     show(rows)
     document = {"rows": rows, "command": "python -m scripts.bench_prediction"}
     stderr.print(f"written: {write_record('prediction', document)}", highlight=False)
@@ -65,18 +69,17 @@ def run(module: str, *arguments: str) -> dict[str, Any]:
 
 
 def compare(
-    quantity: str, dimensions: int, limit: int, predicted: dict[str, Any], actual: dict[str, Any]
+    name: str, quantity: str, predicted: dict[str, Any], actual: dict[str, Any]
 ) -> dict[str, Any]:
     """One row of the record."""
     error = predicted[quantity] / actual[quantity] - 1
     return {
-        "quantity": quantity,
-        "dimensions": dimensions,
+        "quantity": name,
         "rows": predicted["rows"],
-        "limit": limit,
         "predicted": predicted[quantity],
         "actual": actual[quantity],
         "relative_error": error,
+        "limit": LIMITS[quantity],
         "within_limit": abs(error) <= LIMITS[quantity],
         "commit": revision(),
     }
@@ -84,17 +87,16 @@ def compare(
 
 def show(rows: list[dict[str, Any]]) -> None:
     """The table for people."""
-    table = Table("quantity", "dimensions", "rows", "predicted", "actual", "error", "limit")
+    table = Table("quantity", "rows", "predicted", "actual", "error", "limit")
     for row in rows:
-        unit, scale = ("s", 1) if row["quantity"] == "seconds" else ("MB", 1e6)
+        unit, scale = ("s", 1) if row["quantity"].endswith("seconds") else ("MB", 1e6)
         table.add_row(
             row["quantity"],
-            f"{row['dimensions']:,}",
             f"{row['rows']:,}",
             f"{row['predicted'] / scale:,.1f} {unit}",
             f"{row['actual'] / scale:,.1f} {unit}",
             f"{row['relative_error']:+.1%}",
-            f"{LIMITS[row['quantity']]:.0%}",
+            f"{row['limit']:.0%}",
         )
     stderr.print(table)
 

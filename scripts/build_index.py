@@ -2,7 +2,6 @@
 
 import tempfile
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +10,10 @@ import typer
 from index.manifest import Manifest
 from index.vectors import CODES
 from scripts import options
-from scripts.console import one_sentence_errors, print_json, show_progress, stderr
+from scripts.console import one_sentence_errors, print_json, show_prediction, show_progress, stderr
 from service.building import BuildOptions, Mode, Worker, build_index, build_share
 from service.models import load_model
-from service.prediction import Prediction, peak_memory, predict_build
+from service.prediction import peak_memory, predict_build
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -66,9 +65,7 @@ def main(
         int | None,
         typer.Option(help="Workers in all, e.g. $SLURM_NTASKS; they share the folder."),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only predict disk, memory and time.")
-    ] = False,
+    dry_run: options.DryRun = False,
     device: options.Device = "cpu",
     dtype: options.DType = "auto",
     gradient_checkpointing: options.GradientCheckpointing = False,
@@ -100,7 +97,7 @@ def main(
         loading = time.perf_counter() - start
         with tempfile.TemporaryDirectory() as scratch:
             prediction = predict_build(loaded, factors, source, chosen, Path(scratch))
-        _show_prediction(replace(prediction, seconds=loading + prediction.seconds))
+        show_prediction(prediction, loading)
         return
     mode: Mode = "supersede" if supersede else "append" if append else "new"
     if shard_id is None and num_shards is None:
@@ -142,18 +139,6 @@ def _report(manifest: Manifest, out: Path, seconds: float) -> dict[str, Any]:
         "memory_bytes": peak_memory(),
         "seconds": seconds,
     }
-
-
-def _show_prediction(prediction: Prediction) -> None:
-    stderr.print(
-        f"{prediction.rows:,} rows ({prediction.tokens:,} tokens) will take about "
-        f"{prediction.disk_bytes / 1e6:,.0f} MB of disk, "
-        f"{prediction.memory_bytes / 1e6:,.0f} MB of memory and "
-        f"{prediction.seconds / 60:,.1f} minutes.",
-        highlight=False,
-        soft_wrap=True,
-    )
-    print_json(asdict(prediction))
 
 
 if __name__ == "__main__":

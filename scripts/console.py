@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sized
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import typer
@@ -21,6 +22,7 @@ from rich.progress import (
 from rich.text import Text
 
 from estimators.layers import Coverage, SkippedModule
+from service.prediction import Prediction
 
 stderr = Console(stderr=True)
 """For people."""
@@ -110,8 +112,24 @@ def one_sentence_errors(command: Command) -> Command:
     def run(*arguments: Any, **options: Any) -> Any:
         try:
             return command(*arguments, **options)
+        except typer.Exit:  # a RuntimeError
+            raise
         except (ValueError, RuntimeError, OSError) as error:
             stderr.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
             raise typer.Exit(1) from error
 
     return run  # type: ignore[return-value]
+
+
+def show_prediction(prediction: Prediction, loading: float) -> None:
+    """What a job will take, for people and as its JSON line; ``loading`` seconds come on top."""
+    seconds = loading + prediction.seconds
+    stderr.print(
+        f"{prediction.rows:,} rows ({prediction.tokens:,} tokens) will take about "
+        f"{prediction.disk_bytes / 1e6:,.0f} MB of disk, "
+        f"{prediction.memory_bytes / 1e6:,.0f} MB of memory and "
+        f"{seconds / 60:,.1f} minutes.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    print_json({**asdict(prediction), "seconds": seconds})

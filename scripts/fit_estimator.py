@@ -10,9 +10,16 @@ from estimators.fitting import Labels
 from estimators.layers import LayerSelection
 from estimators.registry import ESTIMATORS
 from scripts import options
-from scripts.console import one_sentence_errors, print_json, show_coverage, show_progress
+from scripts.console import (
+    one_sentence_errors,
+    print_json,
+    show_coverage,
+    show_prediction,
+    show_progress,
+)
 from service.fitting import FitOptions, fit_factors
 from service.models import load_model
+from service.prediction import peak_memory, predict_fit
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -43,6 +50,7 @@ def main(
     checkpoint_seconds: Annotated[
         float, typer.Option(help="An interruption loses about this much at most.")
     ] = 60.0,
+    dry_run: options.DryRun = False,
     device: options.Device = "cpu",
     dtype: options.DType = "auto",
     gradient_checkpointing: options.GradientCheckpointing = False,
@@ -73,6 +81,10 @@ def main(
         token_budget=token_budget,
         seed=seed,
     )
+    if dry_run:
+        loading = time.perf_counter() - start
+        show_prediction(predict_fit(loaded, source, chosen, checkpoint_seconds), loading)
+        return
     count = fit_factors(out, loaded, selection, source, chosen, show_progress, checkpoint_seconds)
     print_json(
         {
@@ -81,6 +93,7 @@ def main(
             "examples": count,
             "layers": len(loaded.coverage.layers),
             "attributed_share": loaded.coverage.attributed_share,
+            "memory_bytes": peak_memory(),
             "seconds": time.perf_counter() - start,
         }
     )

@@ -62,6 +62,10 @@ TokenBudget = Annotated[
     ),
 ]
 
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only predict disk, memory and time; write nothing.")
+]
+
 
 def corpus_source(
     data: str,

@@ -90,7 +90,7 @@ def fit_factors(
         ValueError: the corpus cannot be read, or the model gives non-finite values.
     """
     estimator_class(options.estimator)
-    sequences = _draw(loaded, source, options)
+    sequences = draw_sequences(loaded, source, options)
     facts = {
         "model_sha256": loaded.model_sha256,
         **selection.to_facts(),
@@ -123,7 +123,10 @@ def fit_factors(
     return len(sequences)
 
 
-def _draw(loaded: LoadedModel, source: CorpusSource, options: FitOptions) -> list[Sequence1D]:
+def draw_sequences(
+    loaded: LoadedModel, source: CorpusSource, options: FitOptions
+) -> list[Sequence1D]:
+    """The fitting examples; their rows seed their sampled labels."""
     everything = list(read_examples(source, loaded, options.max_tokens or loaded.context))
     generator = np.random.default_rng(options.seed)
     chosen = np.sort(generator.permutation(len(everything))[: options.examples])

@@ -1,24 +1,27 @@
-"""What a build will take, predicted from a few of its own batches before anything is written."""
+"""What a fit or a build will take, predicted from a few of its own batches; nothing is written."""
 
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from estimators.contracts import Estimator
+from estimators.fitting import fit_estimator
 from estimators.layers import LayerSelection, find_layers
 from estimators.sketch import Sketch
-from estimators.storage import load_estimator
+from estimators.storage import load_estimator, serialise_estimator
 from estimators.tokens import Sequence1D, plan_batches
 from index.examples import Example, ExampleStore, examples_path, serialise_examples, write_examples
 from index.vectors import make_index
 from service.building import BuildOptions, check_factors
 from service.corpus import CorpusSource, read_examples
+from service.fitting import FitOptions, draw_sequences
 from service.models import LoadedModel
 from service.noise import ROWS, measure_noise
 from service.reading import chunks
@@ -36,14 +39,14 @@ SMALL_FILES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What ``build_index`` will take.
+    """What a job will take.
 
     Attributes:
         rows: examples, windows counted singly.
         tokens: in all.
-        disk_bytes: of the finished index.
+        disk_bytes: of what it writes: factors, or an index.
         memory_bytes: at the peak of the process.
-        seconds: of the build, reading included; loading the model is not.
+        seconds: reading included, loading the model not.
     """
 
     rows: int
@@ -95,6 +98,86 @@ def predict_build(
         memory_bytes=peak_memory(),
         seconds=reading + sketching + noise,
     )
+
+
+def predict_fit(
+    loaded: LoadedModel, source: CorpusSource, options: FitOptions, interval: float = 60.0
+) -> Prediction:
+    """Predict disk, memory and time of ``service.fitting.fit_factors``.
+
+    A few batches are fitted in earnest. That includes the eigendecompositions, whose time does not
+    depend on the number of examples: with very wide layers they make the prediction slow.
+
+    Args:
+        loaded: the model with the layers to attribute.
+        source: fitting examples.
+        options: of the fit.
+        interval: seconds between checkpoints.
+
+    Raises:
+        ValueError: the corpus cannot be read, or no example predicts anything.
+    """
+    start = time.perf_counter()
+    sequences = draw_sequences(loaded, source, options)
+    reading = time.perf_counter() - start
+    lengths = [len(sequence.tokens) for sequence in sequences]
+    batches = list(plan_batches(lengths, options.token_budget))
+    chosen = {int(i) for i in np.linspace(0, len(batches) - 1, TRIAL_BATCHES)}
+    trial = [sequences[p] for i in sorted(chosen) for p in batches[i]]
+    stopwatch = _Stopwatch()
+    start = time.perf_counter()
+    fitted = fit_estimator(
+        options.estimator,
+        loaded.model,
+        loaded.coverage.layers,
+        trial,
+        token_budget=options.token_budget,
+        seed=options.seed,
+        labels=options.labels,
+        progress=stopwatch,
+    )
+    size = len(serialise_estimator(options.estimator, fitted, {}))
+    once = time.perf_counter() - start - stopwatch.all
+    tried = [len(sequence.tokens) for sequence in trial]
+    computed = sum(_padded([tried[p] for p in b]) for b in stopwatch.timed)
+    padded = sum(_padded([lengths[p] for p in batch]) for batch in batches)
+    seconds = reading + once + stopwatch.seconds * stopwatch.passes * padded / max(1, computed)
+    checkpoints = 2 * _checkpoint_bytes(loaded) if seconds > interval else 0
+    return Prediction(
+        rows=len(sequences),
+        tokens=sum(lengths),
+        disk_bytes=size,
+        memory_bytes=peak_memory() + checkpoints,
+        seconds=seconds,
+    )
+
+
+def _checkpoint_bytes(loaded: LoadedModel) -> int:
+    """The larger of the sums of the two passes: covariances; bases and squares."""
+    sides = sum(x.in_features**2 + x.out_features**2 for x in loaded.coverage.layers)
+    entries = sum(layer.parameters for layer in loaded.coverage.layers)
+    return max(8 * sides, 4 * sides + 8 * entries)
+
+
+class _Stopwatch:
+    """A ``Progress`` that times the batches; the first of each pass only warms up."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+        self.all = 0.0
+        self.seconds = 0.0
+        self.timed: list[Sequence[int]] = []
+
+    def __call__(self, description: str, items: Iterable[Any]) -> Iterator[Any]:
+        self.passes += 1
+        for number, item in enumerate(items):
+            start = time.perf_counter()
+            yield item
+            elapsed = time.perf_counter() - start
+            self.all += elapsed
+            if number:
+                self.seconds += elapsed
+                self.timed.append(item)
 
 
 def peak_memory() -> int:

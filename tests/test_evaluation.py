@@ -11,8 +11,9 @@ from scripts.record_commands import measure
 from scripts.tail_patch import TailPatch
 from service import exhaustive
 from service.exhaustive import exact_scores
+from service.fitting import FitOptions
 from service.opening import open_index
-from service.prediction import predict_build
+from service.prediction import predict_build, predict_fit
 from service.retrieval import Answer, Result
 from service.scoring import GradientScorer
 
@@ -169,3 +170,14 @@ def test_a_measured_command_gives_its_time_its_memory_and_what_it_said(tmp_path)
     assert 0 < figures["largest_process_peak_memory_mb"] < 1000
     with pytest.raises(RuntimeError, match="status 3"):
         measure(["sh", "-c", "exit 3"], tmp_path)
+
+
+def test_a_fits_prediction_counts_rows_and_names_its_files_size(workshop):
+    options = FitOptions(examples=100, token_budget=64)
+    prediction = predict_fit(workshop.loaded, workshop.source, options)
+    assert prediction.rows == 100
+    assert prediction.tokens > 100
+    assert prediction.disk_bytes == pytest.approx(workshop.factors.stat().st_size, rel=0.01)
+    assert prediction.seconds > 0
+    long = predict_fit(workshop.loaded, workshop.source, options, interval=0)
+    assert long.memory_bytes > prediction.memory_bytes  # checkpoints
