@@ -1,7 +1,6 @@
 """Kill the fit and the build at random moments, resume, and compare with an undisturbed run."""
 
 import hashlib
-import itertools
 import os
 import random
 import shutil
@@ -12,7 +11,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -32,7 +31,7 @@ def main(
     ),
     model: Annotated[str | None, typer.Option(help="Model; the demo's by default.")] = None,
     data: Annotated[str | None, typer.Option(help="Corpus; the demo's by default.")] = None,
-    limit: Annotated[int, typer.Option(help="Rows of the corpus.")] = 2048,
+    limit: Annotated[int, typer.Option(help="Rows of the corpus.")] = 1024,
     kills: Annotated[int, typer.Option(help="How many kills.")] = 25,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
 ) -> None:
@@ -47,17 +46,13 @@ def main(
         model, data = str(demo.model), str(demo.corpus)
     shutil.rmtree(folder, ignore_errors=True)
     job = Job(model=model, data=data, limit=limit, folder=folder / "undisturbed")
-    start = time.monotonic()
-    job.run_to_end(itertools.repeat(None))
-    undisturbed = time.monotonic() - start
+    undisturbed = job.run_to_end()
     wanted = contents(job.folder)
-    moments = random.Random(seed)  # noqa: S311 - when to kill is no secret
     rounds, identical = 0, True
-    tally = Tally(wanted=kills)
+    tally = Tally(wanted=kills, longest=undisturbed, random=random.Random(seed))  # noqa: S311
     while tally.kills < kills:
         round_job = Job(model=model, data=data, limit=limit, folder=folder / f"round-{rounds}")
-        delays = (moments.uniform(0, undisturbed / 2) for _ in itertools.count())
-        round_job.run_to_end(delays, tally)
+        round_job.run_to_end(tally)
         same = contents(round_job.folder) == wanted
         identical &= same
         rounds += 1
@@ -74,7 +69,7 @@ def main(
         "moments": dict(tally.moments),
         "rows": limit,
         "files": len(wanted),
-        "undisturbed_seconds": round(undisturbed, 1),
+        "undisturbed_seconds": [round(seconds, 1) for seconds in undisturbed],
         "command": f"python -m scripts.bench_kills --limit {limit} --kills {kills} --seed {seed}",
         "commit": revision(),
     }
@@ -85,9 +80,18 @@ def main(
 
 @dataclass
 class Tally:
-    """Kills that hit a running process, by what was on the disk then."""
+    """Kills that hit a running process, by what was on the disk before the command and after.
+
+    Attributes:
+        wanted: how many in all.
+        longest: seconds that each command takes undisturbed; a kill comes within them.
+        random: decides when.
+        moments: kills so far.
+    """
 
     wanted: int
+    longest: list[float]
+    random: random.Random
     moments: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -117,24 +121,28 @@ class Job:
         fit += ["--examples", str(self.limit), "--checkpoint-seconds", "1"]
         index = self.folder / "index"
         build = ["scripts.build_index", *shared, "--factors", str(self.factors)]
-        build += ["--out", str(index), "--id-column", "id", "--rows-per-shard", "256"]
+        build += ["--out", str(index), "--id-column", "id", "--rows-per-shard", "128"]
         build += ["--seed", "7"]
         return [(self.factors, fit), (index / "manifest.json", build)]
 
-    def run_to_end(self, delays: Any, tally: Tally | None = None) -> None:
-        """Run both commands, killing after each of ``delays`` (None: never) and resuming."""
-        for done, command in self.commands():
-            while True:
-                wanted = tally is not None and tally.kills < tally.wanted
-                delay = next(delays) if wanted else None
-                before = self.state()
+    def run_to_end(self, tally: Tally | None = None) -> list[float]:
+        """Run both commands, killed and resumed as ``tally`` says; seconds of their last runs."""
+        seconds = []
+        for number, (done, command) in enumerate(self.commands()):
+            killed = True
+            while killed:
+                delay = None
+                if tally is not None and tally.kills < tally.wanted:
+                    delay = tally.random.uniform(0, tally.longest[number])
+                before, start = self.state(), time.monotonic()
                 killed = run(command, delay)
-                if not killed:
-                    if not done.is_file():
-                        raise RuntimeError(f"{command[0]} ended without {done}.")
-                    break
-                if tally is not None:
-                    tally.moments[f"{command[0].split('.')[1]}: {before} -> {self.state()}"] += 1
+                if killed and tally is not None:
+                    name = command[0].removeprefix("scripts.")
+                    tally.moments[f"{name}: {before} -> {self.state()}"] += 1
+            if not done.is_file():
+                raise RuntimeError(f"{command[0]} ended without {done}.")
+            seconds.append(time.monotonic() - start)
+        return seconds
 
     def state(self) -> str:
         """How far it is, in a few words."""
