@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, UInt8
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from index.errors import IndexCorrupt
 from index.files import read_sealed, sha256_of, write_sealed, write_whole
 from index.manifest import ShardRecord
+from index.mapped import map_tensors
 
 MEND = "run the build again: it replaces this shard and keeps the others"
 
@@ -28,7 +28,7 @@ def receipt_path(part: Path, number: int) -> Path:
 
 def write_shard(
     part: Path,
-    codes: UInt8[np.ndarray, "row byte"],
+    codes: UInt8[np.ndarray, "padded byte"],
     norms: Float[np.ndarray, "row"],
     record: ShardRecord,
 ) -> ShardRecord:
@@ -36,7 +36,7 @@ def write_shard(
 
     Args:
         part: folder of the part.
-        codes: one code a row.
+        codes: of all rows, as ``VectorIndex.pack`` puts them in order.
         norms: whitened norm of each row's gradient, float32; 0 for failed rows.
         record: the receipt, whose ``sha256`` is filled in here.
     """
@@ -84,15 +84,11 @@ def check_shard(part: Path, record: ShardRecord) -> Path:
 
 def read_shard(
     part: Path, record: ShardRecord
-) -> tuple[UInt8[np.ndarray, "row byte"], Float[np.ndarray, "row"]]:
-    """Codes and norms of a shard, checked against its receipt.
+) -> tuple[UInt8[np.ndarray, "padded byte"], Float[np.ndarray, "row"]]:
+    """Codes and norms of a shard, checked against its receipt and mapped into memory.
 
     Raises:
         IndexCorrupt: the file is missing, truncated or changed.
     """
-    path = check_shard(part, record)
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise IndexCorrupt(f"{path} is not a safetensors file ({error}); {MEND}.") from error
+    tensors = map_tensors(check_shard(part, record))
     return tensors["codes"], tensors["norms"]

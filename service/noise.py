@@ -74,8 +74,8 @@ def measure_noise(
     y, query_norms = (torch.cat(parts).cpu().numpy() for parts in zip(*sketched, strict=True))
     drawn = [Sequence1D(tokens=examples.tokens(int(row))) for row in rows]
     units, norms = _sketch_rows(loaded, sketch, drawn, token_budget)
-    index.add(index.encode(units))
-    proxies = np.stack([index.inner_products(query) for query in y])
+    index.add(index.pack(index.encode(units)), len(units))
+    proxies = index.scan(y)
     proxies /= np.linalg.norm(y, axis=1, keepdims=True)
     cosines = exact / np.where(norms > 0, norms, 1) / query_norms[:, None]
     return _summarise(sketch.predicted_noise(), proxies - cosines, cosines, norms > 0)

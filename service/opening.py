@@ -1,10 +1,11 @@
 """Opening a finished index: everything is checked against the manifest and the model."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 
 from estimators.contracts import Estimator
 from estimators.layers import LayerSelection, find_layers
@@ -12,8 +13,9 @@ from estimators.sketch import Sketch, SketchPlan
 from estimators.storage import load_estimator
 from index.errors import IndexCorrupt, IndexMismatch
 from index.examples import ExampleStore, examples_path
+from index.faiss_module import usable_processors
 from index.files import sha256_of
-from index.manifest import Manifest
+from index.manifest import Manifest, ShardRecord
 from index.parts import example_files, kept_rows, part_folder
 from index.shards import read_shard
 from index.vectors import VectorIndex, make_index
@@ -84,14 +86,9 @@ def open_index(folder: Path, loaded: LoadedModel) -> OpenIndex:
     )
     vectors = make_index(manifest.codes, manifest.sketch.dimensions)
     norms = []
-    for part in manifest.parts:
-        for shard in part.shards:
-            _check_file(
-                examples_path(part_folder(folder, part.name), shard.number), shard.examples_sha256
-            )
-            codes, shard_norms = read_shard(part_folder(folder, part.name), shard)
-            vectors.add(codes)
-            norms.append(shard_norms)
+    for codes, shard_norms in _read_shards(folder, manifest):
+        vectors.add(codes, len(shard_norms))
+        norms.append(shard_norms)
     keep = kept_rows(manifest.parts)
     failed = np.zeros(len(keep), dtype=bool)
     failed[[record.row for record in manifest.failed]] = True
@@ -108,6 +105,28 @@ def open_index(folder: Path, loaded: LoadedModel) -> OpenIndex:
         estimator=estimator,
         sketch=sketch,
     )
+
+
+def _read_shards(
+    folder: Path, manifest: Manifest
+) -> list[tuple[UInt8[np.ndarray, "padded byte"], Float[np.ndarray, "row"]]]:
+    """Codes and norms of all shards in order, mapped; their hashes and their examples' are checked.
+
+    Files are hashed in threads, one for each processor; that is what opening an index takes.
+    """
+
+    def read(
+        place: tuple[Path, ShardRecord],
+    ) -> tuple[UInt8[np.ndarray, "padded byte"], Float[np.ndarray, "row"]]:
+        part, shard = place
+        _check_file(examples_path(part, shard.number), shard.examples_sha256)
+        return read_shard(part, shard)
+
+    places = [
+        (part_folder(folder, part.name), shard) for part in manifest.parts for shard in part.shards
+    ]
+    with ThreadPoolExecutor(usable_processors()) as pool:
+        return list(pool.map(read, places))
 
 
 def _check_file(path: Path, sha256: str) -> None:

@@ -44,7 +44,7 @@ class ShardJob:
         record = ShardRecord(
             number=number,
             first_row=first_row,
-            rows=len(codes),
+            rows=len(norms),
             sha256="",
             examples_sha256=file.sha256,
             failed=[
@@ -52,7 +52,8 @@ class ShardJob:
                 for row in failed
             ],
         )
-        return write_shard(self.part, codes, norms, record)
+        packed = make_index(self.codes, self.sketch.plan.dimensions).pack(codes)
+        return write_shard(self.part, packed, norms, record)
 
     def encode(
         self, sequences: Sequence[Sequence1D]

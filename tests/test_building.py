@@ -32,6 +32,7 @@ from service.plan import PLAN_NAME
 from service.query import Query
 from service.retrieval import Retriever
 from tests.index_fixtures import CONTEXT, RARE, save, sentences, write_jsonl
+from tests.packed_codes import unpack
 
 pytest_plugins = ["tests.index_fixtures"]
 
@@ -58,7 +59,8 @@ def assert_same_files(folder: Path, expected: Path) -> None:
 def read_codes(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     (part,) = Manifest.read(folder).parts
     parts = [read_shard(folder / PART, shard) for shard in part.shards]
-    return np.concatenate([c for c, _ in parts]), np.concatenate([n for _, n in parts])
+    codes = [unpack(packed, len(norms)) for packed, norms in parts]
+    return np.concatenate(codes), np.concatenate([n for _, n in parts])
 
 
 def rewritten(folder: Path, before: dict[str, int]) -> set[str]:
