@@ -126,6 +126,21 @@ class OneBitIndex:
         flat[padded * self._width :][: len(factors)] = factors
         return packed
 
+    def unpack(
+        self, packed: UInt8[np.ndarray, "padded byte"], rows: int
+    ) -> UInt8[np.ndarray, "row byte"]:
+        """The codes by row that ``pack`` was given."""
+        flat, padded = packed.reshape(-1), len(packed)
+        codes = np.empty((padded, self.code_size), dtype=np.uint8)
+        for first, last in self._bounds():
+            piece = flat[padded * first : padded * last].reshape(-1, last - first, 2, BLOCK // 2)
+            halves = np.empty((*piece.shape[:3], BLOCK), dtype=np.uint8)
+            halves[..., ORDER], halves[..., ORDER + BLOCK // 2] = piece & 15, piece >> 4
+            bits = (halves[:, :, 0] | halves[:, :, 1] << 4).transpose(0, 2, 1)
+            codes[:, first:last] = bits.reshape(padded, last - first)
+        codes[:, self._width :] = flat[padded * self._width :].reshape(padded, 4)
+        return codes[:rows]
+
     def add(self, codes: UInt8[np.ndarray, "padded byte"], rows: int) -> None:
         """Append ``rows`` rows by their packed codes, which stay where they are.
 

@@ -62,7 +62,9 @@ class Engine:
             trust_remote_code=settings.trust_remote_code,
         )
         self.retrievers = {
-            name: Retriever(open_index(folder, loaded), settings.token_budget)
+            name: Retriever(
+                open_index(folder, loaded, settings.search_device), settings.token_budget
+            )
             for name, folder in settings.indexes.items()
         }
 

@@ -18,8 +18,9 @@ from index.files import sha256_of
 from index.manifest import Manifest, ShardRecord
 from index.parts import example_files, kept_rows, part_folder
 from index.shards import read_shard
-from index.vectors import VectorIndex, make_index
+from index.vectors import VectorIndex
 from service.building import FACTORS_NAME
+from service.device_search import make_search_index
 from service.models import LoadedModel
 
 
@@ -57,8 +58,14 @@ class OpenIndex:
         return values if self.kept is None else values[self.kept]
 
 
-def open_index(folder: Path, loaded: LoadedModel) -> OpenIndex:
+def open_index(folder: Path, loaded: LoadedModel, search_device: str = "cpu") -> OpenIndex:
     """Load the index in ``folder`` for use with ``loaded``.
+
+    Args:
+        folder: of the index.
+        loaded: the model.
+        search_device: where codes are scanned: "cpu", in place, or a device of PyTorch, whose
+            memory they are copied to.
 
     Raises:
         IndexMissing: there is no finished index.
@@ -84,7 +91,7 @@ def open_index(folder: Path, loaded: LoadedModel) -> OpenIndex:
             rank=manifest.sketch.rank,
         ),
     )
-    vectors = make_index(manifest.codes, manifest.sketch.dimensions)
+    vectors = make_search_index(manifest.codes, manifest.sketch.dimensions, search_device)
     norms = []
     for codes, shard_norms in _read_shards(folder, manifest):
         vectors.add(codes, len(shard_norms))

@@ -17,6 +17,9 @@ class Settings(BaseSettings):
         min_length=1,
     )
     device: str = Field(default="cpu", description="Where to compute, e.g. cpu or cuda.")
+    search_device: str = Field(
+        default="cpu", description="Where to scan codes; cuda copies them to the GPU's memory."
+    )
     dtype: str = Field(default="auto", description="auto, float32, bfloat16 or float16.")
     token_budget: int = Field(default=1024, ge=1, description="Padded tokens in a batch.")
     max_in_flight: int = Field(

@@ -48,7 +48,9 @@ def test_estimates_are_those_of_faiss_with_8_bit_queries(dimensions):
 def test_packed_codes_have_the_documented_layout(rows, dimensions):
     index = OneBitIndex(dimensions)
     codes = index.encode(unit_rows(rows, dimensions))
-    np.testing.assert_array_equal(unpack(index.pack(codes), rows), codes)
+    packed = index.pack(codes)
+    np.testing.assert_array_equal(unpack(packed, rows), codes)
+    np.testing.assert_array_equal(index.unpack(packed, rows), codes)
 
 
 @pytest.mark.parametrize("width", [1, 8, 256])
