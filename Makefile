@@ -4,6 +4,8 @@
 # make test   set up, then run the tests
 # make record  time setup, test and demo in a fresh clone; keeps the figures
 # make bench-kills, bench-prediction  see the figures' commands in README.md
+# make bench-build  cost of fit and build; with PEERS=DIR beside the peers of that environment, which
+#                   `python -m scripts.bench_build --help` tells how to make
 # make lint   formatting, lint and types
 #
 # PYTHON   the interpreter to build the environment from
@@ -22,7 +24,7 @@ DEVICE ?= cpu
 GPU := $(shell $(PYTHON) -c "import torch; print('yes' if torch.cuda.is_available() else '')" 2>/dev/null)
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo demo-smollm test record lint format clean bench-kills bench-prediction
+.PHONY: setup demo demo-smollm test record lint format clean bench-build bench-kills bench-prediction
 
 setup: $(READY)
 
@@ -56,6 +58,9 @@ record: $(READY)
 
 bench-kills bench-prediction: bench-%: $(READY)
 	@$(BIN)/python -m scripts.bench_$*
+
+bench-build: $(READY)
+	@$(or $(PEERS),$(VENV))/bin/python -m scripts.bench_build
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .
