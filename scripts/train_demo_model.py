@@ -120,7 +120,7 @@ def run(out: Path, recipe: Recipe) -> dict[str, Any]:
     sequences = [torch.tensor(ids) for ids in encode(tokenizer, texts)]
     with progress_bars() as progress:
         training = train(
-            model, sequences, recipe, _optimizers(model, recipe), on_bar(progress, "training")
+            model, sequences, recipe, demo_optimizers(model, recipe), on_bar(progress, "training")
         )
         save(model, tokenizer, out / "model")
         answered = ask(model, tokenizer, queries, on_bar(progress, "asking"))
@@ -361,7 +361,7 @@ def _epoch(
         yield batches[number]
 
 
-def _optimizers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def demo_optimizers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for embeddings, biases and layer norms.
 
     Muon's step is scaled to the size of AdamW's, so one learning rate serves both.

@@ -380,3 +380,28 @@ def test_rotation_keeps_norms_for_odd_and_even_powers(dimensions):
     y = free_sketch(layers, SketchPlan(seed=3, dimensions=dimensions)).query(x)[0]
     expected = np.sqrt([float(g.square().sum()) for g in x["layer0"]])
     assert y.norm(dim=1).numpy() == pytest.approx(expected, rel=FLOAT32)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (1, 1), (1, 6), (0, 3)])
+def test_sequences_that_predict_nothing_have_an_empty_sketch(gpt2_float32, lengths):
+    layers = find_layers(gpt2_float32).layers
+    sketch = Sketch(layers, unwhitened(list(layers)), SketchPlan(seed=0, dimensions=64, rank=4))
+    batch = collate([Sequence1D(tokens=tuple(range(length))) for length in lengths])
+    x, norms = sketch.training(gpt2_float32, batch)
+    assert x.shape == (len(lengths), 64)
+    for row, length in enumerate(lengths):
+        assert (float(norms[row]) > 0, bool(x[row].any())) == (length > 1, length > 1)
+
+
+def test_bfloat16_models_are_sketched_in_float32(gpt2_float32, sequences):
+    layers = find_layers(gpt2_float32).layers
+    plan = SketchPlan(seed=0, dimensions=256, rank=6)
+    batch = collate(sequences)
+    expected, norms = Sketch(layers, unwhitened(list(layers)), plan).training(gpt2_float32, batch)
+    narrow = copy.deepcopy(gpt2_float32).bfloat16()
+    half = find_layers(narrow).layers
+    found, half_norms = Sketch(half, unwhitened(list(half)), plan).training(narrow, batch)
+    assert found.dtype == half_norms.dtype == torch.float32
+    # What eight bits of activations and gradients through two blocks leave.
+    assert dense.relative_error(found, expected) < 0.1
+    assert dense.relative_error(half_norms, norms) < 0.05
