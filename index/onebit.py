@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, UInt8, UInt16
 
 from index.errors import IndexCorrupt
 from index.faiss_module import import_faiss, usable_processors
@@ -28,9 +28,8 @@ BLOCK = 32
 """Rows that the kernel looks at together."""
 
 LONG_RUN, SHORT_RUN = 2048, 128
-"""Blocks that a thread scans in one go: many for a few queries, as memory is fastest in long
-stretches; few for more, so that all but the first find them in the cache. Measured at 16,384 bits
-(docs/decisions.md, "Search")."""
+"""Blocks that a thread scans in one go: many for a few queries, so that Python's part is small; few
+for more, so that all but the first find them in the processor's cache (docs/decisions.md)."""
 
 QUERIES_AT_ONCE = 4
 """Queries that the kernel takes; it knows up to four."""
@@ -44,9 +43,31 @@ SIGNS = 2.0 * np.array([[v >> j & 1 for j in range(4)] for v in range(16)], dtyp
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Rows that were added together: their bits piece by piece, and their factors."""
+    """Rows that were added together.
 
-    pieces: list[UInt8[np.ndarray, "block byte"]]
+    Attributes:
+        codes: packed.
+        factors: of each row, a view of them.
+    """
+
+    codes: UInt8[np.ndarray, "byte"]
+    factors: Float32[np.ndarray, "row"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Blocks of one part that are scanned in one go.
+
+    Attributes:
+        first_row: in the index.
+        blocks: how many.
+        addresses: where each piece of the first block is.
+        factors: of each row.
+    """
+
+    first_row: int
+    blocks: int
+    addresses: list[int]
     factors: Float32[np.ndarray, "row"]
 
 
@@ -61,8 +82,8 @@ class Tables:
     """
 
     pieces: list[UInt8[np.ndarray, "byte"]]
-    steps: Float32[np.ndarray, "query"]
-    offsets: Float32[np.ndarray, "query"]
+    steps: Float32[np.ndarray, "query 1"]
+    offsets: Float32[np.ndarray, "query 1"]
 
 
 class OneBitIndex:
@@ -85,6 +106,7 @@ class OneBitIndex:
         self._encoder = faiss.IndexRaBitQ(dimensions, faiss.METRIC_INNER_PRODUCT)
         self._encoder.train(np.zeros((1, dimensions), dtype=np.float32))  # centre at the origin
         self._parts: list[Part] = []
+        self._plans: dict[int, list[list[Span]]] = {}
         self._rows = 0
 
     @property
@@ -158,12 +180,9 @@ class OneBitIndex:
         factors = flat[padded * self._width :].view(np.float32)[:rows]
         if not np.isfinite(factors).all():
             raise IndexCorrupt("The codes hold NaN or infinite factors; build them again.")
-        pieces = [
-            flat[padded * first : padded * last].reshape(-1, BLOCK * (last - first))
-            for first, last in self._bounds()
-        ]
-        self._parts.append(Part(pieces=pieces, factors=factors))
+        self._parts.append(Part(codes=flat, factors=factors))
         self._rows += rows
+        self._plans.clear()
 
     def inner_products(self, query: Float[np.ndarray, "dimension"]) -> Float[np.ndarray, "row"]:
         """Estimated inner product of ``query`` with every row, in order of row."""
@@ -184,21 +203,18 @@ class OneBitIndex:
         result = np.empty((len(queries), self._rows), dtype=np.float32)
         together = min(QUERIES_AT_ONCE, len(queries))
         blocks = self._blocks_at_once(len(queries))
+        widths = [last - first for first, last in self._bounds()]
         local = threading.local()
 
         def prepare() -> None:
-            local.sums = _aligned((len(self._bounds()) * together * blocks * BLOCK,), np.uint16)
+            local.sums = _aligned((len(widths) * together * blocks * BLOCK,), np.uint16)
 
-        def work(run: tuple[int, Part, slice]) -> None:
-            first, part, span = run
-            factors = part.factors[span.start * BLOCK : span.stop * BLOCK]
-            codes = [piece[span] for piece in part.pieces]
+        def work(spans: list[Span]) -> None:
             for start, table in zip(starts, tables, strict=True):
-                into = result[start : start + QUERIES_AT_ONCE, first : first + len(factors)]
-                _scan(codes, table, factors, local.sums, into)
+                _scan(spans, widths, table, local.sums, result[start : start + QUERIES_AT_ONCE])
 
         with ThreadPoolExecutor(self._threads, initializer=prepare) as pool:
-            for _ in pool.map(work, self._runs(blocks)):
+            for _ in pool.map(work, self._plan(blocks)):
                 pass
         return result
 
@@ -212,13 +228,41 @@ class OneBitIndex:
         share = -(-self._rows // (BLOCK * self._threads))  # so that every thread has work
         return max(1, min(longest, share))
 
-    def _runs(self, length: int) -> Iterator[tuple[int, Part, slice]]:
-        """Number of the first row, part, and blocks within it, of what a thread does in one go."""
-        first = 0
+    def _plan(self, length: int) -> list[list[Span]]:
+        if length not in self._plans:
+            self._plans[length] = list(self._runs(length))
+        return self._plans[length]
+
+    def _runs(self, length: int) -> Iterator[list[Span]]:
+        """What a thread does in one go: consecutive spans of at most ``length`` blocks together."""
+        run: list[Span] = []
+        room, first_row = length, 0
         for part in self._parts:
-            for start in range(0, len(part.pieces[0]), length):
-                yield first + start * BLOCK, part, slice(start, start + length)
-            first += len(part.factors)
+            blocks = -(-len(part.factors) // BLOCK)
+            start = 0
+            while start < blocks:
+                count = min(room, blocks - start)
+                run.append(self._span(part, first_row, start, count))
+                start, room = start + count, room - count
+                if not room:
+                    yield run
+                    run, room = [], length
+            first_row += len(part.factors)
+        if run:
+            yield run
+
+    def _span(self, part: Part, first_row: int, start: int, blocks: int) -> Span:
+        padded = len(part.codes) // self.code_size
+        base = part.codes.ctypes.data
+        return Span(
+            first_row=first_row + start * BLOCK,
+            blocks=blocks,
+            addresses=[
+                base + padded * first + start * BLOCK * (last - first)
+                for first, last in self._bounds()
+            ],
+            factors=part.factors[start * BLOCK : (start + blocks) * BLOCK],
+        )
 
     def _tables(self, queries: Float32[np.ndarray, "query dimension"]) -> Tables:
         """Tables whose entries fit 8 bits, and whose sums over a piece fit 16."""
@@ -238,7 +282,7 @@ class OneBitIndex:
             piece = _aligned((last - first, len(queries), 32), np.uint8)
             piece[:] = entries[:, first:last].transpose(1, 0, 2)
             pieces.append(piece.reshape(-1))
-        return Tables(pieces=pieces, steps=steps, offsets=reach.sum(1))
+        return Tables(pieces=pieces, steps=steps[:, None], offsets=reach.sum(1)[:, None])
 
 
 def _pack_piece(
@@ -251,23 +295,41 @@ def _pack_piece(
 
 
 def _scan(
-    codes: list[UInt8[np.ndarray, "block byte"]],
+    spans: list[Span],
+    widths: list[int],
     tables: Tables,
-    factors: Float32[np.ndarray, "row"],
-    sums: Any,
+    memory: UInt16[np.ndarray, "place"],
     result: Float32[np.ndarray, "query row"],
 ) -> None:
-    """Write the estimates of a few queries for some blocks of rows into ``result``."""
+    """Write the estimates of a few queries for the rows of ``spans`` into ``result``.
+
+    ``widths`` are the bytes of each piece of a row; ``memory`` holds the sums of the pieces. Little
+    happens in Python between two calls of the kernel, since threads wait for each other there.
+    """
     kernel = _kernel()
-    queries, rows = len(tables.steps), len(codes[0]) * BLOCK
-    sums = sums[: len(codes) * queries * rows].reshape(len(codes), queries, rows)
-    for piece, table, into in zip(codes, tables.pieces, sums, strict=True):
-        width = 2 * piece.shape[1] // BLOCK
-        kernel(queries, rows, width, piece.ctypes.data, table.ctypes.data, into.ctypes.data)
-    totals = sums.sum(axis=0, dtype=np.uint32)[:, : len(factors)]
-    np.multiply(totals, tables.steps[:, None], out=result, dtype=np.float32, casting="same_kind")
-    result -= tables.offsets[:, None]
-    result *= factors
+    queries = len(tables.steps)
+    places = queries * BLOCK * sum(span.blocks for span in spans)
+    sums = memory[: len(widths) * places].reshape(len(widths), places)
+    addresses = [table.ctypes.data for table in tables.pieces]
+    outputs = [piece.ctypes.data for piece in sums]
+    place = 0
+    for span in spans:
+        rows = span.blocks * BLOCK
+        for width, codes, table, into in zip(
+            widths, span.addresses, addresses, outputs, strict=True
+        ):
+            kernel(queries, rows, 2 * width, codes, table, into + 2 * place)
+        place += queries * rows
+    totals = sums.sum(axis=0, dtype=np.uint32)
+    place = 0
+    for span in spans:
+        rows, count = span.blocks * BLOCK, len(span.factors)
+        found = totals[place : place + queries * rows].reshape(queries, rows)[:, :count]
+        values = np.multiply(found, tables.steps, dtype=np.float32, casting="same_kind")
+        values -= tables.offsets
+        values *= span.factors
+        result[:, span.first_row : span.first_row + count] = values
+        place += queries * rows
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> Any:
