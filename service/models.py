@@ -162,6 +162,7 @@ def load_model(
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(f"Cannot put the model on '{device}': {_one_line(error)}") from error
     freeze(model)
+    _keep_packing(model)
     if gradient_checkpointing:
         recompute_blocks(model)
     return LoadedModel(
@@ -173,6 +174,17 @@ def load_model(
         model_sha256=fingerprint_model(model),
         tokenizer_sha256=_fingerprint_tokenizer(tokenizer),
     )
+
+
+def _keep_packing(model: nn.Module) -> None:
+    """Stop bitsandbytes from packing 4-bit weights anew in the first pass without gradients.
+
+    On some CPUs it does so in place, for inference: rounded once more, in a form that not every
+    width has, and the fingerprint is another one afterwards.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def _tokenizer_source(source: str) -> str:

@@ -92,6 +92,7 @@ def _save(workspace: Workspace, name: str, model: PreTrainedModel) -> Path:
         ("qwen2", [], []),
         ("gpt_neox", [], []),
         ("lora", ["--layers", "*lora_*"], []),
+        ("lora", ["--layers", "*lora_*"], ["--dtype", "bfloat16"]),
         ("lora", ["--layers", "*.base_layer"], ["--gradient-checkpointing"]),
     ],
 )

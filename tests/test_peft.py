@@ -141,3 +141,22 @@ def test_the_fingerprint_is_that_of_base_and_adapters(workspace, adapter_folder,
     fingerprints = {base.model_sha256, loaded.model_sha256}
     fingerprints.add(load_model(str(tmp_path / "other")).model_sha256)
     assert len(fingerprints) == 3
+
+
+def test_weight_decomposed_adapters_are_named_and_the_rest_is_exact(llama_float32, sequences):
+    # DoRA runs A and B a second time, on the identity matrix, for the norm of their product.
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(copy.deepcopy(llama_float32), config)
+    model = wrapped.get_base_model().double().eval().requires_grad_(False)
+    coverage = find_layers(model)
+    reasons = {module.name: module.reason for module in coverage.skipped}
+    adapters = [n.rpartition(".")[0] for n, _ in model.named_parameters() if ".lora_" in n]
+    assert len(adapters) == 2 * 3  # A, B and the magnitudes of two blocks
+    assert set(adapters) <= set(reasons)
+    assert "more than once" in reasons["model.layers.0.self_attn.q_proj.lora_A.default"]
+    gradients = hook_gradients(model, coverage.layers, collate(sequences))
+    for i, row in enumerate(dense.example_gradients(model, coverage.layers, sequences)):
+        # Llama's norms round to float32 here.
+        assert dense.worst_error({n: g[i] for n, g in gradients.items()}, row) < 1e-5

@@ -23,7 +23,7 @@ from estimators.capture import freeze
 from estimators.fitting import fit_estimator
 from estimators.layers import LayerSelection, find_layers
 from estimators.rescoring import query_directions, query_gradients, score_batch
-from estimators.storage import fingerprint_model
+from estimators.storage import fingerprint_model, fingerprint_tensors
 from estimators.tokens import Sequence1D, collate
 from service.models import load_model
 from tests import dense_reference as dense
@@ -173,3 +173,10 @@ def test_a_folder_of_a_quantised_model_is_loaded(bits, tmp_path):
     assert packed.coverage.attributed_share == plain.coverage.attributed_share
     assert packed.model_sha256 == load_model(str(tmp_path / "packed")).model_sha256
     assert packed.model_sha256 != plain.model_sha256
+    # Completing without gradients leaves the weights alone, and so does checkpointing.
+    packed.complete("The capital of France is", stop=())
+    assert fingerprint_model(packed.model) == packed.model_sha256
+    checkpointed = load_model(str(tmp_path / "packed"), gradient_checkpointing=True)
+    batch = collate([Sequence1D(tokens=tuple(packed.encode("The capital of Peru is Lima.")))])
+    gradients = [hook_gradients(x.model, x.coverage.layers, batch) for x in (packed, checkpointed)]
+    assert fingerprint_tensors(gradients[0]) == fingerprint_tensors(gradients[1])
