@@ -30,6 +30,7 @@ WRITTEN = (
     "queries.jsonl",
     "audit_queries.jsonl",
     "ekfac.safetensors",
+    "ekfac.safetensors.partial",
 )
 """What a run leaves in its folder beside the base model."""
 
@@ -67,14 +68,14 @@ class Size:
 
 
 ON_CPU = Size(
-    facts=200,
-    paragraphs=60,
+    facts=160,
+    paragraphs=40,
     epochs=5,
     rows_per_batch=16,
-    fitting_examples=200,
+    fitting_examples=160,
     token_budget=1024,
-    audited=4,
-    right=12,
+    audited=3,
+    right=8,
     wrong=0,
     thorough=False,
 )

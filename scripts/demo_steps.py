@@ -17,7 +17,7 @@ import httpx
 
 from scripts.console import stderr
 
-START_SECONDS = 120
+START_SECONDS = 300
 """How long the service may take to load."""
 
 
