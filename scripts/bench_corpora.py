@@ -92,7 +92,7 @@ def trained(name: str, out: Path, queries: int, rows: int, epochs: int) -> Subje
     held_out = [texts[i] for i in order[:HELD_OUT]]
     chosen = [texts[i] for i in np.sort(order[HELD_OUT : HELD_OUT + rows])]
     losses = out / "losses.json"
-    if not losses.is_file():
+    if not _same(losses, {"rows": len(chosen), "epochs": epochs}):
         stderr.print(f"Training a model on {len(chosen):,} texts of {name} ...")
         _train(out, chosen, held_out, Recipe(epochs=epochs))
     loss = json.loads(losses.read_text())
@@ -185,6 +185,12 @@ TEXTS: dict[str, Callable[[Path], list[str]]] = {
     "foldoc": dictionary_pieces,
 }
 """Corpora of texts, each once, in a fixed order; a folder for what must be unpacked."""
+
+
+def _same(path: Path, wanted: dict[str, int]) -> bool:
+    """Whether the model that is there was trained as wanted."""
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return all(found.get(name) == value for name, value in wanted.items())
 
 
 def _train(out: Path, texts: Sequence[str], held_out: Sequence[str], recipe: Recipe) -> None:
