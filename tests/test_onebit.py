@@ -82,7 +82,8 @@ def test_the_fast_scan_form_of_faiss_is_right_only_up_to_1024_dimensions():
         assert (fast == 1) if right else (fast < 0.5)
 
 
-def test_a_faiss_without_the_kernel_is_refused_in_a_sentence(monkeypatch):
+@pytest.mark.parametrize("dimensions", [8, 64, 100, 2048, 16384])
+def test_a_faiss_without_the_kernel_gives_the_same_estimates(monkeypatch, caplog, dimensions):
     class Empty:
         def __init__(self, path: str) -> None:
             self.path = path
@@ -90,10 +91,18 @@ def test_a_faiss_without_the_kernel_is_refused_in_a_sentence(monkeypatch):
         def __getitem__(self, name: str):
             raise AttributeError(f"{self.path}: undefined symbol: {name}")
 
+    index = OneBitIndex(dimensions, threads=2)
+    for seed, rows in enumerate((70, 1, 33)):
+        index.add(index.pack(index.encode(unit_rows(rows, dimensions, seed=seed))), rows)
+    queries = unit_rows(5, dimensions, seed=9)
+    usual = index.scan(queries)
     monkeypatch.setattr(onebit.ctypes, "CDLL", Empty)
     onebit._kernel.cache_clear()
-    index = OneBitIndex(64)
-    index.add(index.pack(index.encode(unit_rows(3, 64))), 3)
-    with pytest.raises(RuntimeError, match="no fast-scan kernel"):
-        index.inner_products(unit_rows(1, 64)[0])
-    onebit._kernel.cache_clear()
+    try:
+        plain = index.scan(queries)
+    finally:
+        onebit._kernel.cache_clear()
+    assert "no fast-scan kernel" in caplog.text
+    # both quantise the query to eight bits, by coordinate or by four coordinates
+    assert np.std(plain - usual) < 0.02 / dimensions**0.5
+    assert np.abs(plain - usual).max() < 0.1 / dimensions**0.5
