@@ -405,3 +405,16 @@ def test_bfloat16_models_are_sketched_in_float32(gpt2_float32, sequences):
     # What eight bits of activations and gradients through two blocks leave.
     assert dense.relative_error(found, expected) < 0.1
     assert dense.relative_error(half_norms, norms) < 0.05
+
+
+def test_copies_kept_for_one_precision_do_not_reach_another(gpt2_float32, gpt2, sequences):
+    layers = find_layers(gpt2_float32).layers
+    batch = collate(sequences)
+    sketch = Sketch(layers, unwhitened(list(layers)), SketchPlan(seed=0, dimensions=64, rank=6))
+    before = sketch.training(gpt2_float32, batch)
+    wide = Sketch(find_layers(gpt2).layers, unwhitened(list(layers)), sketch.plan)
+    expected = wide.query(draw_gradients(list(layers), 2, seed=1))
+    found = sketch.query(draw_gradients(list(layers), 2, seed=1))  # float64
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    after = sketch.training(gpt2_float32, batch)
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
