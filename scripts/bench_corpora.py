@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 
 from scripts import train_demo_model
 from scripts.console import stderr
+from scripts.demo_corpus import Node, load_profiles, plain_text
 from scripts.train_demo_model import Recipe, demo_optimizers, on_bar, progress_bars
 from service.models import BadQuery, LoadedModel, load_model
 
@@ -23,6 +24,7 @@ SEED = 20261122
 CHARACTERS = (160, 480)
 """Of a text: 40 to 120 tokens, whole in the model's context."""
 PROMPT_WORDS = 10
+PASSAGE_WORDS = 3
 HELD_OUT = 400
 DICTIONARY = Path("/usr/share/dictd")
 DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
@@ -82,7 +84,8 @@ def factbook(out: Path, demo: Path, queries: int) -> Subject:
 def trained(name: str, out: Path, queries: int, rows: int, epochs: int) -> Subject:
     """Texts of a corpus of ``TEXTS`` and a model that read them a few times.
 
-    Queries: the first ten words of texts that the model never read, completed by the model.
+    Queries come from texts that the model never read: their first words, completed by the model; or
+    passages as they are, of which all but the first words count.
 
     Raises:
         ValueError: the corpus is not installed.
@@ -96,15 +99,14 @@ def trained(name: str, out: Path, queries: int, rows: int, epochs: int) -> Subje
         stderr.print(f"Training a model on {len(chosen):,} texts of {name} ...")
         _train(out, chosen, held_out, Recipe(epochs=epochs))
     loss = json.loads(losses.read_text())
-    asked = _own_completions(load_model(str(out / "model")), held_out, queries)
+    asked, said = QUERIES[name](load_model(str(out / "model")), held_out, queries)
     return Subject(
         name=name,
         folder=out,
         queries=asked,
         description=f"the demonstration's architecture after {loss['epochs']} epochs over "
         f"{loss['rows']:,} texts, loss {loss['training']:.2f} nats a token "
-        f"({loss['held_out']:.2f} on texts held out); its own completions of {len(asked)} "
-        f"beginnings held out",
+        f"({loss['held_out']:.2f} on texts held out); {said}",
     )
 
 
@@ -158,6 +160,32 @@ def dictionary_pieces(out: Path) -> list[str]:
     return list(pieces)
 
 
+def profile_passages(out: Path) -> list[str]:
+    """All fields of the CIA World Factbook, country by country, cut into passages of usual length.
+
+    Raises:
+        ValueError: the package with the Factbook is not installed.
+    """
+    pieces: dict[str, None] = {}
+    for profile in load_profiles():
+        fields = (f"{path}: {plain_text(text)}" for path, text in _leaves(profile.tree))
+        for piece in textwrap.wrap(f"{profile.name}. {' '.join(fields)}", CHARACTERS[1]):
+            if len(piece) >= CHARACTERS[0]:
+                pieces[piece] = None
+    return list(pieces)
+
+
+def _leaves(node: Node, path: str = "") -> Iterator[tuple[str, str]]:
+    """Path and HTML of every text below ``node``."""
+    if isinstance(node, str):
+        return
+    for name, value in node.items():
+        if name == "text" and isinstance(value, str):
+            yield path, value
+        else:
+            yield from _leaves(value, f"{path}: {name}" if path else name)
+
+
 def _number(digits: str) -> int:
     """Dictd's base 64, most significant digit first."""
     value = 0
@@ -183,6 +211,7 @@ def _download_dictionary(out: Path) -> Path:
 TEXTS: dict[str, Callable[[Path], list[str]]] = {
     "speeches": speech_paragraphs,
     "foldoc": dictionary_pieces,
+    "profiles": profile_passages,
 }
 """Corpora of texts, each once, in a fixed order; a folder for what must be unpacked."""
 
@@ -221,9 +250,20 @@ def _train(out: Path, texts: Sequence[str], held_out: Sequence[str], recipe: Rec
     (out / "losses.json").write_text(json.dumps(facts))
 
 
+def _passages(
+    loaded: LoadedModel, texts: Sequence[str], count: int
+) -> tuple[list[tuple[str, str]], str]:
+    asked = []
+    for text in texts[:count]:
+        words = text.split()
+        prompt = " ".join(words[:PASSAGE_WORDS])
+        asked.append((prompt, text[len(prompt) :]))
+    return asked, f"{len(asked)} passages held out, after their first {PASSAGE_WORDS} words"
+
+
 def _own_completions(
     loaded: LoadedModel, texts: Sequence[str], count: int
-) -> list[tuple[str, str]]:
+) -> tuple[list[tuple[str, str]], str]:
     found: list[tuple[str, str]] = []
     for text in texts:
         prompt = " ".join(text.split()[:PROMPT_WORDS])
@@ -233,4 +273,8 @@ def _own_completions(
             continue
         if len(found) == count:
             break
-    return found
+    return found, f"its own completions of {len(found)} beginnings held out"
+
+
+QUERIES = {"speeches": _own_completions, "foldoc": _own_completions, "profiles": _passages}
+"""What each corpus is asked, and how to say it."""

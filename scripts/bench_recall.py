@@ -82,8 +82,8 @@ def main(
     demo: Annotated[
         Path, typer.Option(help="Where `make demo` left its model, used if it is there.")
     ] = Path("runs/demo"),
-    corpora: Annotated[str, typer.Option(help="Of factbook, foldoc, speeches; with commas.")] = (
-        "factbook,foldoc,speeches"
+    corpora: Annotated[str, typer.Option(help="Of factbook, profiles, foldoc, speeches.")] = (
+        "factbook,profiles,foldoc"
     ),
     queries: Annotated[int, typer.Option(min=1, help="Of each corpus.")] = 100,
     rows: Annotated[int, typer.Option(min=100, help="Texts of the other corpora.")] = 8000,
