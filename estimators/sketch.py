@@ -104,17 +104,21 @@ class Sketch:
         """Entries of all layers' blocks after the first stage."""
         return self._entries
 
-    def predicted_noise(self) -> float:
-        """Standard deviation of the one-bit estimate of a cosine, by the second stage alone.
+    def predicted_noise(self, distortion: float = math.pi / 2 - 1) -> float:
+        """Standard deviation of a code's estimate of a cosine, by the second stage alone.
 
         For vectors whose energy is spread over many entries. Two entries share a bucket of the
         balanced fold with probability ``(c - 1) / (M - 1)``, M being the padded entries and c the
-        entries a bucket; one bit after a random rotation adds ``(pi / 2 - 1) / k``. With
-        independent buckets the first would be ``1 / k`` and the sum the familiar ``pi / (2 k)``.
+        entries a bucket; coding after a random rotation adds ``distortion / k``. With independent
+        buckets the first would be ``1 / k``, and the sum for one bit the familiar ``pi / (2 k)``.
+
+        Args:
+            distortion: squared length of the code's error at right angles to a unit vector; that of
+                one bit a dimension by default.
         """
         padded, k = self._fold.padded, self.plan.dimensions
         collision = (padded // k - 1) / (padded - 1)
-        return math.sqrt(collision + (math.pi / 2 - 1) / k)
+        return math.sqrt(collision + distortion / k)
 
     def training(
         self, model: nn.Module, batch: TokenBatch

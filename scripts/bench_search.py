@@ -17,9 +17,10 @@ from jaxtyping import Float, Float32, Int, UInt8
 from rich.table import Table
 
 from index.faiss_module import import_faiss, usable_processors
+from index.fourbit import BLOCK
 from index.manifest import Manifest, ShardRecord
 from index.mapped import map_tensors
-from index.onebit import BLOCK, OneBitIndex
+from index.onebit import OneBitIndex
 from index.parts import part_folder
 from index.shards import check_shard, codes_path, write_shard
 from index.vectors import VectorIndex, best_rows

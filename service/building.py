@@ -262,7 +262,7 @@ class _Build:
             self.estimator,
             self.options.damping,
             part.sketch,
-            index,
+            self.options.codes,
             examples,
             self.options.token_budget,
         )

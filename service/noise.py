@@ -11,7 +11,7 @@ from estimators.sketch import Sketch
 from estimators.tokens import Sequence1D, collate, plan_batches
 from index.examples import ExampleStore
 from index.manifest import NoiseRecord
-from index.vectors import VectorIndex
+from index.vectors import DISTORTIONS, make_index
 from service.exhaustive import exact_scores, queries_at_once
 from service.models import LoadedModel
 from service.sketching import unit_sketches
@@ -31,7 +31,7 @@ def measure_noise(
     estimator: Estimator,
     damping: float,
     sketch: Sketch,
-    index: VectorIndex,
+    codes: str,
     examples: ExampleStore,
     token_budget: int,
 ) -> NoiseRecord:
@@ -47,7 +47,7 @@ def measure_noise(
         estimator: fitted.
         damping: relative.
         sketch: of the index.
-        index: empty, of the index' kind of code; it is filled with the drawn rows.
+        codes: the index' kind of code.
         examples: the corpus, without rows that failed or were deleted.
         token_budget: padded tokens in a batch.
 
@@ -74,11 +74,14 @@ def measure_noise(
     y, query_norms = (torch.cat(parts).cpu().numpy() for parts in zip(*sketched, strict=True))
     drawn = [Sequence1D(tokens=examples.tokens(int(row))) for row in rows]
     units, norms = _sketch_rows(loaded, sketch, drawn, token_budget)
+    index = make_index(codes, sketch.plan.dimensions)
     index.add(index.pack(index.encode(units)), len(units))
     proxies = index.scan(y)
     proxies /= np.linalg.norm(y, axis=1, keepdims=True)
     cosines = exact / np.where(norms > 0, norms, 1) / query_norms[:, None]
-    return _summarise(sketch.predicted_noise(), proxies - cosines, cosines, norms > 0)
+    return _summarise(
+        sketch.predicted_noise(DISTORTIONS[codes]), proxies - cosines, cosines, norms > 0
+    )
 
 
 def _summarise(

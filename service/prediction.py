@@ -245,14 +245,13 @@ def _time_of_noise(
     """Seconds of measuring the noise, with all its queries on some of its rows."""
     path = examples_path(scratch, 0)
     write_examples(path, survey.examples)
-    index = make_index(options.codes, options.dimensions)
     start = time.perf_counter()
     measure_noise(
         loaded,
         estimator,
         options.damping,
         sketch,
-        index,
+        options.codes,
         ExampleStore([path]),
         options.token_budget,
     )

@@ -201,6 +201,10 @@ class Retriever:
         rows = len(self.index.examples)
         if not 1 <= query.k <= rows:
             raise BadQuery(f"k must be from 1 to {rows:,}, the rows of the index; got {query.k}.")
+        if query.tail == "hoeffding" and self.index.manifest.codes == "biorthogonal":
+            raise BadQuery(
+                "Hoeffding's tail is known for signs; this index has biorthogonal codes."
+            )
         if query.budget < query.k:
             raise BadQuery(
                 f"The rescoring budget must be at least k = {query.k}, got {query.budget}."

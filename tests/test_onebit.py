@@ -5,9 +5,11 @@ import ctypes
 import numpy as np
 import pytest
 
-from index import onebit
+from index import fourbit
 from index.faiss_module import import_faiss
-from index.onebit import BLOCK, OneBitIndex
+from index.fourbit import BLOCK
+from index.onebit import OneBitIndex
+from index.vectors import make_index
 from tests.packed_codes import unpack
 
 faiss = import_faiss()
@@ -83,7 +85,8 @@ def test_the_fast_scan_form_of_faiss_is_right_only_up_to_1024_dimensions():
 
 
 @pytest.mark.parametrize("dimensions", [8, 64, 100, 2048, 16384])
-def test_a_faiss_without_the_kernel_gives_the_same_estimates(monkeypatch, caplog, dimensions):
+@pytest.mark.parametrize("kind", ["one-bit", "biorthogonal"])
+def test_a_faiss_without_the_kernel_gives_the_same_estimates(monkeypatch, caplog, kind, dimensions):
     class Empty:
         def __init__(self, path: str) -> None:
             self.path = path
@@ -91,17 +94,17 @@ def test_a_faiss_without_the_kernel_gives_the_same_estimates(monkeypatch, caplog
         def __getitem__(self, name: str):
             raise AttributeError(f"{self.path}: undefined symbol: {name}")
 
-    index = OneBitIndex(dimensions, threads=2)
+    index = make_index(kind, dimensions, threads=2)
     for seed, rows in enumerate((70, 1, 33)):
         index.add(index.pack(index.encode(unit_rows(rows, dimensions, seed=seed))), rows)
     queries = unit_rows(5, dimensions, seed=9)
     usual = index.scan(queries)
-    monkeypatch.setattr(onebit.ctypes, "CDLL", Empty)
-    onebit._kernel.cache_clear()
+    monkeypatch.setattr(fourbit.ctypes, "CDLL", Empty)
+    fourbit._kernel.cache_clear()
     try:
         plain = index.scan(queries)
     finally:
-        onebit._kernel.cache_clear()
+        fourbit._kernel.cache_clear()
     assert "no fast-scan kernel" in caplog.text
     # both quantise the query to eight bits, by coordinate or by four coordinates
     assert np.std(plain - usual) < 0.02 / dimensions**0.5
