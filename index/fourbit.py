@@ -10,9 +10,6 @@ What the sixteen values of four bits stand for is the subclass' business: signs 
 or the place and sign of the largest of eight.
 """
 
-import ctypes
-import functools
-import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +20,8 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8, UInt16
 
 from index.errors import IndexCorrupt
-from index.faiss_module import import_faiss, usable_processors
-
-logger = logging.getLogger(__name__)
+from index.faiss_module import usable_processors
+from index.kernel import accumulate_to_mem
 
 PIECE = 256
 """Bytes of codes in a piece: tables of 8 KB, which stay in the first-level cache."""
@@ -240,7 +236,7 @@ class FourBitIndex:
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         if not np.isfinite(queries).all():
             raise ValueError("Cannot search for queries with NaN or infinite entries.")
-        if _kernel() is None:
+        if accumulate_to_mem() is None:
             return self._scan_plainly(queries)
         starts = range(0, len(queries), QUERIES_AT_ONCE)
         tables = [self._tables(queries[s : s + QUERIES_AT_ONCE]) for s in starts]
@@ -364,7 +360,7 @@ def _scan(
     ``widths`` are the bytes of each piece of a row; ``memory`` holds the sums of the pieces. Little
     happens in Python between two calls of the kernel, since threads wait for each other there.
     """
-    kernel = _kernel()
+    kernel = accumulate_to_mem()
     queries = len(tables.steps)
     places = queries * BLOCK * sum(span.blocks for span in spans)
     sums = memory[: len(widths) * places].reshape(len(widths), places)
@@ -396,31 +392,3 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> Any:
     memory = np.empty(size + 64, dtype=np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(dtype).reshape(shape)
-
-
-@functools.cache
-def _kernel() -> Any:
-    """``faiss::accumulate_to_mem``, which FAISS exports from C++ but not to Python.
-
-    void accumulate_to_mem(int nq, size_t ntotal2, int nsq, const uint8_t* codes,
-    const uint8_t* LUT, uint16_t* accu)
-
-    None, with a warning, where this build of FAISS has no such function: the name is that of Linux
-    and macOS compilers, and nothing promises that FAISS keeps it.
-    """
-    faiss = import_faiss()
-    try:
-        library = ctypes.CDLL(faiss.swigfaiss._swigfaiss.__file__)
-        function = library["_ZN5faiss17accumulate_to_memEimiPKhS1_Pt"]
-    except (AttributeError, OSError) as error:
-        logger.warning(
-            "FAISS %s as installed here has no fast-scan kernel that can be called (%s); searches "
-            "take about five times as long.",
-            faiss.__version__,
-            error,
-        )
-        return None
-    pointer = ctypes.c_void_p
-    function.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_int, pointer, pointer, pointer]
-    function.restype = None
-    return function

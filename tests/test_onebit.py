@@ -5,7 +5,7 @@ import ctypes
 import numpy as np
 import pytest
 
-from index import fourbit
+from index import kernel
 from index.faiss_module import import_faiss
 from index.fourbit import BLOCK
 from index.onebit import OneBitIndex
@@ -99,12 +99,12 @@ def test_a_faiss_without_the_kernel_gives_the_same_estimates(monkeypatch, caplog
         index.add(index.pack(index.encode(unit_rows(rows, dimensions, seed=seed))), rows)
     queries = unit_rows(5, dimensions, seed=9)
     usual = index.scan(queries)
-    monkeypatch.setattr(fourbit.ctypes, "CDLL", Empty)
-    fourbit._kernel.cache_clear()
+    monkeypatch.setattr(kernel.ctypes, "CDLL", Empty)
+    kernel.accumulate_to_mem.cache_clear()
     try:
         plain = index.scan(queries)
     finally:
-        fourbit._kernel.cache_clear()
+        kernel.accumulate_to_mem.cache_clear()
     assert "no fast-scan kernel" in caplog.text
     # both quantise the query to eight bits, by coordinate or by four coordinates
     assert np.std(plain - usual) < 0.02 / dimensions**0.5
