@@ -6,6 +6,7 @@ dimensions, the error of an estimate is 0.9 of that of signs (docs/decisions.md)
 """
 
 import numpy as np
+from jaxtyping import Float32, UInt8
 
 from index.fourbit import FourBitIndex
 
@@ -22,3 +23,11 @@ class BiorthogonalIndex(FourBitIndex):
 
     def __init__(self, dimensions: int, threads: int | None = None) -> None:
         super().__init__(WORDS, dimensions, threads)
+
+    def _choose(
+        self, x: Float32[np.ndarray, "row word 8"]
+    ) -> tuple[UInt8[np.ndarray, "row word"], Float32[np.ndarray, "row word"]]:
+        places = np.abs(x).argmax(2)[..., None]
+        largest = np.take_along_axis(x, places, 2)[..., 0]
+        words = places[..., 0].astype(np.uint8) | np.signbit(largest).astype(np.uint8) << 3
+        return words, np.abs(largest)

@@ -147,13 +147,19 @@ class FourBitIndex:
         return codes
 
     def _encode(self, x: Float32[np.ndarray, "row word few"]) -> UInt8[np.ndarray, "row byte"]:
-        products = x @ self._words.T
-        chosen = products.argmax(2).astype(np.uint8)
+        chosen, products = self._choose(x)
         with np.errstate(invalid="ignore"):
-            factors = np.square(x).sum((1, 2)) / products.max(2).sum(1)
+            factors = np.square(x).sum((1, 2)) / products.sum(1)
         factors = np.nan_to_num(factors).astype(np.float32)  # 0 for a row of zeros
         halves = chosen[:, ::2] | chosen[:, 1::2] << 4
         return np.concatenate([halves, factors[:, None].view(np.uint8)], axis=1)
+
+    def _choose(
+        self, x: Float32[np.ndarray, "row word few"]
+    ) -> tuple[UInt8[np.ndarray, "row word"], Float32[np.ndarray, "row word"]]:
+        """The word nearest in angle to every few dimensions, and its inner product with them."""
+        products = (x.reshape(-1, x.shape[2]) @ self._words.T).reshape(*x.shape[:2], 16)
+        return products.argmax(2).astype(np.uint8), products.max(2)
 
     def decode(self, codes: UInt8[np.ndarray, "row byte"]) -> Float32[np.ndarray, "row dimension"]:
         """What codes by row stand for, factor included."""
@@ -321,7 +327,8 @@ class FourBitIndex:
 
     def _tables(self, queries: Float32[np.ndarray, "query dimension"]) -> Tables:
         """Tables whose entries fit 8 bits, and whose sums over a piece fit 16."""
-        values = self._by_word(queries) @ self._words.T
+        few = self._by_word(queries)
+        values = (few.reshape(-1, few.shape[2]) @ self._words.T).reshape(*few.shape[:2], 16)
         reach = values.max(2)
         bounds = [slice(2 * first, 2 * last) for first, last in self._bounds()]
         sums = np.stack([2 * reach[:, b].sum(1) / (65535 - 2 * PIECE) for b in bounds])
