@@ -96,7 +96,7 @@ def merge_indexes(out: Path, folders: Sequence[Path]) -> Manifest:
             for part in manifest.parts:
                 copied = part.model_copy(update={"name": f"{len(parts):03d}"})
                 _copy_part(folder, part, out, copied)
-                check_new_ids(out, parts, copied)
+                check_new_ids(out, parts, example_files(out, [copied]))
                 parts.append(copied)
         for record in manifests[0].files:
             _copy(folders[0] / record.path, out / record.path, record.sha256)

@@ -55,8 +55,8 @@ def kept_rows(parts: Sequence[PartRecord], *, failed: bool = True) -> Bool[np.nd
     return keep
 
 
-def supersede(folder: Path, parts: Sequence[PartRecord], fresh: PartRecord) -> list[PartRecord]:
-    """``parts`` with those rows deleted that ``fresh`` brings anew.
+def supersede(folder: Path, parts: Sequence[PartRecord], fresh: Sequence[Path]) -> list[PartRecord]:
+    """``parts`` with those rows deleted that the files of examples ``fresh`` bring anew.
 
     Rows are the same if their ids are, windows of one text together: all windows of the old text
     go, however many the new one has.
@@ -67,8 +67,8 @@ def supersede(folder: Path, parts: Sequence[PartRecord], fresh: PartRecord) -> l
     ]
 
 
-def check_new_ids(folder: Path, parts: Sequence[PartRecord], fresh: PartRecord) -> None:
-    """Raise DuplicateIds if a row of ``fresh`` has the id of a row of ``parts`` that counts."""
+def check_new_ids(folder: Path, parts: Sequence[PartRecord], fresh: Sequence[Path]) -> None:
+    """Raise DuplicateIds if the files of examples ``fresh`` hold an id that counts in ``parts``."""
     for part, rows in _rows_in_common(folder, parts, fresh, str):
         if rows:
             identifier = ExampleStore(example_files(folder, [part]))[rows[0]].id
@@ -81,25 +81,24 @@ def check_new_ids(folder: Path, parts: Sequence[PartRecord], fresh: PartRecord) 
 
 
 def _rows_in_common(
-    folder: Path, parts: Sequence[PartRecord], fresh: PartRecord, key: Callable[[str], str]
+    folder: Path, parts: Sequence[PartRecord], fresh: Sequence[Path], key: Callable[[str], str]
 ) -> Iterator[tuple[PartRecord, list[int]]]:
     """For each part, its undeleted rows whose key is that of a row of ``fresh``."""
-    new = HashColumn().extend(key(i) for i in _ids(folder, fresh)).values
+    new = HashColumn().extend(key(i) for i in _ids(fresh)).values
     for part in parts:
-        old = HashColumn().extend(key(i) for i in _ids(folder, part)).values
+        files = example_files(folder, [part])
+        old = HashColumn().extend(key(i) for i in _ids(files)).values
         candidates = np.isin(old, new)
         candidates[part.deleted] = False
         if not candidates.any():
             yield part, []
             continue
         wanted = np.isin(new, old[candidates])  # equal hashes are looked at again as text
-        keys = {
-            key(i) for i, is_wanted in zip(_ids(folder, fresh), wanted, strict=True) if is_wanted
-        }
-        ids = zip(_ids(folder, part), candidates, strict=True)
+        keys = {key(i) for i, is_wanted in zip(_ids(fresh), wanted, strict=True) if is_wanted}
+        ids = zip(_ids(files), candidates, strict=True)
         yield part, [row for row, (i, found) in enumerate(ids) if found and key(i) in keys]
 
 
-def _ids(folder: Path, part: PartRecord) -> Iterator[str]:
-    for path in example_files(folder, [part]):
+def _ids(files: Sequence[Path]) -> Iterator[str]:
+    for path in files:
         yield from ExampleStore([path]).ids()

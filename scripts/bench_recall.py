@@ -130,7 +130,7 @@ def main(
         "corpora": described,
         "targets": judged(found),
         "better_at_a_quarter": quarters(found),
-        "counted": "codes with their two factors, norm (4 bytes), id (8 bytes)",
+        "counted": "codes with their factor, norm (4 bytes), id (8 bytes)",
         "bergson": bergson_installed(),
         "seconds": time.perf_counter() - start,
     }

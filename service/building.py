@@ -221,8 +221,22 @@ class _Build:
         if corpus is None:
             rows = self.options.rows_per_shard
             longest = self.options.max_tokens or self.loaded.context
-            corpus = read_corpus(part.path, self.source, self.loaded, longest, rows, progress)
+            corpus = read_corpus(
+                part.path,
+                self.source,
+                self.loaded,
+                longest,
+                rows,
+                progress,
+                self._check_new_ids,
+            )
         return part, corpus
+
+    def _check_new_ids(self, files: list[Path]) -> None:
+        """Before the first gradient: an appended corpus must not repeat ids of the index."""
+        manifest = find_manifest(self.folder)
+        if manifest is not None and self.mode == "append":
+            check_new_ids(self.folder, manifest.parts, files)
 
     def run_shards(
         self, part: _Part, corpus: CorpusRecord, worker: Worker, progress: Progress
@@ -295,10 +309,11 @@ class _Build:
                 else part
                 for part in found
             ]
+        files = example_files(self.folder, [fresh])
         if self.mode == "supersede":
-            found = supersede(self.folder, found, fresh)
+            found = supersede(self.folder, found, files)
         else:
-            check_new_ids(self.folder, found, fresh)
+            check_new_ids(self.folder, found, files)
         return [*found, fresh]
 
     def _estimator_record(self) -> EstimatorRecord:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,8 +26,12 @@ def read_corpus(
     max_tokens: int,
     rows_per_file: int,
     progress: Progress,
+    check_files: Callable[[list[Path]], None],
 ) -> CorpusRecord:
     """Write ``part``'s files of examples and, after them, their record; at most one file in memory.
+
+    ``check_files`` is called between the two: what it raises leaves the part without a record, so
+    that a corrected corpus can take its place.
 
     Raises:
         DuplicateIds: two rows have the same id.
@@ -46,6 +50,7 @@ def read_corpus(
         raise ValueError(f"The corpus '{source.data}' has no row.")
     paths = [part / file.path for file in files]
     check_ids(tally.ids, paths)
+    check_files(paths)
     record = CorpusRecord(data=tally.record(), examples=files)
     write_sealed(part / RECORD_NAME, record.model_dump(mode="json"))
     return record

@@ -123,6 +123,7 @@ def test_appending_ids_that_are_there_is_refused_and_superseding_replaces(
     source = CorpusSource(data=str(write_jsonl(tmp_path / "c.jsonl", rows)), id_column="id")
     with pytest.raises(DuplicateIds, match=r"'n3' is in the index already .*--supersede"):
         workshop.build(tmp_path / "index", source=source, rows_per_shard=10, mode="append")
+    assert not (tmp_path / "index/parts/001/shards").exists()  # refused before the first gradient
     assert len(open_index(tmp_path / "index", workshop.loaded).examples) == 30
     workshop.build(tmp_path / "index", source=source, rows_per_shard=10, mode="supersede")
     opened = open_index(tmp_path / "index", workshop.loaded)
