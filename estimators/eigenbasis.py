@@ -63,6 +63,7 @@ class EigenbasisOperator:
                 right_basis=right,
                 left_scale=u.sqrt().to(left.dtype),
                 right_scale=v.sqrt().to(left.dtype),
+                energy=float(u @ eigenvalues.double() @ v),
             )
         return result
 

@@ -37,11 +37,14 @@ class SketchPlan:
         seed: of all its randomness.
         dimensions: coordinates of the sketch, a power of two.
         rank: width of each side of a layer's block after the first stage.
+        folded: whether there is a second stage; without it the sketch consists of the blocks, each
+            rotated on both sides, and ``dimensions`` has no effect.
     """
 
     seed: int
     dimensions: int = 16384
     rank: int = 64
+    folded: bool = True
 
     def __post_init__(self) -> None:
         if self.dimensions < 8 or self.dimensions & (self.dimensions - 1):
@@ -73,11 +76,12 @@ class Sketch:
         self._whitening = dict(whitening)
         self._near = _Near()
         self._slices: dict[str, slice] = {}
+        self._shapes: list[tuple[int, int]] = []
         start = 0
         for number, layer in enumerate(layers):
             start = self._add_layer(number, layer, start)
         self._entries = start
-        self._fold = _Fold(start, plan)
+        self._fold = _Fold(start, plan) if plan.folded else None
 
     def _add_layer(self, number: int, layer: LinearLayer, start: int) -> int:
         white = self._whitening[layer.name]
@@ -95,9 +99,25 @@ class Sketch:
         for what, matrix in (maps | bases).items():
             if matrix is not None:
                 self._near.add(f"{layer.name} {what}", matrix)
-        end = start + len(maps["train left"]) * len(maps["train right"])
+        self._shapes.append((len(maps["train left"]), len(maps["train right"])))
+        end = start + math.prod(self._shapes[-1])
         self._slices[layer.name] = slice(start, end)
         return end
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Rows and columns of each layer's block, in order."""
+        return list(self._shapes)
+
+    @property
+    def energies(self) -> list[float]:
+        """Expected squared norms of the layers' blocks, one unit for all."""
+        return [self._whitening[layer.name].energy for layer in self._layers]
+
+    @property
+    def width(self) -> int:
+        """Coordinates of a sketch."""
+        return self.plan.dimensions if self.plan.folded else self._entries
 
     @property
     def entries(self) -> int:
@@ -111,11 +131,14 @@ class Sketch:
         balanced fold with probability ``(c - 1) / (M - 1)``, M being the padded entries and c the
         entries a bucket; coding after a random rotation adds ``distortion / k``. With independent
         buckets the first would be ``1 / k``, and the sum for one bit the familiar ``pi / (2 k)``.
+        0 where there is no second stage.
 
         Args:
             distortion: squared length of the code's error at right angles to a unit vector; that of
                 one bit a dimension by default.
         """
+        if self._fold is None:
+            return 0.0
         padded, k = self._fold.padded, self.plan.dimensions
         collision = (padded // k - 1) / (padded - 1)
         return math.sqrt(collision + distortion / k)
@@ -141,7 +164,7 @@ class Sketch:
             blocks[:, self._slices[layer.name]] = projected.flatten(1).to(blocks)
 
         visit_gradients(model, self._layers, batch, visit)
-        return self._fold(blocks), torch.linalg.vector_norm(blocks, dim=1)
+        return self._folded(blocks), torch.linalg.vector_norm(blocks, dim=1)
 
     def query(
         self, directions: Gradients
@@ -165,7 +188,10 @@ class Sketch:
             left, right = (self._near(f"{name} query {s}", gradient) for s in ("left", "right"))
             blocks[:, self._slices[name]] = (left @ rotated @ right.T).flatten(1).to(blocks)
             square += self._whitened_square(name, rotated)
-        return self._fold(blocks), square.sqrt()
+        return self._folded(blocks), square.sqrt()
+
+    def _folded(self, blocks: Float[Tensor, "row entry"]) -> Float[Tensor, "row dimension"]:
+        return blocks if self._fold is None else self._fold(blocks)
 
     def _rotated(self, name: str, gradient: Tensor) -> Float[Tensor, "query in out"]:
         """``Q_A^T F Q_S``, in the eigenbasis."""
@@ -242,12 +268,16 @@ def _hadamard(power: int) -> Float[Tensor, "n n"]:
 def _orthonormal_frame(
     width: int, plan: SketchPlan, stream: int
 ) -> Float[Tensor, "rank width"] | None:
-    """Transposed Haar frame scaled by sqrt(width / rank); None where nothing is to be reduced."""
-    if width <= plan.rank:
+    """Transposed Haar frame scaled by sqrt(width / rank).
+
+    Where nothing is to be reduced, None; or a rotation, if the second stage does not rotate.
+    """
+    if width <= plan.rank and plan.folded:
         return None
+    rank = min(plan.rank, width)
     generator = np.random.Generator(np.random.Philox(key=[plan.seed, stream]))
-    q, r = np.linalg.qr(generator.standard_normal((width, plan.rank)))
-    q *= np.sign(np.diag(r)) * math.sqrt(width / plan.rank)
+    q, r = np.linalg.qr(generator.standard_normal((width, rank)))
+    q *= np.sign(np.diag(r)) * math.sqrt(width / rank)
     return torch.from_numpy(q.T.copy())
 
 

@@ -28,12 +28,15 @@ class LayerWhitening:
         right_basis: Q_S, likewise.
         left_scale: ``sqrt(u)``, positive.
         right_scale: ``sqrt(v)``, positive.
+        energy: expected squared norm of a whitened training gradient, the same unit in all layers;
+            1 where nothing is known of it.
     """
 
     left_basis: Float[Tensor, "in in"] | None
     right_basis: Float[Tensor, "out out"] | None
     left_scale: Float[Tensor, "in"]
     right_scale: Float[Tensor, "out"]
+    energy: float = 1.0
 
     def left_map(self, *, dual: bool) -> Float[Tensor, "in in"]:
         """The matrix that acts on inputs: ``diag(sqrt u) Q_A^T``; its inverse transpose if dual."""

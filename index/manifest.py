@@ -69,12 +69,16 @@ class NoiseRecord(Record):
 
 
 class SketchRecord(Record):
-    """How training gradients were sketched."""
+    """How training gradients were sketched.
+
+    ``components``: of each layer, in low-rank codes; empty for other kinds.
+    """
 
     seed: int
     dimensions: int
     rank: int
     entries: int
+    components: list[int] = []
     noise: NoiseRecord
 
 

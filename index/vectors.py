@@ -1,7 +1,7 @@
 """Vector indexes behind one contract: inner products of queries with every row."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, UInt8
 
 from index.biorthogonal import BiorthogonalIndex
 from index.flat import FlatIndex, float16, float32
+from index.lowrank import Block, LowRankIndex
 from index.onebit import OneBitIndex
 
 
@@ -59,7 +60,15 @@ CODES: dict[str, Callable[[int, int | None], VectorIndex]] = {
 """Kinds of code: one bit a dimension (RaBitQ), half a bit (the largest of eight), float32 (the
 exact reference), float16."""
 
+LOW_RANK = "low-rank"
+"""A further kind of code, of vectors that consist of blocks."""
+
+KINDS = (*CODES, LOW_RANK)
+"""All kinds of code."""
+
 DISTORTIONS = {"one-bit": math.pi / 2 - 1, "biorthogonal": 1.5154, "flat": 0.0, "half": 0.0}
+LAWFUL = tuple(DISTORTIONS)
+"""Kinds of code whose errors are those of a random sketch, so that its law bounds them."""
 """Squared length of a code's error at right angles to a unit vector with normal coordinates.
 
 pi / 2 - 1 for signs (RaBitQ). For the largest of n = 8, n / m^2 - 1 with m = 1.78337 the mean of
@@ -67,19 +76,24 @@ the largest of n absolute values of normal numbers.
 """
 
 
-def make_index(codes: str, dimensions: int, threads: int | None = None) -> VectorIndex:
-    """An empty index of one of the kinds in ``CODES``.
+def make_index(
+    codes: str, dimensions: int, threads: int | None = None, blocks: Sequence[Block] = ()
+) -> VectorIndex:
+    """An empty index of one of the ``KINDS``.
 
     Args:
         codes: kind of code.
         dimensions: of the vectors.
         threads: that scan; as many as the process has processors by default.
+        blocks: that the vectors consist of; for low-rank codes, which take the place of dimensions.
 
     Raises:
         ValueError: no such kind; the message lists them.
     """
-    if codes not in CODES:
-        raise ValueError(f"Unknown kind of code '{codes}'; choose one of {', '.join(CODES)}.")
+    if codes not in KINDS:
+        raise ValueError(f"Unknown kind of code '{codes}'; choose one of {', '.join(KINDS)}.")
+    if codes == LOW_RANK:
+        return LowRankIndex(blocks, threads)
     return CODES[codes](dimensions, threads)
 
 

@@ -211,7 +211,9 @@ class Build:
         coverage = find_layers(problem.model)
         options = BuildOptions()
         whitening = Identity().whitening(coverage.layers, options.damping)
-        self._sketch = Sketch(coverage.layers, whitening, options.sketch_plan(seed=0))
+        self._sketch = Sketch(
+            coverage.layers, whitening, options.sketch_plan(seed=0, layers=len(coverage.layers))
+        )
         self._codes = options.codes
         self._rows = options.rows_per_shard
         self._loaded = LoadedModel(

@@ -253,11 +253,16 @@ def _train(out: Path, texts: Sequence[str], held_out: Sequence[str], recipe: Rec
 def _passages(
     loaded: LoadedModel, texts: Sequence[str], count: int
 ) -> tuple[list[tuple[str, str]], str]:
-    asked = []
-    for text in texts[:count]:
-        words = text.split()
-        prompt = " ".join(words[:PASSAGE_WORDS])
+    asked: list[tuple[str, str]] = []
+    for text in texts:
+        prompt = " ".join(text.split()[:PASSAGE_WORDS])
+        try:
+            loaded.encode_query(prompt, text[len(prompt) :])
+        except BadQuery:  # longer than the model reads
+            continue
         asked.append((prompt, text[len(prompt) :]))
+        if len(asked) == count:
+            break
     return asked, f"{len(asked)} passages held out, after their first {PASSAGE_WORDS} words"
 
 

@@ -62,8 +62,9 @@ def other_layouts(
             left, right = maps[layer.name][0]
             plain.add(layer, rows, gradient)
             whitened.add(layer, rows, left.to(gradient) @ gradient @ right.to(gradient))
+            u, v = top_factors(gradient, max(RANKS))
             for each in factors:
-                each.add(layer, rows, gradient)
+                each.add(layer, rows, u, v)
 
         batch = collate([examples[p] for p in positions]).to(loaded.device)
         visit_gradients(loaded.model, layers, batch, visit)
@@ -153,10 +154,10 @@ class LowRank:
         self._directions = directions
         self._scores = torch.zeros(len(next(iter(directions.values()))), rows)
 
-    def add(self, layer: LinearLayer, rows: Tensor, gradient: Tensor) -> None:
-        """Score some rows by their factors."""
-        left, right = top_factors(gradient, self.rank)
-        approximate = left.half().to(gradient) @ right.half().to(gradient)
+    def add(self, layer: LinearLayer, rows: Tensor, left: Tensor, right: Tensor) -> None:
+        """Score some rows by the first of their factors."""
+        left, right = left[..., : self.rank], right[:, : self.rank]
+        approximate = left.half().to(left) @ right.half().to(right)
         part = self._directions[layer.name].flatten(1) @ approximate.flatten(1).T
         self._scores[:, rows] += part.cpu()
 

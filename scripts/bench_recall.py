@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +40,8 @@ ID_BYTES = 8
 BUDGET = 2150
 """2.1 KB: the size at which the targets are judged."""
 TARGETS = {"r10_at_50": 0.99, "r50_at_250": 0.96}
+OURS = ("one-bit", "biorthogonal", "low-rank")
+"""Kinds of code that are measured, each at all sizes."""
 SKETCH_SEED = 1
 DAMPING = 0.1
 
@@ -50,6 +53,7 @@ class Row:
     Attributes:
         corpus: name.
         layout: "etymon" or what the others store.
+        codes: our kind of code; empty for the others.
         ranking: "score" or "normalised", the exact ranking that is looked for.
         bytes_per_example: stored, everything counted for ours (codes, their factors, norm, id);
             the projections or factors alone for the others.
@@ -63,6 +67,7 @@ class Row:
 
     corpus: str
     layout: str
+    codes: str
     ranking: Ranking
     bytes_per_example: int
     r10_at_50: float
@@ -92,6 +97,7 @@ def main(
     dimensions: Annotated[str, typer.Option(help="Sizes of our index, in bits.")] = ",".join(
         map(str, DIMENSIONS)
     ),
+    codes: Annotated[str, typer.Option(help="Our kinds of code.")] = ",".join(OURS),
     fit_examples: Annotated[int, typer.Option(help="Fit EK-FAC on so many.")] = 4096,
     token_budget: options.TokenBudget = 1024,
     record: Annotated[bool, typer.Option(help="Write docs/benchmarks/recall_*.json.")] = True,
@@ -99,7 +105,7 @@ def main(
     """Measure recall against exact EK-FAC scores of every example, beside other systems' layouts.
 
     Our rows come from indexes as `scripts.build_index` builds them (separable whitening, two-sided
-    first stage, one bit a dimension), opened and scanned as a query does.
+    first stage, then codes), opened and scanned as a query does.
     """
     start = time.perf_counter()
     names = corpora.split(",")
@@ -108,7 +114,7 @@ def main(
         raise ValueError(
             f"Unknown corpus '{unknown[0]}'; choose of factbook, {', '.join(sorted(TEXTS))}."
         )
-    sizes = [int(size) for size in dimensions.split(",")]
+    ours = [(kind, int(size)) for kind in codes.split(",") for size in dimensions.split(",")]
     if not bergson_installed():
         stderr.print(
             "Bergson is not installed here, so its own rows are left out "
@@ -124,7 +130,7 @@ def main(
         else:
             subject = trained(name, out / name, queries, rows, epochs)
         described[name] = subject.description
-        found += Measurement(subject, out / name, limit, fit_examples, token_budget).run(sizes)
+        found += Measurement(subject, out / name, limit, fit_examples, token_budget).run(ours)
     report = {
         "rows": [asdict(row) for row in found],
         "corpora": described,
@@ -167,18 +173,19 @@ class Measurement:
             *("--out", str(self._factors), "--examples", str(fit_examples), *arguments),
         )
 
-    def run(self, sizes: Sequence[int]) -> list[Row]:
-        """Rows of our layout at each size and of the others."""
+    def run(self, kinds: Sequence[tuple[str, int]]) -> list[Row]:
+        """Rows of our codes, each a kind and a size in bits, and of the others."""
         asked = [self._loaded.encode_query(*query) for query in self._subject.queries]
         ours: dict[Ranking, Proxies] = {"score": {}, "normalised": {}}
-        for size in sizes:
-            index = self._index(size)
+        for codes, size in kinds:
+            index = self._index(codes, size)
             retriever = Retriever(index, self._budget)
             directions = [retriever.directions(query)[0] for query in asked]
             stored = index.vectors.code_size + index.norms.itemsize + ID_BYTES
-            for ranking, proxies in ours.items():
-                values = [retriever.proxies(d, ranking).values for d in directions]
-                proxies[f"etymon {size}"] = stored, np.stack(values)
+            name, live = f"etymon {codes} {size}", np.where(index.norms > 0, index.norms, np.inf)
+            values = np.stack([retriever.proxies(d, "score").values for d in directions])
+            ours["score"][name] = stored, values
+            ours["normalised"][name] = stored, values / live
         examples = [
             Sequence1D(tokens=index.examples.tokens(row)) for row in range(len(index.examples))
         ]
@@ -197,11 +204,15 @@ class Measurement:
         divided = {name: (size, values / norms) for name, (size, values) in others.items()}
         return rows + self._rows("normalised", truth / norms, {**ours["normalised"], **divided})
 
-    def _index(self, dimensions: int) -> OpenIndex:
-        folder = self._out / f"index-{dimensions}"
+    def _index(self, codes: str, size: int) -> OpenIndex:
+        folder = self._out / f"index-{codes}-{size}"
         shutil.rmtree(folder, ignore_errors=True)
         chosen = BuildOptions(
-            dimensions=dimensions, damping=DAMPING, seed=SKETCH_SEED, token_budget=self._budget
+            dimensions=2 * size if codes == "biorthogonal" else size,  # half a bit a dimension
+            codes=codes,
+            damping=DAMPING,
+            seed=SKETCH_SEED,
+            token_budget=self._budget,
         )
         build_index(folder, self._loaded, self._factors, self._source, chosen, show_progress)
         return open_index(folder, self._loaded)
@@ -223,7 +234,8 @@ class Measurement:
         return [
             Row(
                 corpus=self._subject.name,
-                layout=name.split()[0] if name.startswith("etymon ") else name,
+                layout="etymon" if name.startswith("etymon ") else name,
+                codes=name.split()[1] if name.startswith("etymon ") else "",
                 ranking=ranking,
                 bytes_per_example=size,
                 queries=len(truth),
@@ -253,10 +265,11 @@ def recall(
 
 
 def judged(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """For each corpus and ranking, our recall at the largest size within ``BUDGET`` bytes."""
+    """For each corpus, ranking and kind of code, our recall at most ``BUDGET`` bytes."""
     found = []
-    for corpus, ranking in dict.fromkeys((row.corpus, row.ranking) for row in rows):
-        fitting = [r for r in _ours(rows, corpus, ranking) if r.bytes_per_example <= BUDGET]
+    ours = (row for row in rows if row.layout == "etymon")
+    for corpus, ranking, codes in dict.fromkeys((r.corpus, r.ranking, r.codes) for r in ours):
+        fitting = [r for r in _ours(rows, corpus, ranking, codes) if r.bytes_per_example <= BUDGET]
         if not fitting:
             continue
         best = max(fitting, key=lambda row: row.bytes_per_example)
@@ -265,6 +278,7 @@ def judged(rows: Sequence[Row]) -> list[dict[str, Any]]:
             {
                 "corpus": corpus,
                 "ranking": ranking,
+                "codes": codes,
                 "bytes_per_example": best.bytes_per_example,
                 **reached,
                 "met": all(reached[name] >= TARGETS[name] for name in TARGETS),
@@ -274,17 +288,20 @@ def judged(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def quarters(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """For each other layout, whether ours at a quarter of its bytes (or less) recalls more.
+    """For each other layout and kind of code, whether ours at a quarter of its bytes recalls more.
 
     Sizes do not match exactly: side data of up to 32 bytes is let pass.
     """
     found = []
-    for other in rows:
+    kinds = dict.fromkeys(row.codes for row in rows if row.codes)
+    for other, codes in product(rows, kinds):
         if other.layout == "etymon":
             continue
         limit = other.bytes_per_example / 4 + 32
         fitting = [
-            r for r in _ours(rows, other.corpus, other.ranking) if r.bytes_per_example <= limit
+            r
+            for r in _ours(rows, other.corpus, other.ranking, codes)
+            if r.bytes_per_example <= limit
         ]
         if fitting:
             best = max(fitting, key=lambda row: row.bytes_per_example)
@@ -293,6 +310,7 @@ def quarters(rows: Sequence[Row]) -> list[dict[str, Any]]:
                     "corpus": other.corpus,
                     "ranking": other.ranking,
                     "layout": other.layout,
+                    "codes": codes,
                     "bytes_per_example": other.bytes_per_example,
                     "ours_bytes_per_example": best.bytes_per_example,
                     "better": {
@@ -303,8 +321,9 @@ def quarters(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def _ours(rows: Sequence[Row], corpus: str, ranking: str) -> list[Row]:
-    return [r for r in rows if (r.layout, r.corpus, r.ranking) == ("etymon", corpus, ranking)]
+def _ours(rows: Sequence[Row], corpus: str, ranking: str, codes: str) -> list[Row]:
+    wanted = ("etymon", corpus, ranking, codes)
+    return [r for r in rows if (r.layout, r.corpus, r.ranking, r.codes) == wanted]
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -320,7 +339,8 @@ def show(rows: Sequence[Row]) -> None:
             table.add_column(heading, justify="left" if heading == "layout" else "right")
         for row in chosen:
             values = (f"{getattr(row, depth):.3f}" for depth in DEPTHS)
-            table.add_row(row.layout, f"{row.bytes_per_example:,}", *values)
+            layout = f"{row.layout}, {row.codes}" if row.codes else row.layout
+            table.add_row(layout, f"{row.bytes_per_example:,}", *values)
         stderr.print(table)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from index.manifest import Manifest
-from index.vectors import CODES
+from index.vectors import KINDS
 from scripts import options
 from scripts.console import one_sentence_errors, print_json, show_prediction, show_progress, stderr
 from service.building import BuildOptions, Mode, Worker, build_index, build_share
@@ -44,7 +44,7 @@ def main(
         int | None,
         typer.Option(help="Of the sketch's first stage, a side; half the root of the dimensions."),
     ] = None,
-    codes: Annotated[str, typer.Option(help=f"One of {', '.join(CODES)}.")] = "one-bit",
+    codes: Annotated[str, typer.Option(help=f"One of {', '.join(KINDS)}.")] = "one-bit",
     rows_per_shard: Annotated[int, typer.Option(help="What an interruption loses at most.")] = 1024,
     token_budget: options.TokenBudget = 1024,
     seed: Annotated[

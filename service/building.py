@@ -34,7 +34,8 @@ from index.parts import (
     supersede,
 )
 from index.shards import find_receipt
-from index.vectors import make_index
+from index.vectors import LOW_RANK
+from service.coding import code_blocks, coded_index
 from service.corpus import CorpusSource, fingerprint_source
 from service.models import LoadedModel
 from service.noise import measure_noise
@@ -55,9 +56,11 @@ class BuildOptions:
     Attributes:
         max_tokens: longest window of a document, in tokens; None takes the model's context.
         damping: relative damping of the whitening (and the default of queries).
-        dimensions: of the sketch; with one-bit codes an eighth of a byte each.
+        dimensions: of the sketch; with one-bit codes an eighth of a byte each. Low-rank codes take
+            as many bytes as one-bit codes would.
         rank: of the sketch's first stage; None takes half the root of the dimensions, which keeps
-            its noise small beside that of the codes.
+            its noise small beside that of the codes. For low-rank codes as many as there are bytes
+            a layer, from 16 to the root of the dimensions, so that a few components a layer fit.
         codes: kind of code, see ``index.vectors.CODES``.
         rows_per_shard: the unit of work that an interrupted build loses at most.
         token_budget: padded tokens in a batch.
@@ -73,10 +76,14 @@ class BuildOptions:
     token_budget: int = 1024
     seed: int | None = None
 
-    def sketch_plan(self, seed: int) -> SketchPlan:
-        """The sketch of these options."""
-        rank = math.isqrt(self.dimensions) // 2 if self.rank is None else self.rank
-        return SketchPlan(seed=seed, dimensions=self.dimensions, rank=max(1, rank))
+    def sketch_plan(self, seed: int, layers: int) -> SketchPlan:
+        """The sketch of these options for so many layers."""
+        root, factored = math.isqrt(self.dimensions), self.codes == LOW_RANK
+        usual = min(root, max(16, self.dimensions // (8 * layers))) if factored else root // 2
+        rank = usual if self.rank is None else self.rank
+        return SketchPlan(
+            seed=seed, dimensions=self.dimensions, rank=max(1, rank), folded=not factored
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +222,7 @@ class _Build:
         name, seed = settle_plan(self.folder, plan, append=self.mode != "new")
         layers = self.loaded.coverage.layers
         whitening = self.estimator.whitening(layers, self.options.damping)
-        sketch = Sketch(layers, whitening, self.options.sketch_plan(seed))
+        sketch = Sketch(layers, whitening, self.options.sketch_plan(seed, len(layers)))
         part = _Part(name=name, path=part_folder(self.folder, name), sketch=sketch)
         corpus = find_corpus(part.path)
         if corpus is None:
@@ -269,7 +276,7 @@ class _Build:
         """Write the manifest of the parts that were there and this one."""
         write_whole(self.folder / FACTORS_NAME, self.factors.read_bytes())
         parts = self._parts(PartRecord(name=part.name, data=corpus.data, shards=shards, deleted=[]))
-        index = make_index(self.options.codes, self.options.dimensions)
+        index = coded_index(self.options.codes, part.sketch)
         examples = ExampleStore(example_files(self.folder, parts), kept_rows(parts, failed=False))
         noise = measure_noise(
             self.loaded,
@@ -288,7 +295,7 @@ class _Build:
                 tokenizer_sha256=self.loaded.tokenizer_sha256,
             ),
             estimator=self._estimator_record(),
-            sketch=_sketch_record(part.sketch, noise),
+            sketch=_sketch_record(part.sketch, noise, self._components(part.sketch)),
             codes=self.options.codes,
             bytes_per_row=index.code_size + 4,
             parts=parts,
@@ -316,6 +323,9 @@ class _Build:
             check_new_ids(self.folder, found, files)
         return [*found, fresh]
 
+    def _components(self, sketch: Sketch) -> list[int]:
+        return [block.components for block in code_blocks(self.options.codes, sketch)]
+
     def _estimator_record(self) -> EstimatorRecord:
         coverage = self.loaded.coverage
         selection = LayerSelection.from_facts(self.facts)
@@ -340,11 +350,12 @@ def check_factors(facts: dict[str, str], loaded: LoadedModel) -> None:
         )
 
 
-def _sketch_record(sketch: Sketch, noise: NoiseRecord) -> SketchRecord:
+def _sketch_record(sketch: Sketch, noise: NoiseRecord, components: list[int]) -> SketchRecord:
     return SketchRecord(
         seed=sketch.plan.seed,
         dimensions=sketch.plan.dimensions,
         rank=sketch.plan.rank,
         entries=sketch.entries,
+        components=components,
         noise=noise,
     )

@@ -1,5 +1,6 @@
 """Exhaustive search on a device by matrix products, for indexes that fit into its memory."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from index.fourbit import FourBitIndex
-from index.vectors import VectorIndex, make_index
+from index.lowrank import Block
+from index.vectors import LOW_RANK, VectorIndex, make_index
 
 CHUNK_BYTES = 1 << 28
 """Rows that are looked at together, as numbers: bounds the memory beside the codes."""
@@ -117,8 +119,19 @@ def _multiply(
     return (queries.to(dtype) @ decoded.T).float() * rows.factors[chunk]
 
 
-def make_search_index(codes: str, dimensions: int, device: str) -> VectorIndex:
-    """An empty index that is searched on ``device``: by FAISS on "cpu", by PyTorch elsewhere."""
+def make_search_index(
+    codes: str, dimensions: int, device: str, blocks: Sequence[Block] = ()
+) -> VectorIndex:
+    """An empty index that is searched on ``device``: on the host if "cpu", by PyTorch elsewhere.
+
+    Raises:
+        ValueError: low-rank codes, which are searched on the host only.
+    """
     if device == "cpu":
-        return make_index(codes, dimensions)
+        return make_index(codes, dimensions, blocks=blocks)
+    if codes == LOW_RANK:
+        raise ValueError(
+            f"Low-rank codes are searched on the CPU only, '{device}' was asked for; set the "
+            f"search device to cpu."
+        )
     return DeviceIndex(codes, dimensions, device)

@@ -11,7 +11,8 @@ from estimators.sketch import Sketch
 from estimators.tokens import Sequence1D, collate, plan_batches
 from index.examples import ExampleStore
 from index.manifest import NoiseRecord
-from index.vectors import DISTORTIONS, make_index
+from index.vectors import DISTORTIONS
+from service.coding import coded_index
 from service.exhaustive import exact_scores, queries_at_once
 from service.models import LoadedModel
 from service.sketching import unit_sketches
@@ -74,13 +75,13 @@ def measure_noise(
     y, query_norms = (torch.cat(parts).cpu().numpy() for parts in zip(*sketched, strict=True))
     drawn = [Sequence1D(tokens=examples.tokens(int(row))) for row in rows]
     units, norms = _sketch_rows(loaded, sketch, drawn, token_budget)
-    index = make_index(codes, sketch.plan.dimensions)
+    index = coded_index(codes, sketch)
     index.add(index.pack(index.encode(units)), len(units))
     proxies = index.scan(y)
     proxies /= np.linalg.norm(y, axis=1, keepdims=True)
     cosines = exact / np.where(norms > 0, norms, 1) / query_norms[:, None]
     return _summarise(
-        sketch.predicted_noise(DISTORTIONS[codes]), proxies - cosines, cosines, norms > 0
+        sketch.predicted_noise(DISTORTIONS.get(codes, 0.0)), proxies - cosines, cosines, norms > 0
     )
 
 
@@ -124,7 +125,7 @@ def _sketch_rows(
     loaded: LoadedModel, sketch: Sketch, sequences: list[Sequence1D], token_budget: int
 ) -> tuple[Float[np.ndarray, "row dimension"], Float[np.ndarray, "row"]]:
     """Unit sketches and whitened norms."""
-    units = np.zeros((len(sequences), sketch.plan.dimensions), dtype=np.float32)
+    units = np.zeros((len(sequences), sketch.width), dtype=np.float32)
     norms = np.zeros(len(sequences), dtype=np.float32)
     for positions in plan_batches([len(s.tokens) for s in sequences], token_budget):
         batch = collate([sequences[p] for p in positions]).to(loaded.device)

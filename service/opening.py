@@ -18,8 +18,9 @@ from index.files import sha256_of
 from index.manifest import Manifest, ShardRecord
 from index.parts import example_files, kept_rows, part_folder
 from index.shards import read_shard
-from index.vectors import VectorIndex
+from index.vectors import LOW_RANK, VectorIndex
 from service.building import FACTORS_NAME
+from service.coding import code_blocks
 from service.device_search import make_search_index
 from service.models import LoadedModel
 
@@ -71,6 +72,7 @@ def open_index(folder: Path, loaded: LoadedModel, search_device: str = "cpu") ->
         IndexMissing: there is no finished index.
         IndexCorrupt: a file is truncated or was changed.
         IndexMismatch: it was built with another model or tokenizer.
+        ValueError: its kind of code cannot be searched on that device.
     """
     manifest = Manifest.read(folder)
     wanted = LayerSelection(
@@ -89,9 +91,11 @@ def open_index(folder: Path, loaded: LoadedModel, search_device: str = "cpu") ->
             seed=manifest.sketch.seed,
             dimensions=manifest.sketch.dimensions,
             rank=manifest.sketch.rank,
+            folded=manifest.codes != LOW_RANK,
         ),
     )
-    vectors = make_search_index(manifest.codes, manifest.sketch.dimensions, search_device)
+    blocks = code_blocks(manifest.codes, sketch, manifest.sketch.components)
+    vectors = make_search_index(manifest.codes, manifest.sketch.dimensions, search_device, blocks)
     norms = []
     for codes, shard_norms in _read_shards(folder, manifest):
         vectors.add(codes, len(shard_norms))

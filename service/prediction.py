@@ -18,8 +18,8 @@ from estimators.sketch import Sketch
 from estimators.storage import load_estimator, serialise_estimator
 from estimators.tokens import Sequence1D, plan_batches
 from index.examples import Example, ExampleStore, examples_path, serialise_examples, write_examples
-from index.vectors import make_index
 from service.building import BuildOptions, check_factors
+from service.coding import coded_index
 from service.corpus import CorpusSource, read_examples
 from service.fitting import FitOptions, draw_sequences
 from service.models import LoadedModel
@@ -84,11 +84,13 @@ def predict_build(
     if not survey.shards:
         raise ValueError(f"The corpus '{source.data}' has no row.")
     sketch = Sketch(
-        layers, estimator.whitening(layers, options.damping), options.sketch_plan(seed=0)
+        layers,
+        estimator.whitening(layers, options.damping),
+        options.sketch_plan(seed=0, layers=len(layers)),
     )
     sketching = _time_of_shards(loaded, sketch, options, survey)
     noise = _time_of_noise(loaded, estimator, sketch, options, survey, scratch)
-    code_size = make_index(options.codes, options.dimensions).code_size
+    code_size = coded_index(options.codes, sketch).code_size
     rows = sum(map(len, survey.shards))
     small = SMALL_FILES * len(survey.shards)
     return Prediction(

@@ -18,6 +18,7 @@ from estimators.rescoring import query_directions, query_gradients
 from estimators.tokens import Sequence1D
 from index.certificates.sketch import Tail, plan_levels
 from index.certificates.statement import Certificate
+from index.vectors import LAWFUL, LOW_RANK
 from service.models import BadQuery
 from service.opening import OpenIndex
 from service.query import Query, Ranking
@@ -195,15 +196,17 @@ class Retriever:
             relative=noise.relative,
             divisors=np.ones_like(norms) if ranking == "score" else np.where(live, norms, np.inf),
             failed=self.index.failed,
+            lawful=self.index.manifest.codes in LAWFUL,
         )
 
     def _check(self, query: Query) -> None:
         rows = len(self.index.examples)
         if not 1 <= query.k <= rows:
             raise BadQuery(f"k must be from 1 to {rows:,}, the rows of the index; got {query.k}.")
-        if query.tail == "hoeffding" and self.index.manifest.codes == "biorthogonal":
+        codes = self.index.manifest.codes
+        if query.tail == "hoeffding" and codes in ("biorthogonal", LOW_RANK):
             raise BadQuery(
-                "Hoeffding's tail is known for signs; this index has biorthogonal codes."
+                f"Hoeffding's tail is known for signs of a sketch; this index has {codes} codes."
             )
         if query.budget < query.k:
             raise BadQuery(

@@ -31,6 +31,7 @@ class Proxies:
         relative: error scale that comes on top, as a share of a row's exact value.
         divisors: what an exact score is divided by to give the ranking value.
         failed: rows that have no finite gradient.
+        lawful: whether the errors are those of a random sketch; otherwise no law bounds them.
     """
 
     values: Float[np.ndarray, "row"]
@@ -38,6 +39,7 @@ class Proxies:
     relative: float
     divisors: Float[np.ndarray, "row"]
     failed: Bool[np.ndarray, "row"]
+    lawful: bool = True
 
     def scales(self, exact: float | Float[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
         """Error scale of each row's proxy if its exact value is ``exact``; 0 for empty rows.
@@ -174,6 +176,7 @@ class Search:
             rescored=int(self.scored.sum()),
             unscorable=self._unscorable(),
             check=check,
+            lawful=proxies.lawful,
         )
         return certify_sketch(evidence, query.k, query.recall, query.confidence, tail)
 

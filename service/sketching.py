@@ -14,7 +14,7 @@ from estimators.tokens import Sequence1D, TokenBatch, collate, plan_batches
 from index.examples import ExampleStore
 from index.manifest import FailedRow, FileRecord, ShardRecord
 from index.shards import write_shard
-from index.vectors import make_index
+from service.coding import coded_index
 from service.models import LoadedModel
 
 
@@ -52,14 +52,14 @@ class ShardJob:
                 for row in failed
             ],
         )
-        packed = make_index(self.codes, self.sketch.plan.dimensions).pack(codes)
+        packed = coded_index(self.codes, self.sketch).pack(codes)
         return write_shard(self.part, packed, norms, record)
 
     def encode(
         self, sequences: Sequence[Sequence1D]
     ) -> tuple[UInt8[np.ndarray, "row byte"], Float[np.ndarray, "row"], list[int]]:
         """Codes and whitened norms, and the rows without a finite gradient (coded as 0, norm 0)."""
-        index = make_index(self.codes, self.sketch.plan.dimensions)
+        index = coded_index(self.codes, self.sketch)
         codes = np.zeros((len(sequences), index.code_size), dtype=np.uint8)
         norms = np.zeros(len(sequences), dtype=np.float32)
         failed: list[int] = []

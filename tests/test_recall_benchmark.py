@@ -22,6 +22,7 @@ from service.models import LoadedModel
 ROW = Row(
     corpus="c",
     layout="etymon",
+    codes="one-bit",
     ranking="score",
     bytes_per_example=2068,
     r10_at_50=0.99,
@@ -55,14 +56,16 @@ def test_targets_are_judged_at_the_largest_size_within_the_budget():
         0.99,
         True,
     )
+    factors = replace(ROW, codes="low-rank", r10_at_50=1.0)
+    assert [v["codes"] for v in judged([ROW, factors])] == ["one-bit", "low-rank"]
     (missed,) = judged([small, replace(ROW, r50_at_250=0.95), large])
     assert not missed["met"]
 
 
 def test_others_are_compared_with_a_quarter_of_their_bytes():
     large = replace(ROW, bytes_per_example=8212, r10_at_50=1.0)
-    other = replace(ROW, layout="other", bytes_per_example=8192, r10_at_50=0.991)
-    tiny = replace(ROW, layout="tiny", bytes_per_example=400)
+    other = replace(ROW, layout="other", codes="", bytes_per_example=8192, r10_at_50=0.991)
+    tiny = replace(ROW, layout="tiny", codes="", bytes_per_example=400)
     (found,) = quarters([ROW, large, other, tiny])
     assert found["ours_bytes_per_example"] == 2068  # 8,192 / 4 and some side data
     assert found["better"] == {"r10_at_50": False, "r50_at_250": True, "r100_at_1000": True}

@@ -145,6 +145,7 @@ class SketchEvidence:
         rescored: rows with an exact score.
         unscorable: rows that have none because their gradient is not finite; each may be a miss.
         check: of the calibration; None if it was not made (then only "hoeffding" is allowed).
+        lawful: whether the proxies' errors are those of a random sketch.
     """
 
     reached: float
@@ -152,6 +153,7 @@ class SketchEvidence:
     rescored: int
     unscorable: int
     check: CalibrationCheck | None
+    lawful: bool = True
 
 
 def certify_sketch(
@@ -166,7 +168,8 @@ def certify_sketch(
         raise ValueError("The gaussian tail needs a calibration check; use 'hoeffding' without.")
     levels = plan_levels(k, recall, confidence, tail)
     exhaustive = math.isinf(evidence.reached) and evidence.reached > 0
-    refused = not exhaustive and evidence.check is not None and not evidence.check.passed
+    failed = evidence.check is not None and not evidence.check.passed
+    refused = not exhaustive and (failed or not evidence.lawful)
     if exhaustive:
         misses: int | None = 0
     else:
@@ -222,6 +225,11 @@ def _sentence(
     status: str, bound: float, k: int, confidence: float, evidence: SketchEvidence
 ) -> str:
     scored = f"{evidence.rescored:,} of {evidence.rows:,} rows scored exactly"
+    if status == "refused" and not evidence.lawful:
+        return (
+            f"No statement: what these codes leave out of a gradient is not random, so that no "
+            f"sketch's law bounds it ({scored})."
+        )
     if status == "refused":
         return (
             f"No statement: the proxies err more than the sketch's law allows ({scored}), so "

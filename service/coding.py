@@ -1,0 +1,39 @@
+"""Which index holds the sketches of a build: kind of code and, for low-rank codes, its blocks."""
+
+from collections.abc import Sequence
+
+from estimators.sketch import Sketch
+from index.lowrank import Block, allocate
+from index.vectors import LOW_RANK, VectorIndex, make_index
+
+
+def code_blocks(codes: str, sketch: Sketch, kept: Sequence[int] | None = None) -> tuple[Block, ...]:
+    """The blocks that low-rank codes consist of; none for other kinds.
+
+    Together they take as many bytes as one bit for each of the sketch's dimensions.
+
+    Args:
+        codes: kind of code.
+        sketch: of the rows.
+        kept: components of each block, as a manifest has them; None shares the bytes out.
+
+    Raises:
+        ValueError: not even one component fits.
+    """
+    if codes != LOW_RANK:
+        return ()
+    if kept is None:
+        return allocate(sketch.shapes, sketch.energies, sketch.plan.dimensions // 8)
+    return tuple(
+        Block(rows=rows, columns=columns, components=count)
+        for (rows, columns), count in zip(sketch.shapes, kept, strict=True)
+    )
+
+
+def coded_index(codes: str, sketch: Sketch) -> VectorIndex:
+    """An empty index of a kind of code for rows of a sketch.
+
+    Raises:
+        ValueError: no such kind of code, or it cannot be had in this size.
+    """
+    return make_index(codes, sketch.plan.dimensions, blocks=code_blocks(codes, sketch))
