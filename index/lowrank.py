@@ -12,9 +12,11 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
+from threadpoolctl import threadpool_limits
 
 from index.errors import IndexCorrupt
 from index.faiss_module import usable_processors
@@ -22,6 +24,8 @@ from index.faiss_module import usable_processors
 SCALE_BYTES = 2
 ROUNDS = 2
 """Of subspace iteration, orthogonalised once: in float32 more would lose small components."""
+RANK = 1e-5
+"""Squared singular values below so much of the largest are taken for rounding."""
 SPARE = 3
 """Further columns of the iterated subspace."""
 SEED = 20261125
@@ -33,6 +37,10 @@ SCANNED_AT_ONCE = 512
 LEFT_OUT = 1e-3
 """Share of a query's energy in a block that may be left out of a scan: with 8 of 128 singular
 vectors kept, recall did not change (docs/decisions.md)."""
+
+
+one_thread_each = partial(threadpool_limits, limits=1, user_api="blas")
+"""Threads of ours and threads of NumPy's matrix products wait for each other: 30 times as long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +151,7 @@ class LowRankIndex:
             for (_, _, place), code in zip(places, found, strict=True):
                 codes[some, place] = code.packed(factor)
 
-        with ThreadPoolExecutor(self._threads) as pool:
+        with one_thread_each(), ThreadPoolExecutor(self._threads) as pool:
             for _ in pool.map(work, range(0, len(rows), ENCODED_AT_ONCE)):
                 pass
         return codes
@@ -214,7 +222,7 @@ class LowRankIndex:
                     products = np.einsum("ij,ij->i", u @ left, v @ right).reshape(scales.shape)
                     sums[first : first + len(codes)] += (products * scales).sum(1)
 
-        with ThreadPoolExecutor(self._threads) as pool:
+        with one_thread_each(), ThreadPoolExecutor(self._threads) as pool:
             for _ in pool.map(work, self._chunks()):
                 pass
         return result
@@ -297,7 +305,10 @@ def _signs(x: Float32[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
 def _leading_left(
     x: Float32[np.ndarray, "row r c"], components: int
 ) -> Float32[np.ndarray, "row component r"]:
-    """Leading left singular vectors, by subspace iteration (Halko et al. 2011, section 4.5)."""
+    """Leading left singular vectors, by subspace iteration (Halko et al. 2011, section 4.5).
+
+    0 beyond the numerical rank of a block, where rounding alone would choose a direction.
+    """
     width = min(components + SPARE, *x.shape[1:])
     start = np.random.default_rng(SEED).standard_normal((x.shape[2], width), dtype=np.float32)
     basis = np.matmul(x, start)
@@ -306,7 +317,8 @@ def _leading_left(
         basis /= np.maximum(np.abs(basis).max((1, 2), keepdims=True), 1e-30)
     basis = np.linalg.qr(basis).Q
     small = np.matmul(basis.transpose(0, 2, 1), x)
-    _, vectors = np.linalg.eigh(np.matmul(small, small.transpose(0, 2, 1)))
+    squares, vectors = np.linalg.eigh(np.matmul(small, small.transpose(0, 2, 1)))
+    vectors = vectors * (squares > RANK * squares[:, -1:])[:, None]
     leading = vectors[:, :, ::-1][:, :, :components].transpose(0, 2, 1)
     return np.asarray(np.matmul(leading, basis.transpose(0, 2, 1)))
 

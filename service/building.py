@@ -324,7 +324,19 @@ class _Build:
         return [*found, fresh]
 
     def _components(self, sketch: Sketch) -> list[int]:
-        return [block.components for block in code_blocks(self.options.codes, sketch)]
+        """Components of low-rank codes, which must be those of an index that is there.
+
+        Raises:
+            IndexMismatch: they are not, e.g. since another machine rounds otherwise.
+        """
+        manifest = find_manifest(self.folder)
+        found = [block.components for block in code_blocks(self.options.codes, sketch)]
+        if manifest is not None and manifest.sketch.components != found:
+            raise IndexMismatch(
+                f"The index has {manifest.sketch.components} components by layer, this build "
+                f"{found}; append on the machine that built it."
+            )
+        return found
 
     def _estimator_record(self) -> EstimatorRecord:
         coverage = self.loaded.coverage

@@ -92,6 +92,19 @@ def test_an_appended_index_answers_like_one_built_at_once(workshop, whole, halve
     assert contents(tmp_path) == before
 
 
+def test_parts_of_low_rank_codes_answer_like_one_built_at_once(workshop, whole, halves, tmp_path):
+    sources = [CorpusSource(data=str(halves / f"{n}.jsonl"), id_column="id") for n in "ab"]
+    for source, mode in zip(sources, ("new", "append"), strict=True):
+        workshop.build(
+            tmp_path / "parts", source=source, rows_per_shard=10, mode=mode, codes="low-rank"
+        )
+    source = CorpusSource(data=str(whole.parent / "a.jsonl"), id_column="id")
+    workshop.build(tmp_path / "whole", source=source, rows_per_shard=16, codes="low-rank")
+    appended, _ = everything(tmp_path / "parts", workshop)
+    at_once, _ = everything(tmp_path / "whole", workshop)
+    assert_same_answers(appended, at_once)
+
+
 def test_an_index_serves_its_old_rows_until_an_append_is_done(workshop, halves, tmp_path):
     copy_index(halves / "a", tmp_path)
     source = CorpusSource(data=str(halves / "b.jsonl"), id_column="id")

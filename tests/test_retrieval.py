@@ -246,6 +246,34 @@ def test_other_codes_work_through_the_same_index(workshop, truth, tmp_path, code
     assert float(np.sqrt(np.mean(np.square(residuals)))) == pytest.approx(1, abs=0.15)
 
 
+def test_low_rank_codes_find_the_best_and_claim_no_law(workshop, truth, tmp_path):
+    manifest = workshop.build(tmp_path, codes="low-rank", dimensions=16384)
+    assert manifest.bytes_per_row <= 16384 // 8 + 4 and any(manifest.sketch.components)
+    retriever = Retriever(open_index(tmp_path, workshop.loaded))
+    cosines, recalls = [], []
+    for number, (prompt, completion) in enumerate(QUESTIONS):
+        directions, _ = retriever.directions(retriever.loaded.encode_query(prompt, completion))
+        proxies = retriever.proxies(directions, "normalised").values
+        values = ranking_values(retriever.index, truth[prompt], "normalised")
+        cosines.append(np.corrcoef(proxies, values)[0, 1])
+        small = retriever.answer(small_query(number, 0))
+        recalls.append(true_recall(small, values, 10))
+        certificate = by_type(small)["sketch"]
+        assert (certificate.status, certificate.recall_lower_bound) == ("refused", None)
+        assert "not random" in certificate.sentence
+        assert by_type(small)["audit"].recall_lower_bound is not None
+    assert min(cosines[:4]) > 0.9  # the others have nothing in the corpus to find
+    assert np.mean(recalls) > 0.9
+    whole = retriever.answer(small_query(0, 0, budget=ROWS, calibration_rows=ROWS))
+    assert by_type(whole)["sketch"].status == "exhaustive"
+    values = ranking_values(retriever.index, truth[QUESTIONS[0][0]], "normalised")
+    assert [r.row for r in whole.results] == np.argsort(-values, kind="stable")[:10].tolist()
+    with pytest.raises(BadQuery, match="low-rank codes"):
+        retriever.answer(small_query(0, 0, tail="hoeffding"))
+    with pytest.raises(ValueError, match="CPU only"):
+        open_index(tmp_path, workshop.loaded, "cuda")
+
+
 # --- small budgets ----------------------------------------------------------------------------
 
 
