@@ -223,6 +223,7 @@ class _Build:
         layers = self.loaded.coverage.layers
         whitening = self.estimator.whitening(layers, self.options.damping)
         sketch = Sketch(layers, whitening, self.options.sketch_plan(seed, len(layers)))
+        self._components(sketch)  # refused before the first gradient, if they must be
         part = _Part(name=name, path=part_folder(self.folder, name), sketch=sketch)
         corpus = find_corpus(part.path)
         if corpus is None:
