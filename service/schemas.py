@@ -153,12 +153,14 @@ class QueryResponse(Schema):
 class SketchSchema(Schema):
     """How training gradients were sketched.
 
-    The seed is kept back: certificates hold for queries that do not depend on it.
+    The seed is kept back: certificates hold for queries that do not depend on it. ``components``:
+    of each layer, in low-rank codes; empty for other kinds.
     """
 
     dimensions: int
     rank: int
     entries: int
+    components: list[int]
     noise: NoiseRecord
 
 
