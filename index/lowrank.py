@@ -1,8 +1,8 @@
 """Low-rank codes: signs of the leading singular vectors of each layer's block.
 
 A gradient is a sum of few outer products that matter, so that the leading factors of a layer's
-block hold most of what ranks examples: at 2 KB an example they find what signs of a random sketch
-find at 8 KB (docs/decisions.md). What the factors leave out is not random, though: a sketch's law
+block hold most of what ranks examples: at 2 KB an example they find about what signs of a random
+sketch find at 8 KB (docs/decisions.md). What the factors leave out is not random, though: a sketch's law
 says nothing of the error, and these codes carry no sketch certificate. LoRIF stores factors of
 whole layers in half precision; here they are of whitened, randomly reduced blocks, one bit a
 coordinate.
@@ -35,12 +35,12 @@ ENCODED_AT_ONCE = 16
 SCANNED_AT_ONCE = 512
 """Rows that a thread decodes together."""
 LEFT_OUT = 1e-3
-"""Share of a query's energy in a block that may be left out of a scan: with 8 of 128 singular
-vectors kept, recall did not change (docs/decisions.md)."""
+"""Share of a query's energy in a block that may be left out of a scan: leaving out ten times as
+much lowered recall by 0.005 (docs/decisions.md)."""
 
 
 one_thread_each = partial(threadpool_limits, limits=1, user_api="blas")
-"""Threads of ours and threads of NumPy's matrix products wait for each other: 30 times as long."""
+"""Threads of ours and threads of NumPy's matrix products wait for each other for long."""
 
 
 @dataclass(frozen=True, kw_only=True)
