@@ -2,10 +2,10 @@
 
 A gradient is a sum of few outer products that matter, so that the leading factors of a layer's
 block hold most of what ranks examples: at 2 KB an example they find about what signs of a random
-sketch find at 8 KB (docs/decisions.md). What the factors leave out is not random, though: a sketch's law
-says nothing of the error, and these codes carry no sketch certificate. LoRIF stores factors of
-whole layers in half precision; here they are of whitened, randomly reduced blocks, one bit a
-coordinate.
+sketch find at 8 KB (docs/decisions.md). What the factors leave out is not random, though: a
+sketch's law says nothing of the error, and these codes carry no sketch certificate. LoRIF stores
+factors of whole layers in half precision; here they are of whitened, randomly reduced blocks, one
+bit a coordinate.
 """
 
 import math
