@@ -1,5 +1,7 @@
 """Measuring the sketch's error on the corpus itself, at the end of a build."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
@@ -8,14 +10,14 @@ from torch import Tensor
 
 from estimators.contracts import Estimator
 from estimators.sketch import Sketch
-from estimators.tokens import Sequence1D, collate, plan_batches
+from estimators.tokens import Sequence1D
 from index.examples import ExampleStore
 from index.manifest import NoiseRecord
 from index.vectors import DISTORTIONS
 from service.coding import coded_index
 from service.exhaustive import exact_scores, queries_at_once
 from service.models import LoadedModel
-from service.sketching import unit_sketches
+from service.sketching import ShardJob
 
 QUERIES = 16
 FEWEST_QUERIES = 6
@@ -74,9 +76,12 @@ def measure_noise(
     )[""]
     y, query_norms = (torch.cat(parts).cpu().numpy() for parts in zip(*sketched, strict=True))
     drawn = [Sequence1D(tokens=examples.tokens(int(row))) for row in rows]
-    units, norms = _sketch_rows(loaded, sketch, drawn, token_budget)
+    job = ShardJob(
+        part=Path(), loaded=loaded, sketch=sketch, codes=codes, token_budget=token_budget
+    )
+    coded, norms, _ = job.encode(drawn)
     index = coded_index(codes, sketch)
-    index.add(index.pack(index.encode(units)), len(units))
+    index.add(index.pack(coded), len(coded))
     proxies = index.scan(y)
     proxies /= np.linalg.norm(y, axis=1, keepdims=True)
     cosines = exact / np.where(norms > 0, norms, 1) / query_norms[:, None]
@@ -119,15 +124,3 @@ def _summarise(
 
 def _second_half(tokens: tuple[int, ...]) -> Sequence1D:
     return Sequence1D(tokens=tokens, first_target=len(tokens) // 2)
-
-
-def _sketch_rows(
-    loaded: LoadedModel, sketch: Sketch, sequences: list[Sequence1D], token_budget: int
-) -> tuple[Float[np.ndarray, "row dimension"], Float[np.ndarray, "row"]]:
-    """Unit sketches and whitened norms."""
-    units = np.zeros((len(sequences), sketch.width), dtype=np.float32)
-    norms = np.zeros(len(sequences), dtype=np.float32)
-    for positions in plan_batches([len(s.tokens) for s in sequences], token_budget):
-        batch = collate([sequences[p] for p in positions]).to(loaded.device)
-        units[positions], norms[positions] = unit_sketches(sketch, loaded, batch)
-    return units, norms

@@ -30,8 +30,8 @@ from service.sketching import ShardJob
 TRIAL_BATCHES = 12
 """Batches that are really computed, spread over the lengths, after one to warm up."""
 
-TRIAL_ROWS = 64
-"""Rows on which the measuring of the noise is tried."""
+TRIAL_ROWS = (24, 96)
+"""Rows on which the measuring of the noise is tried, the first time also to warm up."""
 
 SMALL_FILES = 4096
 """Bytes of a shard's receipt and its share of the manifest, plan and record, about."""
@@ -200,7 +200,7 @@ class _Survey:
         self.shards.append([len(example.tokens) for example in chunk])
         self.bytes += len(serialise_examples(chunk))
         useful = [example for example in chunk if len(example.tokens) >= 4]
-        self.examples.extend(islice(useful, max(0, TRIAL_ROWS - len(self.examples))))
+        self.examples.extend(islice(useful, max(0, max(TRIAL_ROWS) - len(self.examples))))
 
     def sequence(self, length: int) -> Sequence1D:
         """A sequence of that many real tokens."""
@@ -244,22 +244,26 @@ def _time_of_noise(
     survey: _Survey,
     scratch: Path,
 ) -> float:
-    """Seconds of measuring the noise, with all its queries on some of its rows."""
-    path = examples_path(scratch, 0)
-    write_examples(path, survey.examples)
-    start = time.perf_counter()
-    measure_noise(
-        loaded,
-        estimator,
-        options.damping,
-        sketch,
-        options.codes,
-        ExampleStore([path]),
-        options.token_budget,
-    )
-    seconds = time.perf_counter() - start
+    """Seconds of measuring the noise: tried on few rows and on more, then along the line."""
+    tried = []
+    for number, count in enumerate(TRIAL_ROWS):
+        path = examples_path(scratch, number)
+        write_examples(path, survey.examples[:count])
+        start = time.perf_counter()
+        measure_noise(
+            loaded,
+            estimator,
+            options.damping,
+            sketch,
+            options.codes,
+            ExampleStore([path]),
+            options.token_budget,
+        )
+        tried.append((min(count, len(survey.examples)), time.perf_counter() - start))
+    (few, short), (more, long) = tried
+    slope = max(0.0, long - short) / (more - few) if more > few else long / more
     rows = min(ROWS, sum(map(len, survey.shards)))
-    return seconds * max(1.0, rows / len(survey.examples))
+    return long + slope * max(0, rows - more)
 
 
 def _padded(lengths: Sequence[int]) -> int:
