@@ -175,6 +175,22 @@ def profile_passages(out: Path) -> list[str]:
     return list(pieces)
 
 
+def profile_fields(out: Path) -> list[str]:
+    """Fields of the CIA World Factbook, one a text: "Aruba, Economy, Exports: $263 million".
+
+    Raises:
+        ValueError: the package with the Factbook is not installed.
+    """
+    found: dict[str, None] = {}
+    for profile in load_profiles():
+        for path, text in _leaves(profile.tree):
+            field = " ".join(plain_text(text).split())
+            line = f"{profile.name}, {path.replace(': ', ', ')}: {field}"
+            if field and len(line) <= CHARACTERS[1]:
+                found[line] = None
+    return list(found)
+
+
 def _leaves(node: Node, path: str = "") -> Iterator[tuple[str, str]]:
     """Path and HTML of every text below ``node``."""
     if isinstance(node, str):
@@ -212,6 +228,7 @@ TEXTS: dict[str, Callable[[Path], list[str]]] = {
     "speeches": speech_paragraphs,
     "foldoc": dictionary_pieces,
     "profiles": profile_passages,
+    "fields": profile_fields,
 }
 """Corpora of texts, each once, in a fixed order; a folder for what must be unpacked."""
 
@@ -266,6 +283,13 @@ def _passages(
     return asked, f"{len(asked)} passages held out, after their first {PASSAGE_WORDS} words"
 
 
+def _fields(
+    loaded: LoadedModel, texts: Sequence[str], count: int
+) -> tuple[list[tuple[str, str]], str]:
+    asked = [(f"{name}:", f" {value}") for name, _, value in (t.partition(": ") for t in texts)]
+    return asked[:count], f"the values of {min(count, len(asked))} fields held out"
+
+
 def _own_completions(
     loaded: LoadedModel, texts: Sequence[str], count: int
 ) -> tuple[list[tuple[str, str]], str]:
@@ -281,5 +305,5 @@ def _own_completions(
     return found, f"its own completions of {len(found)} beginnings held out"
 
 
-QUERIES = {"speeches": _own_completions, "foldoc": _own_completions, "profiles": _passages}
+QUERIES = {"speeches": _own_completions, "foldoc": _own_completions, "profiles": _passages, "fields": _fields}
 """What each corpus is asked, and how to say it."""

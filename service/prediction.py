@@ -33,6 +33,10 @@ TRIAL_BATCHES = 12
 TRIAL_ROWS = (24, 96)
 """Rows on which the measuring of the noise is tried, the first time also to warm up."""
 
+ALLOCATOR_GROWTH = 1.3
+"""What hundreds of batches of different shapes hold at their peak over what the trial's few hold:
+the allocator's heap grows as shapes alternate. As measured by ``scripts.bench_prediction``."""
+
 SMALL_FILES = 4096
 """Bytes of a shard's receipt and its share of the manifest, plan and record, about."""
 
@@ -72,6 +76,7 @@ def predict_build(
         IndexMismatch: the factors belong to another model.
         ValueError: the corpus cannot be read or has no row.
     """
+    start_memory = peak_memory()
     _, estimator, facts = load_estimator(factors)
     check_factors(facts, loaded)
     layers = find_layers(loaded.model, LayerSelection.from_facts(facts)).layers
@@ -97,7 +102,7 @@ def predict_build(
         rows=rows,
         tokens=sum(map(sum, survey.shards)),
         disk_bytes=rows * (code_size + 4) + survey.bytes + factors.stat().st_size + small,
-        memory_bytes=peak_memory(),
+        memory_bytes=int(start_memory + ALLOCATOR_GROWTH * (peak_memory() - start_memory)),
         seconds=reading + sketching + noise,
     )
 
