@@ -155,16 +155,12 @@ class Sketch:
         Returns:
             The sketch P phi of each sequence and its norm ``|phi|``.
         """
-        blocks = torch.zeros(len(batch.rows), self._entries, device=batch.input_ids.device)
+        return training_sketches([self], model, batch)[0]
 
-        def visit(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
-            a, d = widen(a), widen(d)
-            left, right = (self._near(f"{layer.name} train {s}", a) for s in ("left", "right"))
-            projected = torch.bmm((a @ left.T).transpose(1, 2), d @ right.T)
-            blocks[:, self._slices[layer.name]] = projected.flatten(1).to(blocks)
-
-        visit_gradients(model, self._layers, batch, visit)
-        return self._folded(blocks), torch.linalg.vector_norm(blocks, dim=1)
+    def _fill(self, blocks: Tensor, layer: LinearLayer, a: Tensor, d: Tensor) -> None:
+        left, right = (self._near(f"{layer.name} train {s}", a) for s in ("left", "right"))
+        projected = torch.bmm((a @ left.T).transpose(1, 2), d @ right.T)
+        blocks[:, self._slices[layer.name]] = projected.flatten(1).to(blocks)
 
     def query(
         self, directions: Gradients
@@ -206,6 +202,25 @@ class Sketch:
         white = self._whitening[name]
         psi = rotated / white.left_scale.to(rotated)[:, None] / white.right_scale.to(rotated)
         return psi.double().square().sum((-2, -1))
+
+
+def training_sketches(
+    sketches: Sequence[Sketch], model: nn.Module, batch: TokenBatch
+) -> list[tuple[Float[Tensor, "batch dimension"], Float[Tensor, "batch"]]]:
+    """``Sketch.training`` of several sketches of the same layers, by one pass through the model."""
+    rows, device = len(batch.rows), batch.input_ids.device
+    blocks = [torch.zeros(rows, sketch.entries, device=device) for sketch in sketches]
+
+    def visit(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
+        a, d = widen(a), widen(d)
+        for sketch, block in zip(sketches, blocks, strict=True):
+            sketch._fill(block, layer, a, d)
+
+    visit_gradients(model, sketches[0]._layers, batch, visit)
+    return [
+        (sketch._folded(block), torch.linalg.vector_norm(block, dim=1))
+        for sketch, block in zip(sketches, blocks, strict=True)
+    ]
 
 
 class _Near:

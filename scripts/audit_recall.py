@@ -1,6 +1,5 @@
 """Audit an index: two-stage answers against exact scores, and whether the certificates held."""
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,12 +61,12 @@ def main(
     start = time.perf_counter()
     loaded = load_model(model, device=device, dtype=dtype)
     retriever = Retriever(open_index(index, loaded), token_budget)
-    asked = _read_queries(queries, limit)
+    asked = options.read_queries(queries, limit)
     answers = [
         retriever.answer(
             Query(
-                prompt=item["prompt"],
-                completion=item.get("completion"),
+                prompt=prompt,
+                completion=completion,
                 k=k,
                 ranking=ranking,
                 recall=recall,
@@ -76,7 +75,7 @@ def main(
                 seed=seed + number,
             )
         )
-        for number, item in enumerate(show_progress("answers", asked))
+        for number, (prompt, completion) in enumerate(show_progress("answers", asked))
     ]
     rows = _rows_to_compare(len(retriever.index.examples), sample, seed)
     truth = _true_values(retriever, answers, rows, ranking, token_budget)
@@ -86,18 +85,6 @@ def main(
     print_json(report)
     if report["violations_beyond_chance"]:
         raise typer.Exit(2)
-
-
-def _read_queries(path: Path, limit: int) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}; give a JSONL file with a 'prompt' a line.")
-    found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()][:limit]
-    for number, item in enumerate(found, start=1):
-        if "prompt" not in item:
-            raise ValueError(f"Line {number} of {path} has no 'prompt'; it has {sorted(item)}.")
-    if not found:
-        raise ValueError(f"{path} holds no query.")
-    return found
 
 
 def _rows_to_compare(total: int, sample: int | None, seed: int) -> list[int]:

@@ -12,7 +12,9 @@ from index.vectors import KINDS
 from scripts import options
 from scripts.console import one_sentence_errors, print_json, show_prediction, show_progress, stderr
 from service.building import BuildOptions, Mode, Worker, build_index, build_share
+from service.calibrating import calibrate_index
 from service.models import load_model
+from service.opening import open_index
 from service.prediction import peak_memory, predict_build
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -65,6 +67,14 @@ def main(
         int | None,
         typer.Option(help="Workers in all, e.g. $SLURM_NTASKS; they share the folder."),
     ] = None,
+    calibration_queries: Annotated[
+        Path | None,
+        typer.Option(
+            help="Then score these against every row (JSONL with 'prompt' and 'completion'), so "
+            "that answers can say what recall most queries like them have. 59 at least; 100 allow "
+            "one of them to be hard, 200 four."
+        ),
+    ] = None,
     dry_run: options.DryRun = False,
     device: options.Device = "cpu",
     dtype: options.DType = "auto",
@@ -77,6 +87,7 @@ def main(
     --factors runs/demo/ekfac.safetensors --out runs/demo/index
     """
     start = time.perf_counter()
+    asked = None if calibration_queries is None else options.read_queries(calibration_queries)
     loaded = load_model(
         model, device=device, dtype=dtype, gradient_checkpointing=gradient_checkpointing
     )
@@ -110,7 +121,17 @@ def main(
             print_json({"out": str(out), "complete": False})
             return
         manifest = share
-    print_json(_report(manifest, out, time.perf_counter() - start))
+    built = time.perf_counter() - start
+    report = _report(manifest, out, built)
+    if asked is not None:
+        record = calibrate_index(open_index(out, loaded), asked, token_budget, show_progress)
+        stderr.print(
+            f"Calibrated with {len(asked)} queries in {record.seconds:.0f} s, "
+            f"{record.seconds / (built + record.seconds):.0%} of the whole.",
+            highlight=False,
+        )
+        report |= {"calibration_queries": len(asked), "calibration_seconds": record.seconds}
+    print_json(report)
 
 
 def _report(manifest: Manifest, out: Path, seconds: float) -> dict[str, Any]:

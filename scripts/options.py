@@ -1,5 +1,7 @@
 """Command-line options that several commands share."""
 
+import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -86,3 +88,27 @@ def corpus_source(
         metadata_columns=tuple(metadata_column) if metadata_column else None,
         limit=limit,
     )
+
+
+def read_queries(path: Path, limit: int | None = None) -> list[tuple[str, str | None]]:
+    """Prompts and completions of a JSONL file; None where the model is to complete.
+
+    Raises:
+        ValueError: there is no such file, a line is not such an object, or there is none.
+    """
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}; give a JSONL file with a 'prompt' a line.")
+    found: list[tuple[str, str | None]] = []
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for number, line in enumerate(lines[:limit], start=1):
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Line {number} of {path} is not JSON: {error}.") from error
+        if not isinstance(item, dict) or "prompt" not in item:
+            has = sorted(item) if isinstance(item, dict) else type(item).__name__
+            raise ValueError(f"Line {number} of {path} has no 'prompt'; it has {has}.")
+        found.append((item["prompt"], item.get("completion")))
+    if not found:
+        raise ValueError(f"{path} holds no query.")
+    return found

@@ -85,12 +85,12 @@ def measure_noise(
     proxies = index.scan(y)
     proxies /= np.linalg.norm(y, axis=1, keepdims=True)
     cosines = exact / np.where(norms > 0, norms, 1) / query_norms[:, None]
-    return _summarise(
+    return noise_record(
         sketch.predicted_noise(DISTORTIONS.get(codes, 0.0)), proxies - cosines, cosines, norms > 0
     )
 
 
-def _summarise(
+def noise_record(
     predicted: float,
     residuals: Float[np.ndarray, "query row"],
     cosines: Float[np.ndarray, "query row"],

@@ -20,6 +20,7 @@ from index.parts import example_files, kept_rows, part_folder
 from index.shards import read_shard
 from index.vectors import LOW_RANK, VectorIndex
 from service.building import FACTORS_NAME
+from service.calibration import IndexCalibration, find_calibration
 from service.coding import code_blocks
 from service.device_search import make_search_index
 from service.models import LoadedModel
@@ -40,6 +41,7 @@ class OpenIndex:
         failed: True for rows whose gradient is not finite.
         estimator: fitted.
         sketch: drawn as during the build.
+        calibration: of its queries' recall, if it was made.
     """
 
     folder: Path
@@ -52,6 +54,7 @@ class OpenIndex:
     failed: Bool[np.ndarray, "row"]
     estimator: Estimator
     sketch: Sketch
+    calibration: IndexCalibration | None = None
 
     def inner_products(self, query: Float[np.ndarray, "dimension"]) -> Float[np.ndarray, "row"]:
         """Estimated inner product of a query's sketch with every row, in order of row."""
@@ -115,6 +118,7 @@ def open_index(folder: Path, loaded: LoadedModel, search_device: str = "cpu") ->
         failed=failed[keep],
         estimator=estimator,
         sketch=sketch,
+        calibration=find_calibration(folder),
     )
 
 

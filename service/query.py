@@ -8,6 +8,9 @@ from index.certificates.sketch import Tail
 Ranking = Literal["score", "normalised"]
 """By influence (nats), or by influence over the whitened norm of the training gradient."""
 
+Until = Literal["sketch", "calibration"]
+"""The certificate at which a search stops."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
@@ -21,6 +24,9 @@ class Query:
         ranking: by "score" or "normalised".
         recall: recall of the exact top k to certify.
         confidence: of each certificate.
+        until: the certificate that the search is to satisfy: "sketch", about this answer; or
+            "calibration", about queries of the kind that the index was calibrated with, which asks
+            for fewer rows. Without a calibration, or with codes that have no law, the other one.
         budget: most rows to rescore exactly because of their proxies; the sampled rows of the two
             checks below come on top.
         calibration_rows: rows drawn uniformly to check the sketch's noise for this query; without
@@ -39,6 +45,7 @@ class Query:
     ranking: Ranking = "normalised"
     recall: float = 0.9
     confidence: float = 0.95
+    until: Until = "sketch"
     budget: int = 1000
     calibration_rows: int = 64
     audit_rows: int = 64

@@ -85,7 +85,8 @@ class Answer:
         completion_tokens: how many tokens count.
         results: best first.
         documents: those of the results in order of their best one; empty unless asked for.
-        certificates: "sketch" and "audit", each a statement by itself at its own confidence.
+        certificates: "sketch", "audit" and, if the index is calibrated, "calibration"; each a
+            statement by itself at its own confidence.
         rescored_rows: rows rescored because of their proxies.
         sampled_rows: further rows scored exactly for the checks.
         rows: rows of the index.
@@ -141,7 +142,7 @@ class Retriever:
         clock.stop("scan")
         seed = secrets.randbits(62) if query.seed is None else query.seed
         scorer = GradientScorer(self.loaded, self.index.examples, directions, self._token_budget)
-        search = Search(query, proxies, scorer, seed)
+        search = Search(query, proxies, scorer, seed, self.index.calibration)
         certificates = search.run(clock)
         results = self._results(search, query.k)
         documents = self._documents(search, results) if query.documents else []

@@ -48,6 +48,11 @@ class QueryRequest(Schema):
     )
     recall: float = Field(default=0.9, gt=0, le=1, description="Recall of the top k to certify.")
     confidence: float = Field(default=0.95, gt=0, lt=1, description="Of each certificate.")
+    until: Literal["sketch", "calibration"] = Field(
+        default="sketch",
+        description="The certificate at which the search stops: sketch, about this answer; or "
+        "calibration, about queries like those that the index was calibrated with (fewer rows).",
+    )
     budget: int = Field(default=1000, ge=1, description="Most rows to rescore exactly.")
     calibration_rows: int = Field(
         default=64, ge=0, description="Random rows that check the sketch's noise."
@@ -103,7 +108,7 @@ class DocumentSchema(Schema):
 class CertificateSchema(Schema):
     """One statement about the recall of this answer, valid by itself at its own confidence."""
 
-    type: Literal["sketch", "audit"]
+    type: Literal["sketch", "audit", "calibration"]
     status: Literal["certified", "not certified", "refused", "exhaustive"]
     recall_lower_bound: float | None
     recall_target: float

@@ -2,23 +2,36 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from estimators.contracts import Scorer
 from index.certificates.audit import AuditSample, certify_audit, count_above, draw_sample
+from index.certificates.calibration import (
+    SHARE,
+    CalibrationEvidence,
+    certify_calibration,
+    tolerance_limit,
+)
 from index.certificates.sketch import (
+    FoundTop,
     SketchEvidence,
     certify_sketch,
     check_calibration,
+    fewest_misses,
     plan_levels,
-    reached_z,
+    scales_below,
 )
-from index.certificates.statement import Certificate
+from index.certificates.statement import Certificate, allowed_misses
 from index.vectors import best_rows
-from service.query import Query
+from service.query import Query, Ranking
+
+CALIBRATION_SLACK = 0.1
+"""Least error scale of a proxy, as a share of the exact value, where depths are calibrated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +54,8 @@ class Proxies:
     failed: Bool[np.ndarray, "row"]
     lawful: bool = True
 
+    unit: ClassVar[str] = "error scales below the k-th best"
+
     def scales(self, exact: float | Float[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
         """Error scale of each row's proxy if its exact value is ``exact``; 0 for empty rows.
 
@@ -52,9 +67,82 @@ class Proxies:
             scales = np.sqrt(self.sigmas**2 + np.square(self.relative * np.maximum(exact, 0)))
         return np.where((self.sigmas > 0) & np.isfinite(scales), scales, self.sigmas)
 
+    def depths(self, threshold: float) -> Float[np.ndarray, "row"]:
+        """How deep a search must go to rescore each row, given the k-th best exact value found.
+
+        In error scales by which its proxy lies below that value. Rows are rescored in this order,
+        which raises the reached depth fastest, and does not spend a short budget on rows whose
+        bound is high only because their norm is. Certificates hold for any order.
+        """
+        return scales_below(threshold, self.values, self.scales(threshold))
+
+    def with_slack(self) -> "Proxies":
+        """The same with larger error scales for larger values, as depths by calibration use.
+
+        By them the depths that queries need differ less, whatever the sketch; see
+        docs/decisions.md.
+        """
+        return replace(self, relative=max(self.relative, CALIBRATION_SLACK))
+
+    @property
+    def deepest(self) -> float:
+        """Beyond this the depth says nothing: the relative error would explain any value."""
+        return 1 / self.relative if self.relative > 0 else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedProxies(Proxies):
+    """Values that only order the rows, in any unit, as BM25's; the depth is the place in the order.
+
+    No law bounds their errors: give zeros as ``sigmas`` and False as ``lawful``.
+    """
+
+    unit: ClassVar[str] = "rows"
+
+    @cached_property
+    def _places(self) -> Float[np.ndarray, "row"]:
+        places = np.empty(len(self.values))
+        places[np.argsort(-self.values, kind="stable")] = np.arange(1, len(self.values) + 1)
+        return places
+
+    def with_slack(self) -> Proxies:
+        """Itself: places have no scale."""
+        return self
+
+    def depths(self, threshold: float) -> Float[np.ndarray, "row"]:
+        """The place of each row in the proposer's order, from 1; the threshold does not matter."""
+        return self._places
+
+
+class Calibration(Protocol):
+    """What calibration queries needed; for a query of their kind, see ``certify_calibration``."""
+
+    def stale(self, query: Query) -> str | None:
+        """Why it says nothing of such queries; None if it does."""
+        ...
+
+    def needed(self, k: int, ranking: Ranking, misses: int) -> list[float]:
+        """Depth that each calibration query needed to miss at most so many of its top k.
+
+        Only asked where it is not stale.
+        """
+        ...
+
+
+FEWEST_NEIGHBOURS = 30
+"""Best rows found, on which the errors near the query are measured."""
+
 
 class Search:
-    """One query's adaptive rescoring and its two certificates."""
+    """One query's adaptive rescoring and its certificates.
+
+    Args:
+        query: what to find and how sure to be.
+        proxies: of all rows.
+        scorer: exact scores.
+        seed: of the random rows.
+        calibration: of the index, if it has one.
+    """
 
     def __init__(
         self,
@@ -62,6 +150,7 @@ class Search:
         proxies: Proxies,
         scorer: Scorer,
         seed: int,
+        calibration: Calibration | None = None,
     ) -> None:
         self.query = query
         self.proxies = proxies
@@ -70,9 +159,15 @@ class Search:
         self.rescored = 0
         self._scorer = scorer
         self._seed = seed
+        self._calibration = calibration
+        self._levels = plan_levels(query.k, query.recall, query.confidence, query.tail)
 
     def run(self, clock: "Clock") -> list[Certificate]:
-        """Calibrate, rescore until certified or out of budget, audit."""
+        """Check the noise, rescore until certified or out of budget, audit.
+
+        Returns:
+            The certificates "sketch", "audit" and, if there is a calibration, "calibration".
+        """
         query, proxies = self.query, self.proxies
         everything = np.arange(len(proxies.values))
         sample = draw_sample(everything, query.calibration_rows, self._seed)
@@ -80,10 +175,11 @@ class Search:
         clock.stop("calibrate")
         self._adapt()
         clock.stop("rescore")
-        sketch = self._sketch_certificate(sample)
+        before = [self._sketch_certificate(sample)]
+        after = [] if self._calibration is None else [self._calibration_certificate()]
         audit = self._audit_certificate()
         clock.stop("audit")
-        return [sketch, audit]
+        return [*before, audit, *after]
 
     def best(self, k: int) -> Int[np.ndarray, "best"]:
         """The best k exactly scored rows by ranking value; ties go to the lower row."""
@@ -115,15 +211,8 @@ class Search:
         self.scored[fresh] = True
 
     def _adapt(self) -> None:
-        """Rescore until no unscored row's upper bound reaches the k-th best, or out of budget.
-
-        The first rows are those with the best proxies. Then, given the k-th best exact value found
-        so far, rows come in order of how many error scales their proxy lies above it (or least
-        below it): this order raises the reached z fastest, and does not spend a short budget on
-        rows whose bound is high only because their norm is. The certificate holds for any order.
-        """
+        """Rescore the best proxies, then deeper and deeper until certified or out of budget."""
         query, proxies = self.query, self.proxies
-        target = plan_levels(query.k, query.recall, query.confidence, query.tail)[0]
         open_rows = ~self.scored & ~proxies.failed
         rows = best_rows(np.where(open_rows, proxies.values, -np.inf), max(32, 2 * query.k))
         rows = rows[open_rows[rows]]
@@ -133,19 +222,77 @@ class Search:
             self._rescore(rows)
             self.rescored += len(rows)
             chunk = min(2 * chunk, 256)
-            candidates = np.flatnonzero(~self.scored & ~proxies.failed)
-            excess = self._excess(candidates)
-            wanted = excess >= -target.z
-            rows = candidates[wanted][best_rows(excess[wanted], chunk)]
+            rows = self._next_rows(chunk)
 
-    def _excess(self, rows: Int[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
-        """Error scales by which the rows' proxies exceed the k-th best exact value found."""
-        threshold = self._threshold()
-        gaps = self.proxies.values[rows] - threshold
-        scales = self.proxies.scales(threshold)[rows]
-        sure = np.where(gaps >= 0, np.inf, -np.inf)
-        np.divide(gaps, scales, out=sure, where=scales > 0)
-        return sure
+    def _next_rows(self, count: int) -> Int[np.ndarray, "next"]:
+        """The shallowest unscored rows that the certificate asked for may need; none if it holds.
+
+        The first of the fixed depths that is not reached is gone to before it is looked at whether
+        its bound suffices, then the next.
+        """
+        candidates = np.flatnonzero(~self.scored & ~self.proxies.failed)
+        calibrated = self._by_calibration()
+        ruler = self.proxies.with_slack() if calibrated else self.proxies
+        depths = ruler.depths(self._threshold())[candidates]
+        reached = min(float(depths.min(initial=math.inf)), ruler.deepest)
+        goal = self._calibrated_goal(reached) if calibrated else self._goal(reached)
+        if goal is None:
+            return candidates[:0]
+        wanted = depths <= goal
+        found: np.ndarray = candidates[wanted][best_rows(-depths[wanted], count)]
+        return found
+
+    def _by_calibration(self) -> bool:
+        """Whether the search goes until the calibration is satisfied, not the sketch's law."""
+        wanted = self.query.until == "calibration" or not self.proxies.lawful
+        known = self._calibration
+        return wanted and known is not None and known.stale(self.query) is None
+
+    def _calibrated_goal(self, reached: float) -> float | None:
+        query, calibration = self.query, self._calibration
+        assert calibration is not None
+        misses = allowed_misses(query.k, query.recall) - self._unscorable()
+        needed = calibration.needed(query.k, query.ranking, misses)
+        limit = tolerance_limit(needed, SHARE, query.confidence)
+        return limit if reached <= limit < math.inf else None
+
+    def _goal(self, reached: float) -> float | None:
+        """The depth to go to; None if the sketch certificate that was asked for holds."""
+        query = self.query
+        misses = allowed_misses(query.k, query.recall) - self._unscorable()
+        inflation = self._inflation()
+        top = self._found_top(inflation)
+        for level in self._levels:
+            if reached <= inflation * level.z:
+                return inflation * level.z
+            if fewest_misses(top, reached / inflation, [level], query.k, query.tail) <= misses:
+                return None
+        return None
+
+    def _found_top(self, inflation: float) -> FoundTop:
+        rows = self.best(self.query.k)
+        return FoundTop(
+            exact=self.exact[rows] / self.proxies.divisors[rows],
+            sigmas=inflation * self.proxies.sigmas[rows],
+            relative=inflation * self.proxies.relative,
+        )
+
+    def _inflation(self) -> float:
+        """How much larger the proxies' errors are among the best rows found than their scales say.
+
+        Rows that are like the query err more than random ones (their gradients share factors with
+        the query's, which the sketch's first stage mixes), by an amount that differs by query.
+        Those found with the highest exact values are nearly free of selection: a row as good is
+        left out only if its error is extreme.
+        """
+        rows = self.best(max(self.query.k, FEWEST_NEIGHBOURS))
+        exact = self.exact[rows] / self.proxies.divisors[rows]
+        scales = self.proxies.scales(np.nan_to_num(self._values(), neginf=0.0))[rows]
+        noisy = scales > 0
+        if not noisy.any():
+            return 1.0
+        residuals = (exact - self.proxies.values[rows])[noisy] / scales[noisy]
+        return max(1.0, float(np.sqrt(np.mean(residuals**2))))
 
     def _unscorable(self) -> int:
         return int((self.proxies.failed | (self.scored & np.isnan(self.exact))).sum())
@@ -161,17 +308,17 @@ class Search:
             known[sampled] = exact
             scales = proxies.scales(np.nan_to_num(known))[sampled]
             check = check_calibration(exact, proxies.values[sampled], scales)
-        threshold = self._threshold()
         unscored = ~self.scored & ~proxies.failed
-        reached = reached_z(proxies.values, proxies.scales(threshold), unscored, threshold)
-        if proxies.relative > 0 and unscored.any():
-            reached = min(reached, 1 / proxies.relative)
+        inflation = self._inflation()
+        reached = self._reached(proxies) / inflation
         tail = query.tail
         if tail == "gaussian" and check is None:  # unchecked noise supports no bound
             tail = "hoeffding"
             reached = -math.inf if unscored.any() else reached
         evidence = SketchEvidence(
             reached=reached,
+            top=self._found_top(inflation),
+            inflation=inflation,
             rows=len(proxies.values),
             rescored=int(self.scored.sum()),
             unscorable=self._unscorable(),
@@ -179,6 +326,28 @@ class Search:
             lawful=proxies.lawful,
         )
         return certify_sketch(evidence, query.k, query.recall, query.confidence, tail)
+
+    def _reached(self, ruler: Proxies) -> float:
+        """The depth above which no unscored row lies; inf if there is none."""
+        unscored = ~self.scored & ~self.proxies.failed
+        if not unscored.any():
+            return math.inf
+        depths = ruler.depths(self._threshold())[unscored]
+        return min(float(depths.min()), ruler.deepest)
+
+    def _calibration_certificate(self) -> Certificate:
+        query, calibration = self.query, self._calibration
+        assert calibration is not None
+        misses = allowed_misses(query.k, query.recall) - self._unscorable()
+        stale = calibration.stale(query)
+        needed = [] if stale else calibration.needed(query.k, query.ranking, misses)
+        evidence = CalibrationEvidence(
+            needed=needed,
+            reached=self._reached(self.proxies.with_slack()),
+            unit=self.proxies.unit,
+            stale=stale,
+        )
+        return certify_calibration(evidence, query.k, query.recall, query.confidence)
 
     def _audit_certificate(self) -> Certificate:
         query = self.query

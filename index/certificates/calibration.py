@@ -13,56 +13,53 @@ down, in a fixed order, until the first that cannot be rejected; hence no correc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy import stats
 
-from index.certificates.statement import Certificate, allowed_misses, check_confidence
+from index.certificates.statement import Certificate, Status, allowed_misses, check_confidence
 
-Effort = Literal["error scales", "rows"]
-"""What a query's effort is counted in: rescoring goes on until every row left out lies so many
-error scales below the k-th best exact value, or until so many rows of the shortlist are done."""
+SHARE = 0.95
+"""Of all queries of the calibration queries' kind, for which the statement holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrueTop:
-    """One calibration query: its best rows by exact value, best first, and what a proposer said.
+class CalibrationEvidence:
+    """What the certificate is computed from.
 
     Attributes:
-        exact: exact values, descending.
-        proxies: the proposer's values of the same rows.
-        scales: error scales of the proxies, as at the exact value of the last of the top k; see
-            ``efforts``. All 1 if the proposer knows none.
-        ranks: places in the proposer's order, from 1.
+        needed: by each calibration query to reach the recall that is asked for, with the rows that
+            cannot be scored counted among its misses.
+        reached: by this query: whatever needs less effort was rescored; inf if every row that has a
+            gradient was scored.
+        unit: what efforts are counted in, in words.
+        stale: why the calibration does not hold for this query or index; None if it does.
     """
 
-    exact: Float[np.ndarray, "row"]
-    proxies: Float[np.ndarray, "row"]
-    ranks: Int[np.ndarray, "row"]
+    needed: Sequence[float]
+    reached: float
+    unit: str
+    stale: str | None = None
 
 
-def scales_below(
-    threshold: float, proxies: Float[np.ndarray, "row"], scales: Float[np.ndarray, "row"]
-) -> Float[np.ndarray, "row"]:
-    """Error scales by which proxies lie below a threshold; infinite where no scale is known."""
-    gaps = threshold - proxies
-    sure = np.where(gaps > 0, np.inf, -np.inf)
-    np.divide(gaps, scales, out=sure, where=scales > 0)
-    return sure
+def effort_needed(efforts: Float[np.ndarray, "row"], k: int, misses: int) -> float:
+    """The smallest effort that finds all but ``misses`` of the top k, given each row's effort.
 
-
-def effort_needed(efforts: Float[np.ndarray, "row"], k: int, recall: float) -> float:
-    """The smallest effort that finds enough of the top k, given the effort that finds each of them.
+    Args:
+        efforts: that find each of the best rows by exact value, best first.
+        k: rows that are looked for.
+        misses: how many of them may be missed; below 0 no effort is enough.
 
     Raises:
-        ValueError: fewer than k efforts, or k or recall out of range.
+        ValueError: fewer than k efforts.
     """
     if len(efforts) < k:
         raise ValueError(f"Need the efforts of the top {k} rows, got {len(efforts)}.")
-    wanted = k - allowed_misses(k, recall)
-    return float(np.partition(efforts[:k], wanted - 1)[wanted - 1])
+    if misses < 0:
+        return math.inf
+    wanted = k - misses
+    return float(np.partition(efforts[:k], wanted - 1)[wanted - 1]) if wanted else -math.inf
 
 
 def failures_allowed(queries: int, share: float, confidence: float) -> int:
@@ -97,3 +94,75 @@ def tolerance_limit(needed: Sequence[float], share: float, confidence: float) ->
     if allowed < 0:
         return math.inf
     return float(np.sort(needed)[len(needed) - 1 - allowed])
+
+
+def certify_calibration(
+    evidence: CalibrationEvidence,
+    k: int,
+    recall: float,
+    confidence: float,
+    share: float = SHARE,
+) -> Certificate:
+    """Whether the search went as deep as ``share`` of the calibration queries' kind need.
+
+    Raises:
+        ValueError: k, recall, confidence or share out of range.
+    """
+    misses = allowed_misses(k, recall)
+    limit = tolerance_limit(evidence.needed, share, confidence)
+    exhaustive = math.isinf(evidence.reached) and evidence.reached > 0
+    status: Status
+    if evidence.stale is not None:
+        status = "refused"
+    elif exhaustive or (limit < math.inf and evidence.reached > limit):
+        status = "certified"
+    else:
+        status = "not certified"
+    reached = status == "certified"
+    allowed = failures_allowed(len(evidence.needed), share, confidence)
+    return Certificate(
+        type="calibration",
+        status=status,
+        recall_lower_bound=None if status == "refused" else (1 - misses / k if reached else 0.0),
+        recall_target=recall,
+        confidence=confidence,
+        scope=f"at least {share:.0%} of the queries of the kind that the index was calibrated "
+        f"with, searched as deeply as this one; not this answer by itself",
+        probability_over="the choice of the calibration queries",
+        assumptions=("this query is of the same kind as the calibration queries",),
+        observed={
+            "calibration_queries": len(evidence.needed),
+            "failures_allowed": max(0, allowed),
+            "share_of_queries": share,
+            "required_effort": limit if math.isfinite(limit) else str(limit),
+            "reached_effort": evidence.reached if not exhaustive else str(evidence.reached),
+            "effort_unit": evidence.unit,
+        },
+        sentence=_sentence(status, evidence, k, k - misses, confidence, share),
+    )
+
+
+def _sentence(
+    status: Status,
+    evidence: CalibrationEvidence,
+    k: int,
+    found: int,
+    confidence: float,
+    share: float,
+) -> str:
+    if status == "refused":
+        return f"No statement: {evidence.stale}."
+    queries = len(evidence.needed)
+    if status == "certified":
+        return (
+            f"With {confidence:.0%} confidence, at least {share:.0%} of queries like the "
+            f"{queries} that the index was calibrated with find {found} or more of their {k} "
+            f"highest-scoring training examples when searched as deeply as this one; for a query "
+            f"of another kind this says nothing."
+        )
+    if failures_allowed(queries, share, confidence) < 0:
+        return (
+            f"No statement: {queries} calibration queries are too few, "
+            f"{queries_needed(share, confidence)} are needed."
+        )
+    return "The search was less deep than the calibration queries need; rescore more rows."

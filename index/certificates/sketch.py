@@ -1,24 +1,32 @@
 """Sketch certificate: a row can be missed only if its own sketch noise is extreme.
 
 The proxy of row i errs by ``noise_i`` with scale ``sigma_i``, the sketch being drawn independently
-of data and query. Rescore rows in order of ``proxy_i + z sigma_i`` until no unscored row's bound
-reaches the k-th best exact score found. A true top-k row is then missed only if
-``noise_i < -z sigma_i``. With p(z) the tail of one row's noise, the expected number of misses is at
-most ``k p(z)`` and, by Markov's inequality, whatever the dependence between rows,
+of data and query. Rescore rows until no unscored row's upper bound ``proxy_i + z sigma_i`` reaches
+the k-th best exact score found. A row of the true top k, with exact score ``s_i``, is then missed
+only if ``noise_i < -z sigma_i - (s_i - s_(k))``, an event of probability
+``p(z + (s_i - s_(k)) / sigma_i)`` that the data fix, p being the tail of one row's noise. So the
+number M of missed rows has ``E M <= B``, the sum of these over the true top k, and by Markov's
+inequality, whatever the dependence between rows, ``P(M >= m) <= B / m``.
 
-    P(more than J misses) <= k p(z) / (J + 1).
+B is not known, but if exactly m rows are missed, the best k - m scores found,
+``a_1 >= a_2 >= ...``, are true top-k scores and ``s_(k) <= a_(k-m)``. Hence then ``B <= B_m``, with
 
-The z of each recall level is fixed by k, the level and the confidence before anything is scored.
-The level asked for gets most of the error probability and one lower level the rest, so that an
-early stop can still report the better of those it reached (a union bound over levels).
+    B_m = m p(z) + sum over j <= k - m of p(z + (a_j - a_(k-m)) / sigma_j),
+
+and everything in it was seen. If ``B_m <= delta m`` for every m > J, then at most J rows are
+missed, with confidence 1 - delta: let m* be the least m with ``B <= delta m``; to say so wrongly
+needs M > J and ``B <= B_M <= delta M``, hence ``M >= m*``, and ``P(M >= m*) <= B / m* <= delta``.
+J may therefore be chosen after looking; z may not. The few z that are looked at share the error
+probability (a union bound) and are fixed beforehand, by k, recall and confidence.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from scipy import stats
 
 from index.certificates.statement import Certificate, allowed_misses, check_confidence
@@ -27,70 +35,113 @@ Tail = Literal["gaussian", "hoeffding"]
 """p(z): "gaussian" is Phi(-z), checked on exactly scored rows; "hoeffding" is exp(-z^2 / 2), proved
 for sign codes of a dense Gaussian sketch with sigma at least |psi| |phi| sqrt(pi / (2 k))."""
 
-TARGET_SHARE = 0.7
-"""Share of the error probability spent on the level asked for; the lower level has the rest. With
-more levels, or less for them, their z would lie above the target's and they would never apply."""
-LOWER_LEVEL = 0.5
-"""The lower level, as a share of the recall asked for."""
+SHARES = (0.8, 0.2)
+"""Of the error probability, for the z that are looked at, in ascending order."""
+LEEWAY = (2.0, 1.0)
+"""By how much, at each z, ``k p(z) / (J + 1)`` exceeds its share: to how small a part of this, the
+bound if all of the top k had one score, their spread is expected to reduce B. At the last z nothing
+is expected, so that it always suffices."""
 CHECK_LEVEL = 1e-3
 """How often the calibration check refuses a sketch whose noise is as assumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """A recall level: ``misses`` allowed, certified once every unscored row lies z sigma below."""
+    """A z that is looked at, once every unscored row lies z sigma below, and its share of delta."""
 
-    misses: int
     z: float
+    delta: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundTop:
+    """The k best rows that were found.
+
+    Attributes:
+        exact: their exact scores, descending.
+        sigmas: error scales of their proxies for rows that have nothing in common with the query;
+            0 for a row whose score is known to be its proxy.
+        relative: error scale that comes on top, as a share of a row's exact score.
+    """
+
+    exact: Float[np.ndarray, "k"]
+    sigmas: Float[np.ndarray, "k"]
+    relative: float = 0.0
 
 
 def plan_levels(k: int, recall: float, confidence: float, tail: Tail) -> tuple[Level, ...]:
-    """The level asked for, then a lower one (unless it is the same), with their z.
+    """The z that are looked at, ascending.
 
     Raises:
         ValueError: k, recall or confidence out of range.
     """
     check_confidence(confidence)
-    target = allowed_misses(k, recall)
-    lower = allowed_misses(k, recall * LOWER_LEVEL)
-    delta = 1 - confidence
-    shares = {target: 1.0} if lower == target else {target: TARGET_SHARE, lower: 1 - TARGET_SHARE}
-    return tuple(
-        Level(misses=misses, z=_quantile(delta * share * (misses + 1) / k, tail))
-        for misses, share in shares.items()
-    )
+    together = (allowed_misses(k, recall) + 1) / k
+    if 2 * together > 1:  # p(z) itself must not exceed delta: no leeway
+        z = _quantile((1 - confidence) * together, tail)
+        return (Level(z=z, delta=1 - confidence),)
+    levels = []
+    for share, leeway in zip(SHARES, LEEWAY, strict=True):
+        delta = (1 - confidence) * share
+        z = _quantile(delta * min(1.0, leeway * together), tail)
+        levels.append(Level(z=z, delta=delta))
+    return tuple(levels)
 
 
 def _quantile(probability: float, tail: Tail) -> float:
     if tail == "gaussian":
         return max(0.0, float(stats.norm.isf(min(probability, 0.5))))
-    return math.sqrt(max(0.0, -2 * math.log(probability)))
+    return math.sqrt(max(0.0, -2 * math.log(min(probability, 1.0))))
 
 
-def reached_z(
-    proxies: Float[np.ndarray, "row"],
-    sigmas: Float[np.ndarray, "row"],
-    unscored: Bool[np.ndarray, "row"],
-    threshold: float,
-) -> float:
-    """The largest z for which no unscored row has ``proxy + z sigma >= threshold``.
+def _tail(z: Float[np.ndarray, "row"], tail: Tail) -> Float[np.ndarray, "row"]:
+    tails: np.ndarray = (
+        stats.norm.sf(z) if tail == "gaussian" else np.exp(-(np.maximum(z, 0) ** 2) / 2)
+    )
+    return tails
 
-    Args:
-        proxies: of all rows.
-        sigmas: error scale of each proxy; 0 for a row whose score is known to be its proxy.
-        unscored: rows without an exact score.
-        threshold: k-th best exact score found; -inf if fewer than k rows are scored.
 
-    Returns:
-        inf if nothing is unscored; -inf if some row reaches the threshold without any noise.
+def misses_bound(level: Level, top: FoundTop, tail: Tail) -> int:
+    """The least J such that at most J of the true top k are missed, at the level's confidence.
+
+    ``B_m <= delta m`` for every m above it; k if not even ``B_k`` is, i.e. nothing can be said.
     """
-    gaps = threshold - proxies[unscored].astype(np.float64)
-    scales = sigmas[unscored].astype(np.float64)
-    if not len(gaps):
-        return math.inf
-    with np.errstate(divide="ignore", invalid="ignore"):
-        z = np.where(scales > 0, gaps / scales, np.where(gaps > 0, np.inf, -np.inf))
-    return float(z.min())
+    k = len(top.exact)
+    alone = float(_tail(np.array(level.z), tail))
+    for m in range(k, 0, -1):
+        spread = float(_tail(_distances(level.z, top, k - m), tail).sum())
+        if m * alone + spread > level.delta * m * (1 + 1e-9):  # rounding of z itself
+            return m
+    return 0
+
+
+def _distances(z: float, top: FoundTop, count: int) -> Float[np.ndarray, "count"]:
+    """Error scales that the best ``count`` rows must err by to be missed, if the last is the k-th.
+
+    Row j is missed if its proxy lies z scales (those of a row at the threshold) below it.
+    """
+    exact, sigmas = top.exact[:count].astype(np.float64), top.sigmas[:count].astype(np.float64)
+    threshold = exact[-1] if count else 0.0
+    here, there = (
+        np.sqrt(sigmas**2 + np.square(top.relative * np.maximum(x, 0))) for x in (threshold, exact)
+    )
+    far = np.full(count, np.inf)  # a proxy without noise is never missed
+    np.divide(exact - threshold + z * here, there, out=far, where=sigmas > 0)
+    return far
+
+
+def scales_below(
+    threshold: float, proxies: Float[np.ndarray, "row"], scales: Float[np.ndarray, "row"]
+) -> Float[np.ndarray, "row"]:
+    """Error scales by which each proxy lies below a threshold.
+
+    Where the scale is 0, i.e. the proxy is the exact score: inf below the threshold, otherwise
+    -inf. With a threshold of -inf (fewer than k rows scored) -inf for all.
+    """
+    gaps = threshold - proxies.astype(np.float64)
+    depths = np.where(gaps > 0, np.inf, -np.inf)
+    np.divide(gaps, scales.astype(np.float64), out=depths, where=scales > 0)
+    return depths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +192,9 @@ class SketchEvidence:
 
     Attributes:
         reached: largest z at which no unscored row reaches the k-th best exact score.
+        inflation: factor by which the errors of rows near the query exceed their scales; it is
+            contained in ``reached`` and ``top``.
+        top: the best k rows found; fewer if fewer are scored, and then nothing can be said.
         rows: rows of the index.
         rescored: rows with an exact score.
         unscorable: rows that have none because their gradient is not finite; each may be a miss.
@@ -149,17 +203,19 @@ class SketchEvidence:
     """
 
     reached: float
+    top: FoundTop
     rows: int
     rescored: int
     unscorable: int
     check: CalibrationCheck | None
     lawful: bool = True
+    inflation: float = 1.0
 
 
 def certify_sketch(
     evidence: SketchEvidence, k: int, recall: float, confidence: float, tail: Tail
 ) -> Certificate:
-    """The best planned level that the evidence supports.
+    """The best bound that the evidence supports.
 
     Raises:
         ValueError: arguments out of range, or the gaussian tail without a calibration check.
@@ -170,11 +226,8 @@ def certify_sketch(
     exhaustive = math.isinf(evidence.reached) and evidence.reached > 0
     failed = evidence.check is not None and not evidence.check.passed
     refused = not exhaustive and (failed or not evidence.lawful)
-    if exhaustive:
-        misses: int | None = 0
-    else:
-        misses = min((s.misses for s in levels if evidence.reached >= s.z), default=None)
-    bound = 0.0 if misses is None else max(0.0, 1 - (misses + evidence.unscorable) / k)
+    misses = 0 if exhaustive else fewest_misses(evidence.top, evidence.reached, levels, k, tail)
+    bound = max(0.0, 1 - (misses + evidence.unscorable) / k)
     if refused:
         status = "refused"
     elif exhaustive and not evidence.unscorable:
@@ -190,9 +243,19 @@ def certify_sketch(
         scope="this answer's top k by the exact scorer, over all rows of the index",
         probability_over="the random draw of the sketch",
         assumptions=_assumptions(tail),
-        observed=_observed(evidence, levels[0].z),
+        observed=_observed(evidence, levels),
         sentence=_sentence(status, bound, k, confidence, evidence),
     )
+
+
+def fewest_misses(
+    top: FoundTop, reached: float, levels: Sequence[Level], k: int, tail: Tail
+) -> int:
+    """The least J that any level supports whose z is reached; k if none does."""
+    if len(top.exact) < k:
+        return k
+    bounds = (misses_bound(level, top, tail) for level in levels if reached >= level.z)
+    return min(bounds, default=k)
 
 
 def _assumptions(tail: Tail) -> tuple[str, ...]:
@@ -201,17 +264,18 @@ def _assumptions(tail: Tail) -> tuple[str, ...]:
         return (drawn, "the sketch behaves like sign codes of a dense Gaussian sketch")
     return (
         drawn,
-        "each row's sketch noise has normal tails of the scale measured at the build (checked on "
-        "random rows)",
+        "each row's sketch noise has normal tails of the scale measured at the build, checked on "
+        "random rows and raised to that of the best rows found",
     )
 
 
-def _observed(evidence: SketchEvidence, required: float) -> dict[str, float | int | str]:
+def _observed(evidence: SketchEvidence, levels: Sequence[Level]) -> dict[str, float | int | str]:
     observed: dict[str, float | int | str] = {
         "rows": evidence.rows,
+        "error_inflation": evidence.inflation,
         "rescored_rows": evidence.rescored,
         "unscorable_rows": evidence.unscorable,
-        "required_z": required,
+        "sufficient_z": levels[-1].z,
         "reached_z": evidence.reached if math.isfinite(evidence.reached) else str(evidence.reached),
     }
     if evidence.check is not None:

@@ -14,9 +14,10 @@ class Certificate:
     """One statement about the recall of one answer.
 
     Attributes:
-        type: "sketch" or "audit".
+        type: "sketch", "audit" or "calibration".
         status: see ``Status``.
         recall_lower_bound: recall of the exact top k is at least this, in [0, 1]; None if refused.
+            For "calibration" it is reached by the share of queries that ``scope`` names.
         recall_target: what was asked for.
         confidence: of the bound, in (0, 1); 1 if exhaustive.
         scope: what the statement is about.
@@ -26,7 +27,7 @@ class Certificate:
         sentence: one plain sentence for people.
     """
 
-    type: Literal["sketch", "audit"]
+    type: Literal["sketch", "audit", "calibration"]
     status: Status
     recall_lower_bound: float | None
     recall_target: float
