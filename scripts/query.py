@@ -42,6 +42,10 @@ def main(
     confidence: Annotated[
         float | None, typer.Option(help="Of each certificate, e.g. 0.95.")
     ] = None,
+    until: Annotated[
+        str | None,
+        typer.Option(help="Certificate at which the search stops: sketch or calibration."),
+    ] = None,
     budget: Annotated[int | None, typer.Option(help="Most rows to rescore exactly.")] = None,
     documents: Annotated[
         bool, typer.Option("--documents", help="Also score the whole documents of the examples.")
@@ -62,6 +66,7 @@ def main(
         "ranking": ranking,
         "recall": recall,
         "confidence": confidence,
+        "until": until,
         "budget": budget,
         "documents": documents or None,
     }

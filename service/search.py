@@ -345,6 +345,7 @@ class Search:
             needed=needed,
             reached=self._reached(self.proxies.with_slack()),
             unit=self.proxies.unit,
+            unscorable=self._unscorable(),
             stale=stale,
         )
         return certify_calibration(evidence, query.k, query.recall, query.confidence)

@@ -93,9 +93,17 @@ def test_statuses_of_the_calibration_certificate():
     few = certify_calibration(evidence(needed[:20], 1e9), 10, 0.9, 0.95)
     assert (few.status, few.recall_lower_bound) == ("not certified", 0.0)
     assert "20 calibration queries are too few, 59 are needed" in few.sentence
-    stale = certify_calibration(evidence([], math.inf, "rows were added"), 10, 0.9, 0.95)
+    stale = certify_calibration(evidence([], 5.0, "rows were added"), 10, 0.9, 0.95)
     assert (stale.status, stale.recall_lower_bound) == ("refused", None)
     assert stale.sentence == "No statement: rows were added."
+
+
+def test_what_was_scored_in_full_needs_no_calibration():
+    full = certify_calibration(evidence([], math.inf, "rows were added"), 10, 0.9, 0.95)
+    assert (full.status, full.recall_lower_bound, full.confidence) == ("exhaustive", 1.0, 1.0)
+    broken = CalibrationEvidence(needed=[], reached=math.inf, unit="rows", unscorable=2)
+    rest = certify_calibration(broken, 10, 0.9, 0.95)
+    assert (rest.status, rest.recall_lower_bound) == ("not certified", 0.8)
 
 
 def test_an_effort_that_no_query_can_make_certifies_nothing():

@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from index.manifest import Manifest
-from scripts import build_index, fit_estimator, query, serve
+from scripts import audit_recall, build_index, fit_estimator, query, serve
 from service.settings import Settings
 from tests.service_fixtures import (
     HOSTILE_TEXT,
@@ -162,6 +163,55 @@ def test_a_finished_build_is_not_repeated(built: Built) -> None:
     )
     assert result.code == 0, result.stderr
     assert (w.index / "manifest.json").read_bytes() == before
+
+
+def test_a_build_calibrates_and_the_audit_writes_its_page(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a copy of the finished index, so that the others stay as they are."""
+    w = built.workspace
+    index, page = tmp_path / "index", tmp_path / "audit.html"
+    shutil.copytree(w.index, index)
+    lines = [row["text"] for row in map(json.loads, w.corpus.read_text().splitlines())]
+    asked = tmp_path / "queries.jsonl"
+    halves = [(line[: len(line) // 2], line[len(line) // 2 :]) for line in lines if len(line) > 8]
+    pairs = [{"prompt": start, "completion": rest} for start, rest in halves[:6]]
+    asked.write_text("\n".join(map(json.dumps, pairs)))
+    calibrated = invoke(
+        build_index,
+        *("--model", w.model, "--data", w.corpus, "--factors", w.factors, "--out", index),
+        *("--id-column", "id", "--document-column", "document"),
+        *("--dimensions", 512, "--rank", 8, "--rows-per-shard", 7),
+        *("--calibration-queries", asked),
+    )
+    assert calibrated.code == 0, calibrated.stderr
+    assert json_line(calibrated.stdout)["calibration_queries"] == 6
+    assert "Calibrated with 6 queries" in calibrated.stderr
+    audited = invoke(
+        audit_recall,
+        *("--model", w.model, "--index", index, "--queries", asked, "--k", 3, "--html", page),
+        *("--until", "calibration"),
+    )
+    assert audited.code == 0, audited.stderr
+    report = json_line(audited.stdout)
+    statuses = {q["certificates"]["calibration"]["status"] for q in report["per_query"]}
+    assert statuses == {"exhaustive"}  # the corpus is small
+    assert report["certificates"]["calibration"]["violations"] == 0
+    assert page.read_text().count("<svg") == 4
+
+
+def test_queries_that_are_none_are_one_sentence(built: Built, tmp_path: Path) -> None:
+    w = built.workspace
+    broken = tmp_path / "queries.jsonl"
+    for content, says in (
+        ('{"question": "?"}', "Line 1 of"),
+        ("what?", "is not JSON"),
+        ("[]", "it has list"),
+        ("\n", "holds no query"),
+    ):
+        broken.write_text(content)
+        result = invoke(audit_recall, "--model", w.model, "--index", w.index, "--queries", broken)
+        assert says in sentence(result)
 
 
 @pytest.mark.parametrize(

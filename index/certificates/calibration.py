@@ -34,12 +34,14 @@ class CalibrationEvidence:
         reached: by this query: whatever needs less effort was rescored; inf if every row that has a
             gradient was scored.
         unit: what efforts are counted in, in words.
+        unscorable: rows that cannot be scored; each may be a miss.
         stale: why the calibration does not hold for this query or index; None if it does.
     """
 
     needed: Sequence[float]
     reached: float
     unit: str
+    unscorable: int = 0
     stale: str | None = None
 
 
@@ -110,22 +112,22 @@ def certify_calibration(
     """
     misses = allowed_misses(k, recall)
     limit = tolerance_limit(evidence.needed, share, confidence)
-    exhaustive = math.isinf(evidence.reached) and evidence.reached > 0
-    status: Status
-    if evidence.stale is not None:
-        status = "refused"
-    elif exhaustive or (limit < math.inf and evidence.reached > limit):
-        status = "certified"
-    else:
-        status = "not certified"
-    reached = status == "certified"
+    everything = math.isinf(evidence.reached) and evidence.reached > 0
+    bound: float | None = max(0.0, 1 - evidence.unscorable / k) if everything else 0.0
+    status: Status = "not certified"
+    if everything and not evidence.unscorable:
+        status = "exhaustive"
+    elif evidence.stale is not None:
+        status, bound = "refused", None
+    elif limit < math.inf and evidence.reached > limit:
+        status, bound = "certified", 1 - misses / k
     allowed = failures_allowed(len(evidence.needed), share, confidence)
     return Certificate(
         type="calibration",
         status=status,
-        recall_lower_bound=None if status == "refused" else (1 - misses / k if reached else 0.0),
+        recall_lower_bound=bound,
         recall_target=recall,
-        confidence=confidence,
+        confidence=1.0 if status == "exhaustive" else confidence,
         scope=f"at least {share:.0%} of the queries of the kind that the index was calibrated "
         f"with, searched as deeply as this one; not this answer by itself",
         probability_over="the choice of the calibration queries",
@@ -135,7 +137,7 @@ def certify_calibration(
             "failures_allowed": max(0, allowed),
             "share_of_queries": share,
             "required_effort": limit if math.isfinite(limit) else str(limit),
-            "reached_effort": evidence.reached if not exhaustive else str(evidence.reached),
+            "reached_effort": str(evidence.reached) if everything else evidence.reached,
             "effort_unit": evidence.unit,
         },
         sentence=_sentence(status, evidence, k, k - misses, confidence, share),
@@ -150,6 +152,8 @@ def _sentence(
     confidence: float,
     share: float,
 ) -> str:
+    if status == "exhaustive":
+        return "Every row that has a gradient was scored, so nothing was missed."
     if status == "refused":
         return f"No statement: {evidence.stale}."
     queries = len(evidence.needed)
