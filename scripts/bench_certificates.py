@@ -204,7 +204,6 @@ def calibrations(ground: Ground, identity: Redraws) -> list[dict[str, Any]]:
                         "part": "coverage",
                         "configuration": f"{label}, calibrated with short answers, asked long ones",
                         **shifted,
-                        "expected_to_fail": True,
                     }
                 )
     return found
