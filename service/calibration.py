@@ -2,23 +2,26 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
+from jaxtyping import Float
 from pydantic import ValidationError
 
 from index.certificates.calibration import effort_needed
-from index.certificates.sketch import scales_below
 from index.errors import IndexCorrupt
 from index.files import read_sealed, sha256_of
 from index.manifest import FILE_NAME as MANIFEST
 from index.manifest import Record
 from service.query import Query, Ranking
+from service.search import Proxies
 
 FILE_NAME = "calibration.json"
 DEEPEST = 500
 """Best rows that are kept of each query, i.e. the largest k that is calibrated."""
-RANKINGS: tuple[Ranking, ...] = ("normalised", "score")
+REMEMBERED = 64
+"""Choices of k, ranking and misses whose depths are kept in memory."""
+RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
 
 
 class TopRecord(Record):
@@ -84,16 +87,23 @@ class IndexCalibration:
         """Error scales below the k-th best that each calibration query needed."""
         key = (k, ranking, misses)
         if key not in self._known:
+            if len(self._known) >= REMEMBERED:  # whoever asks chooses k and recall
+                self._known.clear()
             self._known[key] = [
                 effort_needed(self._depths(top, k), k, misses) for top in self.record.tops[ranking]
             ]
         return self._known[key]
 
-    def _depths(self, top: TopRecord, k: int) -> np.ndarray:
-        threshold = top.exact[k - 1]
-        scales = np.hypot(np.array(top.sigmas[:k]), self.record.relative * max(0.0, threshold))
-        scales = np.where(np.array(top.sigmas[:k]) > 0, scales, 0)
-        return scales_below(threshold, np.array(top.proxies[:k]), scales)
+    def _depths(self, top: TopRecord, k: int) -> Float[np.ndarray, "k"]:
+        """As a search measures them, at the k-th best exact value."""
+        proxies = Proxies(
+            values=np.array(top.proxies[:k]),
+            sigmas=np.array(top.sigmas[:k]),
+            relative=self.record.relative,
+            divisors=np.ones(k),
+            failed=np.zeros(k, dtype=bool),
+        )
+        return proxies.depths(top.exact[k - 1])
 
 
 def find_calibration(folder: Path) -> IndexCalibration | None:

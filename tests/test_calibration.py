@@ -18,6 +18,7 @@ from index.certificates.calibration import (
 )
 from index.editing import delete_rows
 from index.errors import IndexCorrupt
+from scripts.certificate_trials import Fixed, Known
 from service.calibrating import calibrate_index
 from service.calibration import FILE_NAME, find_calibration
 from service.models import BadQuery
@@ -26,7 +27,7 @@ from service.query import Query
 from service.retrieval import Retriever
 from service.search import Clock, Proxies, RankedProxies, Search
 from tests.index_fixtures import sentences
-from tests.test_certificates import Known, most_alarms
+from tests.test_certificates import most_alarms
 
 pytest_plugins = ["tests.index_fixtures"]
 
@@ -114,21 +115,6 @@ def test_an_effort_that_no_query_can_make_certifies_nothing():
 
 
 # --- the search ---------------------------------------------------------------------------------
-
-
-class Fixed:
-    """A calibration with efforts that were worked out beforehand."""
-
-    def __init__(self, needed: list[float]) -> None:
-        self._needed = needed
-
-    def stale(self, query: Query) -> str | None:
-        """Never."""
-        return None
-
-    def needed(self, k: int, ranking: str, misses: int) -> list[float]:
-        """As given."""
-        return self._needed
 
 
 def topics(queries: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

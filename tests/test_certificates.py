@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
@@ -33,6 +32,7 @@ from index.certificates.sketch import (
     scales_below,
 )
 from index.certificates.statement import allowed_misses
+from scripts.certificate_trials import Known
 from service.query import Query
 from service.search import Clock, Proxies, Search
 
@@ -427,16 +427,6 @@ def hard_data() -> tuple[np.ndarray, np.ndarray]:
     background /= np.linalg.norm(background, axis=1, keepdims=True)
     rows = np.stack([*[copy] * 9, near, *ties, *rivals, *background])
     return query, generator.permutation(rows)
-
-
-class Known:
-    """A scorer that looks scores up."""
-
-    def __init__(self, scores: np.ndarray) -> None:
-        self._scores = scores
-
-    def score(self, rows: Sequence[int]) -> np.ndarray:
-        return self._scores[list(rows)]
 
 
 def one_search(query: np.ndarray, rows: np.ndarray, tail: str, seed: int) -> tuple[float, float]:
