@@ -1,7 +1,8 @@
 """What is asked of an index: one query and how sure its answer should be."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from index.certificates.sketch import Tail
 
@@ -10,6 +11,69 @@ Ranking = Literal["score", "normalised"]
 
 Until = Literal["sketch", "calibration"]
 """The certificate at which a search stops."""
+
+Direction = Literal["proponents", "opponents", "both"]
+"""Examples that raised the measured value, those that lowered it, or the top k of each."""
+
+Side = Literal["proponents", "opponents"]
+
+Value = str | int | float | bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """What a metadata column must hold; all that is given must be true. None: not asked.
+
+    Attributes:
+        any_of: the value is one of these.
+        at_least: it is no less than this (numbers, or texts by code point, as ISO dates).
+        at_most: it is no more than this.
+    """
+
+    any_of: tuple[Value, ...] | None = None
+    at_least: float | str | None = None
+    at_most: float | str | None = None
+
+    def holds(self, value: Any) -> bool:
+        """Whether ``value`` meets it; a value of another type does not."""
+        if self.any_of is not None and not any(_same(value, v) for v in self.any_of):
+            return False
+        if self.at_least is not None and not (
+            _ordered(value, self.at_least) and value >= self.at_least
+        ):
+            return False
+        return self.at_most is None or (_ordered(value, self.at_most) and value <= self.at_most)
+
+
+def _same(value: Any, wanted: Value) -> bool:
+    return isinstance(value, bool) == isinstance(wanted, bool) and value == wanted
+
+
+def _ordered(value: Any, bound: float | str) -> bool:
+    if isinstance(bound, str):
+        return isinstance(value, str)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One weighted part of a measurement, in nats.
+
+    ``weight * log p(completion | prompt)``, or with ``against`` the contrast
+    ``weight * (log p(completion | prompt) - log p(against | prompt))``.
+
+    Attributes:
+        prompt: what the model was asked.
+        completion: what it said, tokenised by itself (begin it with its space); None lets the
+            model complete the prompt greedily.
+        against: what it did not say.
+        weight: of this term in the sum; may be negative.
+    """
+
+    prompt: str
+    completion: str | None = None
+    against: str | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +84,16 @@ class Query:
         prompt: what the model was asked.
         completion: what it said, tokenised by itself (begin it with its space); None lets the
             model complete the prompt greedily.
+        against: what it did not say: asks what made ``completion`` likelier than this.
+        batch: several weighted queries as one measurement, their sum, in place of the three above.
+        direction: which examples: proponents of the measured value, opponents, or both.
+        filters: conditions on metadata columns; rows that do not meet all of them are no part of
+            the question. "id" and "document" are columns too.
+        estimator: name of the estimator that must have built the index; None takes any.
+        deadline: seconds after which what is certified so far is returned; None waits.
+        tokens: also split each result's score over its tokens.
+        layers: also split each result's score over the model's layers.
+        clusters: also tell which results are near-duplicates of each other.
         k: how many training examples to return.
         ranking: by "score" or "normalised".
         recall: recall of the exact top k to certify.
@@ -39,9 +113,18 @@ class Query:
         seed: of the two samples; None draws one, which the answer reports.
     """
 
-    prompt: str
+    prompt: str = ""
     completion: str | None = None
+    against: str | None = None
+    batch: tuple[Term, ...] = ()
     k: int = 10
+    direction: Direction = "proponents"
+    filters: Mapping[str, Condition] = field(default_factory=dict)
+    estimator: str | None = None
+    deadline: float | None = None
+    tokens: bool = False
+    layers: bool = False
+    clusters: bool = False
     ranking: Ranking = "normalised"
     recall: float = 0.9
     confidence: float = 0.95
@@ -53,3 +136,9 @@ class Query:
     documents: bool = False
     tail: Tail = "gaussian"
     seed: int | None = None
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The measurement's parts."""
+        alone = Term(prompt=self.prompt, completion=self.completion, against=self.against)
+        return self.batch or (alone,)
