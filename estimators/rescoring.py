@@ -5,11 +5,12 @@ query, ``sum_t d_t^T V a_t`` a layer needs no gradient of the layer's size and s
 by position. For many queries the gradient of each example is formed once and multiplied by all.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from estimators.capture import visit_gradients
@@ -17,7 +18,7 @@ from estimators.contracts import Estimator
 from estimators.gradients import Gradients, cached_parts, find_non_finite, sum_over_tokens
 from estimators.kronecker import widen
 from estimators.layers import LinearLayer
-from estimators.tokens import Sequence1D, TokenBatch, collate
+from estimators.tokens import Sequence1D, TokenBatch, collate, plan_batches
 
 
 class NonFiniteGradientError(ValueError):
@@ -71,17 +72,103 @@ def query_gradients(
     losses = visit_gradients(model, layers, batch, visit)
     idle = [layer.name for layer in layers if layer.name not in gradients]
     if idle:
-        raise ValueError(
-            f"Layer {idle[0]} did not run for this query, so it has no gradient; leave it out with "
-            f"a layer pattern."
-        )
+        raise ValueError(_IDLE.format(idle[0]))
     name = find_non_finite(gradients)
     if name is not None:
-        raise NonFiniteGradientError(
-            f"The query's gradient is not finite in layer {name}; the model gives NaN or infinite "
-            f"values for this text, so no influence can be computed. Check the model's weights."
-        )
+        raise NonFiniteGradientError(_NOT_FINITE.format(name))
     return {layer.name: gradients[layer.name] for layer in layers}, -losses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Measurements of queries, each a weighted sum of log-probabilities, and their gradients.
+
+    Attributes:
+        gradients: [query, in, out] a layer.
+        values: of every sequence of every query, in nats.
+        faults: of each query, what makes its gradient useless; None for most.
+    """
+
+    gradients: dict[str, Tensor]
+    values: list[list[float]]
+    faults: list[str | None]
+
+
+def measure_queries(
+    model: nn.Module,
+    layers: Sequence[LinearLayer],
+    queries: Sequence[Sequence[tuple[Sequence1D, float]]],
+    token_budget: int,
+) -> Measured:
+    """Gradients of ``f = sum_i w_i log p(completion_i | prompt_i)`` (nats), for many queries.
+
+    Their sequences share the passes through the model; only one gradient a query is kept.
+
+    Args:
+        model: frozen, in evaluation mode.
+        layers: attributed layers.
+        queries: sequences with their weights; ``first_target`` is the length of the prompt.
+        token_budget: padded tokens in a pass.
+    """
+    parts = [(q, sequence, w) for q, query in enumerate(queries) for sequence, w in query]
+    values: list[list[float]] = [[] for _ in queries]
+    found = [0.0] * len(parts)
+    gradients: dict[str, Tensor] = {}
+    device = next(model.parameters()).device
+    for places in plan_batches([len(sequence.tokens) for _, sequence, _ in parts], token_budget):
+        batch = collate([parts[place][1] for place in places]).to(device)
+        owners = [parts[place][0] for place in places]
+        weights = torch.tensor([parts[place][2] for place in places], device=device)
+
+        def visit(
+            layer: LinearLayer,
+            a: Tensor,
+            d: Tensor,
+            owners: list[int] = owners,
+            weights: Tensor = weights,
+        ) -> None:
+            a, d = widen(a), widen(d)
+            if layer.name not in gradients:
+                shape = (len(queries), a.shape[-1], d.shape[-1])
+                gradients[layer.name] = torch.zeros(shape, dtype=d.dtype, device=device)
+            weighted = d * weights.to(d)[:, None, None]
+            for owner in set(owners):
+                rows = [i for i, o in enumerate(owners) if o == owner]
+                product = a[rows].flatten(0, 1).T @ weighted[rows].flatten(0, 1)
+                gradients[layer.name][owner] -= product
+
+        losses = visit_gradients(model, layers, batch, visit)
+        for place, loss in zip(places, losses.tolist(), strict=True):
+            found[place] = -loss
+    for (q, _, _), value in zip(parts, found, strict=True):
+        values[q].append(value)
+    return Measured(
+        gradients={
+            layer.name: gradients[layer.name] for layer in layers if layer.name in gradients
+        },
+        values=values,
+        faults=_faults(layers, gradients, len(queries)),
+    )
+
+
+def _faults(layers: Sequence[LinearLayer], gradients: Gradients, queries: int) -> list[str | None]:
+    idle = next((layer.name for layer in layers if layer.name not in gradients), None)
+    if idle is not None:
+        return [_IDLE.format(idle)] * queries
+    faults: list[str | None] = []
+    for query in range(queries):
+        name = find_non_finite({name: value[query] for name, value in gradients.items()})
+        faults.append(None if name is None else _NOT_FINITE.format(name))
+    return faults
+
+
+_IDLE = (
+    "Layer {} did not run for this query, so it has no gradient; leave it out with a layer pattern."
+)
+_NOT_FINITE = (
+    "The query's gradient is not finite in layer {}; the model gives NaN or infinite values for "
+    "this text, so no influence can be computed. Check the model's weights."
+)
 
 
 def query_directions(
@@ -116,6 +203,41 @@ def score_batch(
 
     visit_gradients(model, layers, batch, visit)
     return ScoreParts(by_layer=by_layer, by_position=by_position)
+
+
+def score_batch_where_wanted(
+    model: nn.Module,
+    layers: Sequence[LinearLayer],
+    directions: Sequence[Gradients],
+    wanted: Bool[Tensor, "query batch"],
+    batch: TokenBatch,
+) -> Float[Tensor, "query batch"]:
+    """Exact scores of a batch's sequences, each for the queries that want it.
+
+    The queries share one forward and backward pass; what is their own costs one product a layer
+    and wanted sequence, as ``score_batch``.
+
+    Args:
+        model: frozen, in evaluation mode.
+        layers: attributed layers.
+        directions: of each query, [in, out] a layer.
+        wanted: which scores to compute; the others are NaN.
+        batch: training sequences on the model's device.
+    """
+    dtype = next(iter(directions[0].values())).dtype
+    scores = torch.zeros(wanted.shape, dtype=dtype, device=batch.input_ids.device)
+    members = [row.nonzero().flatten() for row in wanted.to(batch.input_ids.device)]
+
+    def visit(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
+        a, d = widen(a), widen(d)
+        for query, rows in enumerate(members):
+            whole = len(rows) == len(a)
+            inputs, outputs = (a, d) if whole else (a[rows], d[rows])
+            products = ((inputs @ directions[query][layer.name]) * outputs).sum((1, 2))
+            scores[query, rows] += products
+
+    visit_gradients(model, layers, batch, visit)
+    return scores.masked_fill(~wanted.to(scores.device), math.nan)
 
 
 def score_batch_for_queries(

@@ -1,7 +1,7 @@
 """The examples of an index: ids, documents, text, tokens and metadata, in Arrow files."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,27 @@ class ExampleStore:
         """All rows of a document, in order; none if there is no such document."""
         rows: list[int] = self._rows_where("document", document).tolist()
         return rows
+
+    def rows_where(self, conditions: Mapping[str, Callable[[Any], bool]]) -> Int[np.ndarray, "row"]:
+        """Rows, in order, whose columns meet all conditions.
+
+        Reads the columns of every row; a column that a row does not have is None there.
+
+        Args:
+            conditions: by column of the metadata, or "id" or "document".
+        """
+        stored = np.arange(self._table.num_rows) if self._stored is None else self._stored
+        meets = np.ones(len(stored), dtype=bool)
+        own = {name: holds for name, holds in conditions.items() if name in ("id", "document")}
+        for name, holds in own.items():
+            meets &= [holds(value) for value in self._column(name)]
+        rest = {name: holds for name, holds in conditions.items() if name not in own}
+        if rest:
+            texts = self._column("metadata")
+            for row in np.flatnonzero(meets):
+                found = json.loads(texts[row])
+                meets[row] = all(holds(found.get(name)) for name, holds in rest.items())
+        return np.flatnonzero(meets)
 
     def tokens(self, row: int) -> tuple[int, ...]:
         """Token ids of one row."""

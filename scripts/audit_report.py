@@ -16,7 +16,7 @@ from scipy import stats
 
 from index.certificates.calibration import SHARE, failures_allowed
 from index.files import write_whole
-from service.retrieval import Answer
+from service.answer import Answer
 from service.search import Proxies
 
 INK, ACCENT, SOFT, ALARM = "#24292f", "#0b6bcb", "#9ecbf5", "#c62828"

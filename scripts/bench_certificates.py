@@ -242,24 +242,23 @@ def costs(ground: Ground) -> list[dict[str, Any]]:
     """Rescoring beside plain forward passes of the same batches; a query of 1,000 rows by stage."""
     retriever = Retriever(ground.index, TOKEN_BUDGET)
     directions, _ = retriever.directions(ground.asked[0])
-    rows = np.random.default_rng(0).permutation(ground.rows)[:1000].tolist()
-    scorer = GradientScorer(ground.loaded, ground.index.examples, directions, TOKEN_BUDGET)
+    rows = np.random.default_rng(0).permutation(ground.rows)[:1000]
+    scorer = GradientScorer(ground.loaded, ground.index.examples, TOKEN_BUDGET)
+    wanted = [(directions, rows)]
     sequences = [ground.sequences[row] for row in rows]
     batches = [
         collate([sequences[p] for p in positions])
         for positions in plan_batches([len(s.tokens) for s in sequences], TOKEN_BUDGET)
     ]
-    scorer.score(rows)
+    scorer.score(wanted)
     forward(ground, batches)
     pairs = [
-        (_seconds(lambda: scorer.score(rows)), _seconds(lambda: forward(ground, batches)))
+        (_seconds(lambda: scorer.score(wanted)), _seconds(lambda: forward(ground, batches)))
         for _ in range(7)
     ]
     rescoring, plain_forward = (float(np.min(times)) for times in zip(*pairs, strict=True))
     prompt, said = ground.subject.queries[NOISE_QUERIES]
-    query = Query(
-        prompt=prompt, completion=said, k=100, recall=1.0, confidence=0.999, budget=1000, seed=1
-    )
+    query = Query(prompt=prompt, completion=said, k=1000, budget=1000, seed=1)
     answers = [retriever.answer(query) for _ in range(3)]
     best = min(answers, key=lambda answer: sum(answer.seconds.values()))
     return [

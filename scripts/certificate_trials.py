@@ -198,8 +198,8 @@ def sketch_coverage(
             )
             world = change(world, np.random.default_rng([query, 5]))  # the same in every draw
             asked = Query(prompt="", k=k, budget=len(world.truth) // 5, audit_rows=0)
-            search = Search(asked, world.proxies, Known(world.scores), 1000 * draw + query)
-            certificate = search.run(Clock())[0]
+            search = Search(asked, world.proxies, 1000 * draw + query)
+            certificate = search.run(Known(world.scores), Clock())[0]
             bound = certificate.recall_lower_bound
             refused += bound is None
             certified += certificate.status in ("certified", "exhaustive")
@@ -227,8 +227,8 @@ def audit_coverage(
     violations = certified = trials = 0
     for number, world in enumerate(worlds):
         asked = Query(prompt="", k=k, budget=budget, calibration_rows=0, audit_rows=0)
-        search = Search(asked, world.proxies, Known(world.scores), number)
-        search.run(Clock())
+        search = Search(asked, world.proxies, number)
+        search.run(Known(world.scores), Clock())
         best = search.best(k)
         values = world.scores / world.proxies.divisors
         threshold = float(values[best[-1]]) if len(best) == k else -np.inf
@@ -385,8 +385,8 @@ def usefulness(
             audit_rows=0,
         )
         capped = replace(asked, budget=int(budget_share * total))
-        search = Search(capped, proxies, Known(truth), query, calibration)
-        by_type = {c.type: c for c in search.run(Clock())}
+        search = Search(capped, proxies, query, calibration)
+        by_type = {c.type: c for c in search.run(Known(truth), Clock())}
         certified = by_type[until].status in ("certified", "exhaustive")
         share = search.scored.sum() / total
         shares.append(share if certified and share <= budget_share else np.inf)

@@ -78,6 +78,12 @@ class IndexCalibration:
             )
         if query.damping is not None:
             return "the index was calibrated with its own damping, not with that of the query"
+        if query.direction != "proponents":
+            return "the index was calibrated for proponents, not for opponents"
+        if query.filters:
+            return "the index was calibrated as a whole, not for what filters leave of it"
+        if query.batch or query.against is not None:
+            return "the index was calibrated for single completions, not contrasts or batches"
         kept = min(len(top.exact) for top in self.record.tops[query.ranking])
         if query.k > kept:
             return f"the index was calibrated for up to {kept} results, not {query.k}"

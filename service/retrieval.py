@@ -8,105 +8,30 @@ of whitened norm.
 
 import math
 import secrets
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Int
 from torch import Tensor
 
-from estimators.rescoring import query_directions, query_gradients
+from estimators.gradients import Gradients
+from estimators.rescoring import (
+    NonFiniteGradientError,
+    measure_queries,
+    query_directions,
+    query_gradients,
+)
 from estimators.tokens import Sequence1D
 from index.certificates.sketch import Tail, plan_levels
-from index.certificates.statement import Certificate
 from index.vectors import LAWFUL, LOW_RANK
+from service.answer import Answer, MeasuredTerm
 from service.models import BadQuery
 from service.opening import OpenIndex
-from service.query import Query, Ranking
+from service.query import Query, Ranking, Term
+from service.run import Run
 from service.scoring import GradientScorer
-from service.search import Clock, Proxies, Search
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One training example of an answer.
-
-    Attributes:
-        rank: 1 is best.
-        row: in the index.
-        id: of the example.
-        document: that it belongs to.
-        text: of the example.
-        metadata: further columns of the corpus.
-        score: exact influence in nats, positive = training on it raised log p(completion).
-        normalised_score: score divided by ``gradient_norm`` (0 where that is 0).
-        proxy: the sketch's estimate of the value that the answer is ranked by.
-        gradient_norm: whitened norm of the example's gradient.
-    """
-
-    rank: int
-    row: int
-    id: str
-    document: str
-    text: str
-    metadata: dict[str, object]
-    score: float
-    normalised_score: float
-    proxy: float
-    gradient_norm: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class DocumentScore:
-    """The influence of a whole document: the sum over all its rows.
-
-    Attributes:
-        document: that some of the answer's examples belong to.
-        rows: that it has in the index, windows of long texts counted singly.
-        found: how many of them are among the answer's examples.
-        score: sum of their exact scores in nats, positive = proponent; None if it has more rows
-            than the query's budget, or a row that cannot be scored.
-    """
-
-    document: str
-    rows: int
-    found: int
-    score: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """Ranked training examples and what is known about those that were not looked at.
-
-    Attributes:
-        prompt: as asked.
-        completion: as asked, or the model's own.
-        completed_by_model: whether it is the model's own.
-        log_probability: ``log p(completion | prompt)`` in nats.
-        completion_tokens: how many tokens count.
-        results: best first.
-        documents: those of the results in order of their best one; empty unless asked for.
-        certificates: "sketch", "audit" and, if the index is calibrated, "calibration"; each a
-            statement by itself at its own confidence.
-        rescored_rows: rows rescored because of their proxies.
-        sampled_rows: further rows scored exactly for the checks.
-        rows: rows of the index.
-        seed: of the samples.
-        seconds: by stage.
-    """
-
-    prompt: str
-    completion: str
-    completed_by_model: bool
-    log_probability: float
-    completion_tokens: int
-    results: list[Result]
-    documents: list[DocumentScore]
-    certificates: list[Certificate]
-    rescored_rows: int
-    sampled_rows: int
-    rows: int
-    seed: int
-    seconds: dict[str, float] = field(default_factory=dict)
+from service.search import Clock, Proxies
 
 
 class Retriever:
@@ -120,6 +45,7 @@ class Retriever:
     def __init__(self, index: OpenIndex, token_budget: int = 1024) -> None:
         self.loaded = index.loaded
         self.index = index
+        self.scorer = GradientScorer(index.loaded, index.examples, token_budget)
         self._token_budget = token_budget
 
     def answer(self, query: Query) -> Answer:
@@ -129,39 +55,66 @@ class Retriever:
             BadQuery: the query cannot be measured, or its numbers are out of range.
             NonFiniteGradientError: the model gives NaN or infinite gradients for it.
         """
-        self._check(query)
-        clock = Clock()
-        completion = query.completion
-        if completion is None:
-            completion = self.loaded.complete(query.prompt)
-            clock.stop("complete")
-        sequence = self.loaded.encode_query(query.prompt, completion)
-        directions, log_probability = self.directions(sequence, query.damping)
-        clock.stop("gradient")
-        proxies = self.proxies(directions, query.ranking, query.tail)
-        clock.stop("scan")
-        seed = secrets.randbits(62) if query.seed is None else query.seed
-        scorer = GradientScorer(self.loaded, self.index.examples, directions, self._token_budget)
-        search = Search(query, proxies, scorer, seed, self.index.calibration)
-        certificates = search.run(clock)
-        results = self._results(search, query.k)
-        documents = self._documents(search, results) if query.documents else []
-        clock.stop("documents")
-        return Answer(
-            prompt=query.prompt,
-            completion=completion,
-            completed_by_model=query.completion is None,
-            log_probability=log_probability,
-            completion_tokens=sequence.targets,
-            results=results,
-            documents=documents,
-            certificates=certificates,
-            rescored_rows=search.rescored,
-            sampled_rows=int(search.scored.sum()) - search.rescored,
-            rows=len(self.index.examples),
-            seed=seed,
-            seconds=clock.seconds,
+        run = self.begin([query])[0]
+        if isinstance(run, Exception):
+            raise run
+        steps = run.steps()
+        try:
+            rows = next(steps)
+            while True:
+                rows = steps.send(self.scorer.score([(run.directions, rows)])[0])
+        except StopIteration as ended:
+            answer: Answer = ended.value
+            return answer
+
+    def begin(self, queries: Sequence[Query]) -> list[Run | Exception]:
+        """Measure and differentiate queries together and estimate every row for each.
+
+        Queries that leave their seed open share one, and so their random rows, which go through
+        the model once for all of them; each one's certificates hold all the same.
+
+        Returns:
+            For each query its run, or why it cannot be answered.
+        """
+        clocks = [Clock() for _ in queries]
+        outcomes: list[Run | Exception | None] = [None] * len(queries)
+        measured: dict[int, tuple[Int[np.ndarray, kept] | None, list[_Asked]]] = {}
+        for number, query in enumerate(queries):
+            try:
+                kept = self._check(query)
+                measured[number] = (kept, [self._asked(term) for term in query.terms])
+            except BadQuery as error:
+                outcomes[number] = error
+        found = measure_queries(
+            self.loaded.model,
+            self.loaded.coverage.layers,
+            [_weighted(asked) for _, asked in measured.values()],
+            self._token_budget,
         )
+        seed = secrets.randbits(62)
+        for place, (number, (kept, asked)) in enumerate(measured.items()):
+            query, clock = queries[number], clocks[number]
+            fault = found.faults[place]
+            if fault is not None:
+                outcomes[number] = NonFiniteGradientError(fault)
+                continue
+            gradients = {name: value[place] for name, value in found.gradients.items()}
+            directions = self._preconditioned(gradients, query.damping)
+            clock.stop("gradient")
+            proxies = self.proxies(directions, query.ranking, query.tail)
+            clock.stop("scan")
+            outcomes[number] = Run(
+                query=query,
+                index=self.index,
+                scorer=self.scorer,
+                terms=_measured(asked, found.values[place]),
+                directions=directions,
+                proxies=proxies,
+                kept=kept,
+                seed=seed if query.seed is None else query.seed,
+                clock=clock,
+            )
+        return [outcome for outcome in outcomes if outcome is not None]
 
     def directions(
         self, sequence: Sequence1D, damping: float | None = None
@@ -169,9 +122,33 @@ class Retriever:
         """``-(H + lambda I)^-1 grad f`` ([in, out] a layer) and ``f = log p`` in nats."""
         layers = self.loaded.coverage.layers
         gradients, values = query_gradients(self.loaded.model, layers, [sequence])
+        alone = {name: value[0] for name, value in gradients.items()}
+        return self._preconditioned(alone, damping), float(values[0])
+
+    def _preconditioned(self, gradients: Gradients, damping: float | None) -> dict[str, Tensor]:
         chosen = self.index.manifest.estimator.damping if damping is None else damping
-        directions = query_directions(self.index.estimator, gradients, chosen)
-        return {name: value[0] for name, value in directions.items()}, float(values[0])
+        batch = {name: value[None] for name, value in gradients.items()}
+        directions = query_directions(self.index.estimator, batch, chosen)
+        return {name: value[0] for name, value in directions.items()}
+
+    def _asked(self, term: Term) -> "_Asked":
+        completion = term.completion
+        if completion is None:
+            completion = self.loaded.complete(term.prompt)
+        if completion == term.against:
+            raise BadQuery(
+                "The completion and what it is contrasted with are the same; nothing sets them "
+                "apart. Give another completion to contrast it with."
+            )
+        against = None
+        if term.against is not None:
+            against = self.loaded.encode_query(term.prompt, term.against)
+        return _Asked(
+            term=term,
+            completion=completion,
+            sequence=self.loaded.encode_query(term.prompt, completion),
+            against=against,
+        )
 
     def proxies(
         self, directions: dict[str, Tensor], ranking: Ranking, tail: Tail = "gaussian"
@@ -200,10 +177,23 @@ class Retriever:
             lawful=self.index.manifest.codes in LAWFUL,
         )
 
-    def _check(self, query: Query) -> None:
-        rows = len(self.index.examples)
+    def _check(self, query: Query) -> Int[np.ndarray, "kept"] | None:
+        """The rows that its filters leave; None for all.
+
+        Raises:
+            BadQuery: something about the query is out of range.
+        """
+        built_for = self.index.manifest.estimator.name
+        if query.estimator not in (None, built_for):
+            raise BadQuery(
+                f"The index was built for the estimator '{built_for}', not '{query.estimator}'; "
+                f"leave the estimator out, or name an index that was built for it."
+            )
+        kept = self._filtered(query)
+        rows = len(self.index.examples) if kept is None else len(kept)
         if not 1 <= query.k <= rows:
-            raise BadQuery(f"k must be from 1 to {rows:,}, the rows of the index; got {query.k}.")
+            left = "the rows of the index" if kept is None else "the rows that the filters leave"
+            raise BadQuery(f"k must be from 1 to {rows:,}, {left}; got {query.k}.")
         codes = self.index.manifest.codes
         if query.tail == "hoeffding" and codes in ("biorthogonal", LOW_RANK):
             raise BadQuery(
@@ -219,36 +209,51 @@ class Retriever:
             plan_levels(query.k, query.recall, query.confidence, query.tail)
         except ValueError as error:
             raise BadQuery(str(error)) from error
+        return kept
 
-    def _results(self, search: Search, k: int) -> list[Result]:
-        results = []
-        for rank, row in enumerate(search.best(k), start=1):
-            example = self.index.examples[int(row)]
-            norm = float(self.index.norms[row])
-            score = float(search.exact[row])
-            results.append(
-                Result(
-                    rank=rank,
-                    row=int(row),
-                    id=example.id,
-                    document=example.document,
-                    text=example.text,
-                    metadata=example.metadata,
-                    score=score,
-                    normalised_score=score / norm if norm else 0.0,
-                    proxy=float(search.proxies.values[row]),
-                    gradient_norm=norm,
-                )
+    def _filtered(self, query: Query) -> Int[np.ndarray, "kept"] | None:
+        if not query.filters:
+            return None
+        rows = self.index.examples.rows_where({n: c.holds for n, c in query.filters.items()})
+        if not len(rows):
+            raise BadQuery(
+                f"No example meets the conditions on {', '.join(query.filters)}; loosen them, or "
+                f"check the names of the columns (GET /v1/examples/ID shows an example's metadata)."
             )
-        return results
+        return rows
 
-    def _documents(self, search: Search, results: list[Result]) -> list[DocumentScore]:
-        found = Counter(result.document for result in results)
-        scores = []
-        for document, count in found.items():
-            rows = np.array(self.index.examples.rows_of_document(document))
-            score = search.total(rows) if len(rows) <= search.query.budget else None
-            scores.append(
-                DocumentScore(document=document, rows=len(rows), found=count, score=score)
-            )
-        return scores
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """A term with its texts as tokens."""
+
+    term: Term
+    completion: str
+    sequence: Sequence1D
+    against: Sequence1D | None
+
+
+def _weighted(asked: Sequence[_Asked]) -> list[tuple[Sequence1D, float]]:
+    parts = []
+    for one in asked:
+        parts.append((one.sequence, one.term.weight))
+        if one.against is not None:
+            parts.append((one.against, -one.term.weight))
+    return parts
+
+
+def _measured(asked: Sequence[_Asked], values: Sequence[float]) -> tuple[MeasuredTerm, ...]:
+    rest = iter(values)
+    return tuple(
+        MeasuredTerm(
+            prompt=one.term.prompt,
+            completion=one.completion,
+            against=one.term.against,
+            weight=one.term.weight,
+            completed_by_model=one.term.completion is None,
+            log_probability=next(rest),
+            against_log_probability=None if one.against is None else next(rest),
+            completion_tokens=one.sequence.targets,
+        )
+        for one in asked
+    )

@@ -4,6 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from index.certificates.statement import Certificate
 from index.manifest import (
     DataRecord,
     EstimatorRecord,
@@ -11,9 +12,8 @@ from index.manifest import (
     ModelRecord,
     NoiseRecord,
 )
-from index.certificates.statement import Certificate
+from service.answer import Answer, Result
 from service.query import Condition, Query, Side, Term
-from service.retrieval import Answer, Result
 
 SIGN_AND_UNIT = (
     "score: exact influence in nats; positive = training on the example raised "

@@ -2,9 +2,10 @@
 
 import math
 import time
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -76,6 +77,22 @@ class Proxies:
         """
         return scales_below(threshold, self.values, self.scales(threshold))
 
+    def at(self, rows: Int[np.ndarray, "kept"]) -> "Proxies":
+        """Those of some rows."""
+        if len(rows) == len(self.values):
+            return self
+        return replace(
+            self,
+            values=self.values[rows],
+            sigmas=self.sigmas[rows],
+            divisors=self.divisors[rows],
+            failed=self.failed[rows],
+        )
+
+    def negated(self) -> "Proxies":
+        """Estimates of the opposite values, by which the lowest exact ones come first."""
+        return replace(self, values=np.where(self.failed, -np.inf, -self.values))
+
     def with_slack(self) -> "Proxies":
         """The same with larger error scales for larger values, as depths by calibration use.
 
@@ -114,6 +131,11 @@ class RankedProxies(Proxies):
         return self._places
 
 
+T = TypeVar("T")
+Steps: TypeAlias = Generator[Int[np.ndarray, "wanted"], Float[np.ndarray, "scored"], T]
+"""Work that stops whenever it needs exact scores of rows, and gives a T."""
+
+
 class Calibration(Protocol):
     """What calibration queries needed; for a query of their kind, see ``certify_calibration``."""
 
@@ -139,7 +161,6 @@ class Search:
     Args:
         query: what to find and how sure to be.
         proxies: of all rows.
-        scorer: exact scores.
         seed: of the random rows.
         calibration: of the index, if it has one.
     """
@@ -148,7 +169,6 @@ class Search:
         self,
         query: Query,
         proxies: Proxies,
-        scorer: Scorer,
         seed: int,
         calibration: Calibration | None = None,
     ) -> None:
@@ -157,29 +177,48 @@ class Search:
         self.exact = np.full(len(proxies.values), np.nan)
         self.scored = np.zeros(len(proxies.values), dtype=bool)
         self.rescored = 0
-        self._scorer = scorer
+        self.ended = False
+        self._sample = np.empty(0, dtype=np.int64)
         self._seed = seed
         self._calibration = calibration
         self._levels = plan_levels(query.k, query.recall, query.confidence, query.tail)
 
-    def run(self, clock: "Clock") -> list[Certificate]:
+    def run(self, scorer: Scorer, clock: "Clock") -> list[Certificate]:
+        """Go through all ``steps``, with exact scores from ``scorer``."""
+        steps = self.steps(clock)
+        try:
+            rows = next(steps)
+            while True:
+                rows = steps.send(scorer.score(rows.tolist()))
+        except StopIteration as ended:
+            certificates: list[Certificate] = ended.value
+            return certificates
+
+    def steps(self, clock: "Clock") -> Steps[list[Certificate]]:
         """Check the noise, rescore until certified or out of budget, audit.
+
+        Yields rows and is sent their exact scores: of all of them, or only of the first ones after
+        ``end``.
 
         Returns:
             The certificates "sketch", "audit" and, if there is a calibration, "calibration".
         """
         query, proxies = self.query, self.proxies
         everything = np.arange(len(proxies.values))
-        sample = draw_sample(everything, query.calibration_rows, self._seed)
-        self._rescore(sample)
+        self._sample = draw_sample(everything, query.calibration_rows, self._seed)
+        yield from self._rescore(self._sample)
         clock.stop("calibrate")
-        self._adapt()
+        yield from self._adapt()
         clock.stop("rescore")
-        before = [self._sketch_certificate(sample)]
+        before = [self.sketch_certificate()]
         after = [] if self._calibration is None else [self._calibration_certificate()]
-        audit = self._audit_certificate()
+        audit = yield from self._audit_certificate()
         clock.stop("audit")
         return [*before, audit, *after]
+
+    def end(self) -> None:
+        """Ask for no more rows: certify what was found so far."""
+        self.ended = True
 
     def best(self, k: int) -> Int[np.ndarray, "best"]:
         """The best k exactly scored rows by ranking value; ties go to the lower row."""
@@ -187,13 +226,6 @@ class Search:
         rows = best_rows(values, k)
         found: np.ndarray = rows[np.isfinite(values[rows])]
         return found
-
-    def total(self, rows: Int[np.ndarray, "row"]) -> float | None:
-        """Sum of the rows' exact scores; None if one is not finite."""
-        unscored = rows[~self.scored[rows]]
-        scores = self.exact[rows]
-        scores[~self.scored[rows]] = self._scorer.score(unscored.tolist())
-        return float(scores.sum()) if np.isfinite(scores).all() else None
 
     def _values(self) -> Float[np.ndarray, "row"]:
         values: np.ndarray = self.exact / self.proxies.divisors
@@ -205,22 +237,27 @@ class Search:
         k = self.query.k
         return float(np.partition(values, len(values) - k)[len(values) - k])
 
-    def _rescore(self, rows: Int[np.ndarray, "row"]) -> None:
+    def _rescore(self, rows: Int[np.ndarray, "row"]) -> Steps[int]:
+        """Have rows scored that are not yet; how many were."""
         fresh = rows[~self.scored[rows]]
-        self.exact[fresh] = self._scorer.score(fresh.tolist())
-        self.scored[fresh] = True
+        if self.ended or not len(fresh):
+            return 0
+        scores = yield fresh
+        done = fresh[: len(scores)]
+        self.exact[done] = scores
+        self.scored[done] = True
+        return len(done)
 
-    def _adapt(self) -> None:
+    def _adapt(self) -> Steps[None]:
         """Rescore the best proxies, then deeper and deeper until certified or out of budget."""
         query, proxies = self.query, self.proxies
         open_rows = ~self.scored & ~proxies.failed
         rows = best_rows(np.where(open_rows, proxies.values, -np.inf), max(32, 2 * query.k))
         rows = rows[open_rows[rows]]
         chunk = len(rows)
-        while len(rows) and self.rescored < query.budget:
+        while len(rows) and self.rescored < query.budget and not self.ended:
             rows = rows[: query.budget - self.rescored]
-            self._rescore(rows)
-            self.rescored += len(rows)
+            self.rescored += yield from self._rescore(rows)
             chunk = min(2 * chunk, 256)
             rows = self._next_rows(chunk)
 
@@ -297,9 +334,10 @@ class Search:
     def _unscorable(self) -> int:
         return int((self.proxies.failed | (self.scored & np.isnan(self.exact))).sum())
 
-    def _sketch_certificate(self, sample: Int[np.ndarray, "row"]) -> Certificate:
+    def sketch_certificate(self) -> Certificate:
+        """What the sketch's law says of the rows that are unscored at this moment."""
         query, proxies = self.query, self.proxies
-        sampled = sample[~proxies.failed[sample]]
+        sampled = self._sample[self.scored[self._sample] & ~proxies.failed[self._sample]]
         exact = self.exact[sampled] / proxies.divisors[sampled]
         usable = (proxies.sigmas[sampled] > 0) & np.isfinite(exact)
         check = None
@@ -350,13 +388,16 @@ class Search:
         )
         return certify_calibration(evidence, query.k, query.recall, query.confidence)
 
-    def _audit_certificate(self) -> Certificate:
+    def _audit_certificate(self) -> Steps[Certificate]:
         query = self.query
         threshold = self._threshold()
         population = np.flatnonzero(~self.scored)
         unscorable = int((self.scored & np.isnan(self.exact)).sum())
         sample = draw_sample(population, query.audit_rows, self._seed + 1)
-        self._rescore(sample[~self.proxies.failed[sample]])
+        scorable = sample[~self.proxies.failed[sample]]
+        done = yield from self._rescore(scorable)
+        if done < len(scorable):  # ended on the way: what was drawn and not looked at is left out
+            sample = sample[:0]
         values = self.exact[sample] / self.proxies.divisors[sample]
         above, merged = count_above(values, threshold)
         audit = AuditSample(

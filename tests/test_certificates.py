@@ -449,8 +449,8 @@ def one_search(query: np.ndarray, rows: np.ndarray, tail: str, seed: int) -> tup
     )
     truth = rows @ query
     asked = Query(prompt="p", k=K, budget=len(rows), calibration_rows=32, audit_rows=0, tail=tail)
-    search = Search(asked, proxies, Known(truth), seed)
-    certificate, _ = search.run(Clock())
+    search = Search(asked, proxies, seed)
+    certificate, _ = search.run(Known(truth), Clock())
     recall = float(np.mean(truth[search.best(K)] >= np.sort(truth)[-K]))
     bound = certificate.recall_lower_bound
     return (math.nan if bound is None else bound), recall
@@ -494,8 +494,8 @@ def test_a_sketch_that_errs_three_times_as_stated_is_refused():
         failed=np.zeros(len(rows), dtype=bool),
     )
     asked = Query(prompt="p", k=K, budget=100, calibration_rows=64, audit_rows=0)
-    search = Search(asked, proxies, Known(truth), seed=1)
-    assert search.run(Clock())[0].status == "refused"
+    search = Search(asked, proxies, seed=1)
+    assert search.run(Known(truth), Clock())[0].status == "refused"
 
 
 def test_noise_that_was_not_checked_supports_no_bound():
@@ -509,8 +509,8 @@ def test_noise_that_was_not_checked_supports_no_bound():
         failed=np.zeros(len(rows), dtype=bool),
     )
     asked = Query(prompt="p", k=K, budget=len(rows) // 2, calibration_rows=0, audit_rows=0)
-    certificate = Search(asked, proxies, Known(truth), seed=1).run(Clock())[0]
+    certificate = Search(asked, proxies, seed=1).run(Known(truth), Clock())[0]
     assert (certificate.status, certificate.recall_lower_bound) == ("not certified", 0.0)
     checked = replace(asked, calibration_rows=8)
-    certificate = Search(checked, proxies, Known(truth), seed=1).run(Clock())[0]
+    certificate = Search(checked, proxies, seed=1).run(Known(truth), Clock())[0]
     assert certificate.status == "certified"

@@ -10,11 +10,11 @@ from scripts.audit_recall import summarise
 from scripts.record_commands import measure
 from scripts.tail_patch import TailPatch
 from service import exhaustive
+from service.answer import Answer, MeasuredTerm, Result
 from service.exhaustive import exact_scores
 from service.fitting import FitOptions
 from service.opening import open_index
 from service.prediction import predict_build, predict_fit
-from service.retrieval import Answer, Result
 from service.scoring import GradientScorer
 
 pytest_plugins = ["tests.index_fixtures"]
@@ -47,8 +47,8 @@ def test_exhaustive_scores_are_those_of_the_scorer_however_queries_are_split(
         )
         directions = exhaustive.query_directions(opened.estimator, gradients, 0.1)
         one = {name: value[0] for name, value in directions.items()}
-        scorer = GradientScorer(opened.loaded, opened.examples, one, token_budget=256)
-        exact = scorer.score(list(range(len(scores))))
+        scorer = GradientScorer(opened.loaded, opened.examples, token_budget=256)
+        (exact,) = scorer.score([(one, np.arange(len(scores)))])
         np.testing.assert_allclose(exact, scores, rtol=1e-3, atol=1e-4 * np.abs(scores).max())
 
 
@@ -88,6 +88,7 @@ def answer(rows: list[int], bound: float) -> Answer:
     results = [
         Result(
             rank=i + 1,
+            direction="proponents",
             row=row,
             id=str(row),
             document="",
@@ -100,14 +101,22 @@ def answer(rows: list[int], bound: float) -> Answer:
         )
         for i, row in enumerate(rows)
     ]
-    return Answer(
+    term = MeasuredTerm(
         prompt="p",
         completion="c",
+        against=None,
+        weight=1.0,
         completed_by_model=False,
         log_probability=-1.0,
+        against_log_probability=None,
         completion_tokens=1,
+    )
+    return Answer(
+        terms=(term,),
+        estimator="ekfac",
+        partial=False,
         results=results,
-        certificates=[certificate],
+        sided_certificates=[("proponents", certificate)],
         rescored_rows=2,
         sampled_rows=0,
         documents=[],

@@ -12,10 +12,11 @@ from scipy import stats
 from estimators.registry import ESTIMATORS
 from index.certificates.statement import Certificate
 from index.errors import IndexMismatch
+from service.answer import Answer
 from service.models import BadQuery, LoadedModel, load_model
 from service.opening import OpenIndex, open_index
 from service.query import Query
-from service.retrieval import Answer, Retriever
+from service.retrieval import Retriever
 from tests import dense_reference as dense
 from tests.index_fixtures import CONTEXT, save, sentences
 

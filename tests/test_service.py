@@ -24,10 +24,11 @@ from estimators.measurement import negative_log_likelihood, next_token_logits
 from estimators.tokens import Sequence1D, collate
 from index import errors as index_errors
 from index.errors import DiskFull, DuplicateIds, IndexBusy, IndexCorrupt, IndexMissing
+from service.answer import Answer
 from service.app import create_app
 from service.errors import PROBLEMS, UNEXPECTED, install, problem_for
 from service.query import Query
-from service.retrieval import Answer, Retriever
+from service.retrieval import Retriever
 from service.schemas import (
     CertificateSchema,
     ExampleResponse,
