@@ -1,19 +1,23 @@
 """The HTTP API: ``create_app(settings)``."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Query, Request
+from fastapi.responses import StreamingResponse
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.concurrency import run_in_threadpool
 
+from estimators.registry import ESTIMATORS
 from service import errors
-from service.errors import ClientGone, NotReady, Overloaded, UnknownIndex
-from service.models import BadQuery, load_model
-from service.opening import open_index
+from service.engine import Engine
 from service.retrieval import Retriever
 from service.schemas import (
+    EstimatorSchema,
+    EstimatorsResponse,
     ExampleResponse,
     HealthResponse,
     IndexesResponse,
@@ -21,105 +25,23 @@ from service.schemas import (
     ProblemResponse,
     QueryRequest,
     QueryResponse,
+    Schema,
     SketchSchema,
 )
 from service.settings import Settings
 
+KEEPALIVE_SECONDS = 10.0
+"""After so long without an event a stream sends a comment, so that nobody thinks it dead."""
+
 PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ProblemResponse, "description": text}
-    for status, text in (
-        (404, "No such index or example."),
-        (422, "The request is invalid or cannot be measured."),
-        (503, "Overloaded, not ready, or the index cannot be used."),
-    )
+    status: {
+        "description": text,
+        "content": {
+            "application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemResponse"}}
+        },
+    }
+    for status, text in errors.DESCRIPTIONS.items()
 }
-
-
-class Engine:
-    """The model, its indexes, and the gate that queries pass.
-
-    One query computes at a time: it uses all cores, and captures gradients through hooks on the
-    one model. Up to ``max_in_flight`` wait or compute; more are refused at once.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.retrievers: dict[str, Retriever] = {}
-        self._in_flight = 0
-        self._turn = asyncio.Lock()
-
-    def load(self) -> None:
-        """Load the model and every index.
-
-        Raises:
-            ValueError: one of them is missing, damaged or does not fit.
-        """
-        settings = self.settings
-        loaded = load_model(
-            settings.model,
-            device=settings.device,
-            dtype=settings.dtype,
-            trust_remote_code=settings.trust_remote_code,
-        )
-        self.retrievers = {
-            name: Retriever(
-                open_index(folder, loaded, settings.search_device), settings.token_budget
-            )
-            for name, folder in settings.indexes.items()
-        }
-
-    def retriever(self, name: str) -> Retriever:
-        """The retriever of the index ``name``."""
-        if not self.retrievers:
-            raise NotReady("The model and its indexes are still being loaded; try again shortly.")
-        if name not in self.retrievers:
-            raise UnknownIndex(
-                f"There is no index '{name}'; this service has {', '.join(self.retrievers)}."
-            )
-        return self.retrievers[name]
-
-    async def answer(
-        self, request: QueryRequest, is_gone: Callable[[], Awaitable[bool]]
-    ) -> QueryResponse:
-        """Answer a query, or refuse it at once when too many are under way.
-
-        Args:
-            request: the query.
-            is_gone: whether its client has hung up, asked when its turn comes.
-        """
-        retriever = self.retriever(request.index)
-        self._check_limits(request)
-        if self._in_flight >= self.settings.max_in_flight:
-            raise Overloaded(
-                f"{self._in_flight} queries are under way, as many as this service accepts; "
-                f"try again in a moment."
-            )
-        self._in_flight += 1
-        try:
-            async with self._turn:
-                if await is_gone():
-                    raise ClientGone("The client hung up before its query's turn came.")
-                answer = await run_in_threadpool(retriever.answer, request.to_query())
-        finally:
-            self._in_flight -= 1
-        return QueryResponse.from_answer(answer, request)
-
-    def _check_limits(self, request: QueryRequest) -> None:
-        settings = self.settings
-        longest = max(len(request.prompt), len(request.completion or ""))
-        limits = (
-            ("prompt or completion", longest, settings.max_prompt_characters, "characters"),
-            ("k", request.k, settings.max_k, ""),
-            ("budget", request.budget, settings.max_budget, "rows"),
-            ("calibration_rows", request.calibration_rows, settings.max_sampled_rows, "rows"),
-            ("audit_rows", request.audit_rows, settings.max_sampled_rows, "rows"),
-        )
-        for name, value, limit, unit in limits:
-            if value > limit:
-                raise BadQuery(
-                    f"{name} is {value:,} {unit}".rstrip()
-                    + f"; this service accepts at most {limit:,}."
-                )
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -130,7 +52,14 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if not engine.retrievers:
             await run_in_threadpool(engine.load)
-        yield
+        watching = asyncio.create_task(engine.watch_indexes())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+            engine.close()
 
     app = FastAPI(
         title="Etymon",
@@ -141,7 +70,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.engine = engine
     errors.install(app)
-    _add_routes(app)
+    _add_query_routes(app)
+    _add_reading_routes(app)
     return app
 
 
@@ -150,26 +80,97 @@ def _engine(request: Request) -> Engine:
     return engine
 
 
-def _add_routes(app: FastAPI) -> None:
-    @app.post("/v1/query", responses=PROBLEM_RESPONSES)
-    async def query(
-        body: QueryRequest, request: Request, engine: Annotated[Engine, Depends(_engine)]
-    ) -> QueryResponse:
-        """Find the training examples that most raised log p(completion | prompt)."""
-        return await engine.answer(body, request.is_disconnected)
+TheEngine = Annotated[Engine, Depends(_engine)]
 
-    @app.get("/v1/index", responses=PROBLEM_RESPONSES)
-    async def indexes(engine: Annotated[Engine, Depends(_engine)]) -> IndexesResponse:
+
+def _add_query_routes(app: FastAPI) -> None:
+    @app.post("/v1/query", responses=_problems(400, 404, 408, 413, 415, 422, 429, 503))
+    async def query(body: QueryRequest, request: Request, engine: TheEngine) -> QueryResponse:
+        """Find the training examples that most raised log p(completion | prompt)."""
+        return await engine.answer(body, client_gone=request.is_disconnected)
+
+    @app.post(
+        "/v1/query/stream",
+        response_class=StreamingResponse,
+        responses={
+            200: {"description": STREAM, "content": {"text/event-stream": {}}},
+            **_problems(400, 404, 408, 413, 415, 422, 429, 503),
+        },
+    )
+    async def stream(body: QueryRequest, request: Request, engine: TheEngine) -> StreamingResponse:
+        """The same with news on the way, as server-sent events."""
+        news = engine.stream(body)
+        return StreamingResponse(
+            _as_events(news, request.url.path),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+
+
+STREAM = (
+    "Events: gradient (GradientEvent), candidates (CandidatesEvent), progress (ProgressEvent, "
+    "again and again), then either result (QueryResponse) or error (a problem document)."
+)
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: PROBLEM_RESPONSES[status] for status in statuses}
+
+
+async def _as_events(news: AsyncIterator[tuple[str, Schema]], path: str) -> AsyncIterator[bytes]:
+    following = asyncio.ensure_future(anext(news, None))
+    try:
+        while True:
+            done, _ = await asyncio.wait({following}, timeout=KEEPALIVE_SECONDS)
+            if not done:
+                yield KEEPALIVE_COMMENT
+                continue
+            item = following.result()
+            if item is None:
+                return
+            name, data = item
+            yield format_sse_event(event=name, data_str=data.model_dump_json())
+            following = asyncio.ensure_future(anext(news, None))
+    except Exception as error:  # noqa: BLE001 - the status is sent; the document comes as an event
+        yield format_sse_event(
+            event="error", data_str=json.dumps(errors.problem_document(path, error))
+        )
+    finally:
+        following.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await following
+        await news.aclose()  # type: ignore[attr-defined]
+
+
+def _add_reading_routes(app: FastAPI) -> None:
+    @app.get("/v1/index", responses=_problems(503))
+    async def indexes(engine: TheEngine) -> IndexesResponse:
         """What is served: models, estimators, attributed share, skipped modules, corpora."""
-        engine.retriever(next(iter(engine.settings.indexes)))
+        _check_ready(engine)
         return IndexesResponse(
             indexes=[_describe(name, r) for name, r in engine.retrievers.items()]
         )
 
-    @app.get("/v1/examples/{example_id:path}", responses=PROBLEM_RESPONSES)
+    @app.get("/v1/estimators", responses=_problems(503))
+    async def estimators(engine: TheEngine) -> EstimatorsResponse:
+        """Ways of estimating influence, and which indexes were built for each."""
+        _check_ready(engine)
+        built = {n: r.index.manifest.estimator.name for n, r in engine.retrievers.items()}
+        return EstimatorsResponse(
+            estimators=[
+                EstimatorSchema(
+                    name=name,
+                    summary=(kind.__doc__ or name).strip().splitlines()[0],
+                    indexes=[index for index, estimator in built.items() if estimator == name],
+                )
+                for name, kind in ESTIMATORS.items()
+            ]
+        )
+
+    @app.get("/v1/examples/{example_id:path}", responses=_problems(404, 422, 503))
     async def example(
         example_id: str,
-        engine: Annotated[Engine, Depends(_engine)],
+        engine: TheEngine,
         index: Annotated[str, Query(description="Name of the index.")] = "default",
     ) -> ExampleResponse:
         """One training example by its id."""
@@ -190,11 +191,15 @@ def _add_routes(app: FastAPI) -> None:
         """The process answers."""
         return HealthResponse(status="ok")
 
-    @app.get("/readyz", responses={503: PROBLEM_RESPONSES[503]})
-    async def ready(engine: Annotated[Engine, Depends(_engine)]) -> HealthResponse:
+    @app.get("/readyz", responses=_problems(503))
+    async def ready(engine: TheEngine) -> HealthResponse:
         """Model and indexes are loaded."""
-        engine.retriever(next(iter(engine.settings.indexes)))
+        _check_ready(engine)
         return HealthResponse(status="ok")
+
+
+def _check_ready(engine: Engine) -> None:
+    engine.retriever(next(iter(engine.settings.indexes)))
 
 
 def _describe(name: str, retriever: Retriever) -> IndexResponse:

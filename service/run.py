@@ -57,7 +57,7 @@ class Run:
         self.searches: dict[Side, Search] = {}
         self.partial = False
         self.rows = np.arange(len(index.examples)) if kept is None else kept
-        self._scorer = scorer
+        self.scorer = scorer
         self._proxies = proxies
         self._seed = seed
         self._clock = clock
@@ -194,7 +194,7 @@ class Run:
         return results
 
     def _split(self, result: Result, ids: tuple[int, ...]) -> Result:
-        parts = self._scorer.parts(self.directions, result.row)
+        parts = self.scorer.parts(self.directions, result.row)
         if self.query.layers:
             names = [layer.name for layer in self.index.loaded.coverage.layers]
             shares = parts.by_layer[0].double().tolist()

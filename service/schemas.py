@@ -1,5 +1,6 @@
 """Requests and responses of the HTTP API."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -12,7 +13,7 @@ from index.manifest import (
     ModelRecord,
     NoiseRecord,
 )
-from service.answer import Answer, Result
+from service.answer import Answer, MeasuredTerm, Result
 from service.query import Condition, Query, Side, Term
 
 SIGN_AND_UNIT = (
@@ -237,6 +238,12 @@ class MeasurementSchema(Schema):
     )
     terms: list[TermSchema]
 
+    @classmethod
+    def from_terms(cls, terms: Sequence[MeasuredTerm]) -> "MeasurementSchema":
+        """The engine's terms as they are sent."""
+        value = sum(term.value for term in terms)
+        return cls(value=value, terms=[TermSchema(**vars(term)) for term in terms])
+
 
 class DocumentSchema(Schema):
     """The influence of a whole document: the sum over all its rows."""
@@ -296,9 +303,7 @@ class QueryResponse(Schema):
     def from_answer(cls, answer: Answer, request: QueryRequest) -> "QueryResponse":
         """The response to ``request``."""
         fields = {name: getattr(answer, name) for name in cls.model_fields if hasattr(answer, name)}
-        fields["measurement"] = MeasurementSchema(
-            value=answer.value, terms=[TermSchema(**vars(term)) for term in answer.terms]
-        )
+        fields["measurement"] = MeasurementSchema.from_terms(answer.terms)
         fields["results"] = [ResultSchema.from_result(result) for result in answer.results]
         fields["documents"] = [DocumentSchema(**vars(document)) for document in answer.documents]
         fields["certificates"] = [

@@ -25,6 +25,15 @@ class Settings(BaseSettings):
     max_in_flight: int = Field(
         default=8, ge=1, description="Queries accepted at once; more are refused with 503."
     )
+    max_together: int = Field(
+        default=8,
+        ge=1,
+        description="Queries computed at a time; each takes memory for a gradient of the model.",
+    )
+    max_batch: int = Field(default=64, ge=1, description="Most weighted queries in one.")
+    reload_seconds: float = Field(
+        default=2.0, gt=0, description="How often to look for indexes that were changed."
+    )
     max_prompt_characters: int = Field(
         default=20_000, ge=1, description="Longest prompt or completion, in characters."
     )
