@@ -1,27 +1,41 @@
-"""Serve indexes over HTTP: the model and every index are loaded and checked before it listens."""
+"""Serve indexes over HTTP: it listens at once and is ready when all is loaded and checked."""
 
-import copy
+import asyncio
 import json
+import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
+import h11
 import typer
 import uvicorn
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
-from uvicorn.config import LOGGING_CONFIG
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from scripts.console import one_sentence_errors, print_json, stderr
+from service.access import has_keys, is_loopback
 from service.app import create_app
 from service.settings import Settings
+from service.telemetry import log_config
 
 GRACE_SECONDS = 8
 """How long a query under way may take to finish after SIGTERM; docker kills after 10 seconds."""
+
+HEADER_SECONDS = 10.0
+"""A connection that has not sent the whole head of a request by then is closed."""
+
+HEADER_BYTES = 2**14
+"""Largest head of a request."""
+
+CONNECTIONS = 256
+"""Connections held open at once; a request on one more is refused with 503."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -57,7 +71,21 @@ def main(
     max_in_flight: Annotated[
         int | None,
         typer.Option(
-            help="Queries accepted at once, more are refused with 503; else ETYMON_MAX_IN_FLIGHT."
+            help="Queries accepted at once, more are refused with 429; else ETYMON_MAX_IN_FLIGHT."
+        ),
+    ] = None,
+    keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the keys that requests must show, one a line; else "
+            "ETYMON_API_KEYS_FILE, ETYMON_API_KEYS."
+        ),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Without keys: a name beside localhost that requests may give as their Host; may "
+            "be repeated; else ETYMON_ALLOWED_HOSTS."
         ),
     ] = None,
 ) -> None:
@@ -77,34 +105,131 @@ def main(
         dtype=dtype,
         token_budget=token_budget,
         max_in_flight=max_in_flight,
+        api_keys_file=keys_file,
+        allowed_hosts=tuple(allowed_host) if allowed_host else None,
     )
-    service = create_app(settings)
-    _tell(f"loading {settings.model} and {', '.join(map(str, settings.indexes.values()))}")
-    service.state.engine.load()
+    check_exposure(host, settings)
+    service = create_app(settings, load=False)
     listener = listen(host, port)
     url = _address(host, listener.getsockname()[1])
-    config = uvicorn.Config(
-        service, log_config=_log_to_stderr(), timeout_graceful_shutdown=GRACE_SECONDS
+    _tell(f"loading {settings.model} and {', '.join(map(str, settings.indexes.values()))}")
+    serve(
+        Server(configure(service), service.state.engine.load, lambda: _announce(url, settings)),
+        listener,
     )
-    Server(config, lambda: _announce(url, settings)).run(sockets=[listener])
+
+
+def configure(service: Any) -> uvicorn.Config:
+    """How uvicorn serves the app."""
+    return uvicorn.Config(
+        service,
+        http=TimedProtocol,
+        ws="none",
+        log_config=log_config(),
+        access_log=False,
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        backlog=CONNECTIONS,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+
+
+def serve(server: "Server", listener: socket.socket) -> None:
+    """Serve until told to end.
+
+    Raises:
+        Exception: what went wrong while loading.
+    """
+    try:
+        server.run(sockets=[listener])
+    finally:
+        if server.loading:
+            # The loading thread cannot be stopped, and would run into the ending interpreter.
+            os._exit(0)
+    if server.failure is not None:
+        raise server.failure
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that says when it answers.
+    """A uvicorn server that listens, then loads what it serves.
 
     Args:
         config: of uvicorn.
-        when_ready: called once the sockets are served.
+        load: loads what is served; called in a thread once the sockets are served.
+        when_ready: called in the same thread afterwards.
+
+    Attributes:
+        loading: whether ``load`` is under way.
+        failure: what ``load`` raised; the server ends then.
     """
 
-    def __init__(self, config: uvicorn.Config, when_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, load: Callable[[], None], when_ready: Callable[[], None]
+    ) -> None:
         super().__init__(config)
+        self.loading = False
+        self.failure: Exception | None = None
+        self._load = load
         self._when_ready = when_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start serving ``sockets``."""
         await super().startup(sockets=sockets)
-        self._when_ready()
+        self.loading = True
+        threading.Thread(target=self._prepare, daemon=True).start()
+
+    def _prepare(self) -> None:
+        try:
+            self._load()
+            self._when_ready()
+        except Exception as error:  # noqa: BLE001 - raised again where the command ends
+            self.failure = error
+            self.should_exit = True
+        finally:
+            self.loading = False
+
+
+class TimedProtocol(H11Protocol):
+    """HTTP/1.1 that does not wait for ever for the head of a request, which uvicorn's own does."""
+
+    _overdue: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected."""
+        super().connection_made(transport)
+        self._overdue = self.loop.call_later(HEADER_SECONDS, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        """A part of a request has come."""
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._stop()
+        elif self._overdue is None:
+            self._overdue = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is closed."""
+        self._stop()
+        super().connection_lost(exc)
+
+    def _stop(self) -> None:
+        if self._overdue is not None:
+            self._overdue.cancel()
+            self._overdue = None
+
+
+def check_exposure(host: str, settings: Settings) -> None:
+    """Refuse to let other machines ask without a key.
+
+    Raises:
+        ValueError: ``host`` can be reached from elsewhere and there are no keys.
+    """
+    if not has_keys(settings) and not is_loopback(host):
+        raise ValueError(
+            f"Without keys the service listens on this machine only, and --host {host} can be "
+            f"reached from others; give --keys-file FILE or set ETYMON_API_KEYS."
+        )
 
 
 def parse_indexes(values: list[str]) -> dict[str, Path]:
@@ -165,12 +290,13 @@ def _address(host: str, port: int) -> str:
 
 
 def _announce(url: str, settings: Settings) -> None:
+    key = " -H 'authorization: Bearer KEY'" if has_keys(settings) else ""
     body: dict[str, Any] = {"prompt": "The capital of France is"}
     first = next(iter(settings.indexes))
     if "default" not in settings.indexes:
         body["index"] = first
     _tell(
-        f"ready; try: curl -s {url}/v1/query -H 'content-type: application/json' "
+        f"ready; try: curl -s {url}/v1/query{key} -H 'content-type: application/json' "
         f"-d '{json.dumps(body)}'"
     )
     print_json({"url": url, "indexes": list(settings.indexes)})
@@ -179,12 +305,6 @@ def _announce(url: str, settings: Settings) -> None:
 
 def _tell(sentence: str) -> None:
     stderr.print(sentence, markup=False, highlight=False, soft_wrap=True)
-
-
-def _log_to_stderr() -> dict[str, Any]:
-    config = copy.deepcopy(LOGGING_CONFIG)
-    config["handlers"]["access"]["stream"] = "ext://sys.stderr"
-    return config
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:

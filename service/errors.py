@@ -16,16 +16,68 @@ from index.errors import IndexCorrupt, IndexFault, IndexMismatch, IndexMissing
 from service.models import BadQuery
 
 
-class UnknownIndex(ValueError):  # noqa: N818 - named for what is wrong
+class UnknownIndex(ValueError):  # noqa: N818 - named for what is wrong, as all of these
     """No index is served under this name."""
+
+
+class UnknownEstimator(ValueError):  # noqa: N818
+    """No index that is served was built for an estimator of this name."""
+
+
+class UnknownJob(ValueError):  # noqa: N818
+    """There is no job with this id; never, or no longer."""
+
+
+class MalformedBody(ValueError):  # noqa: N818
+    """The body cannot be read as JSON."""
+
+
+class Unauthorised(RuntimeError):  # noqa: N818
+    """No key came with the request, or a wrong one."""
+
+
+class Forbidden(RuntimeError):  # noqa: N818
+    """A page of another site sent the request."""
+
+
+class WrongHost(RuntimeError):  # noqa: N818
+    """The request names a host that this service is not."""
+
+
+class Conflict(RuntimeError):  # noqa: N818
+    """The request contradicts an earlier one."""
+
+
+class TooLarge(RuntimeError):  # noqa: N818
+    """The body has more bytes than the service accepts."""
+
+
+class TooSlow(RuntimeError):  # noqa: N818
+    """The body did not arrive in time."""
+
+
+class WrongContentType(RuntimeError):  # noqa: N818
+    """The body is not called JSON, or is compressed."""
 
 
 class Overloaded(RuntimeError):  # noqa: N818
     """As many queries are under way as the service accepts."""
 
 
+class TooManyJobs(RuntimeError):  # noqa: N818
+    """As many jobs are kept as the service accepts."""
+
+
+class DeadlinePassed(RuntimeError):  # noqa: N818
+    """The query's deadline passed before its turn came."""
+
+
 class NotReady(RuntimeError):  # noqa: N818
     """The model or an index is not loaded yet."""
+
+
+class ShuttingDown(RuntimeError):  # noqa: N818
+    """The service is about to end and takes nothing new."""
 
 
 class ClientGone(RuntimeError):  # noqa: N818
@@ -34,32 +86,61 @@ class ClientGone(RuntimeError):  # noqa: N818
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """How an error appears over HTTP."""
+    """How an error appears over HTTP.
+
+    Attributes:
+        status: of the response.
+        title: the same for all errors of the kind.
+        retry_after: seconds after which to ask again; None if that would not help.
+        challenges: ways to show a key, as in ``WWW-Authenticate``.
+        closes: the connection is closed, so that what is left of the body is not read.
+    """
 
     status: int
     title: str
     retry_after: int | None = None
+    challenges: tuple[str, ...] = ()
+    closes: bool = False
 
+
+CHALLENGES = ('Basic realm="Etymon", charset="UTF-8"', 'Bearer realm="Etymon"')
 
 PROBLEMS: dict[type[Exception], Problem] = {
+    MalformedBody: Problem(status=400, title="The body is not JSON"),
+    Unauthorised: Problem(status=401, title="A key is needed", challenges=CHALLENGES, closes=True),
+    Forbidden: Problem(status=403, title="Not from another site", closes=True),
+    UnknownIndex: Problem(status=404, title="Unknown index"),
+    UnknownEstimator: Problem(status=404, title="Unknown estimator"),
+    UnknownJob: Problem(status=404, title="Unknown job"),
+    IndexMissing: Problem(status=404, title="Not found"),
+    TooSlow: Problem(status=408, title="The body came too slowly", closes=True),
+    Conflict: Problem(status=409, title="Contradicts an earlier request"),
+    TooLarge: Problem(status=413, title="The body is too large", closes=True),
+    WrongContentType: Problem(status=415, title="Not JSON by its headers", closes=True),
+    WrongHost: Problem(status=421, title="Another host", closes=True),
     BadQuery: Problem(status=422, title="The query cannot be measured"),
     NonFiniteGradientError: Problem(status=422, title="The query's gradient is not finite"),
-    UnknownIndex: Problem(status=404, title="Unknown index"),
-    IndexMissing: Problem(status=404, title="Not found"),
+    Overloaded: Problem(status=429, title="Too many queries at once", retry_after=1),
+    TooManyJobs: Problem(status=429, title="Too many jobs", retry_after=60),
+    ClientGone: Problem(status=499, title="Client closed the connection"),
     IndexMismatch: Problem(status=503, title="The index does not fit the model"),
     IndexCorrupt: Problem(status=503, title="The index is damaged"),
     IndexFault: Problem(status=503, title="The index cannot be used"),
     OutOfMemory: Problem(status=503, title="Not enough memory for this query"),
-    Overloaded: Problem(status=503, title="Too many queries at once", retry_after=1),
+    DeadlinePassed: Problem(status=503, title="The deadline passed in the queue", retry_after=1),
     NotReady: Problem(status=503, title="Not ready", retry_after=5),
-    ClientGone: Problem(status=499, title="Client closed the connection"),
+    ShuttingDown: Problem(status=503, title="Shutting down", retry_after=10),
 }
 """The nearest class in an error's ancestry counts."""
 
 SHOWN_ERRORS = 5
 """So many of a request's errors are listed."""
 
+LONGEST_NAME = 64
+"""Characters of a field's name that an error repeats."""
+
 UNEXPECTED = Problem(status=500, title="Internal error")
+INVALID = Problem(status=422, title="Invalid request")
 
 
 def problem_for(error: Exception) -> Problem:
@@ -67,42 +148,71 @@ def problem_for(error: Exception) -> Problem:
     return next((PROBLEMS[c] for c in type(error).__mro__ if c in PROBLEMS), UNEXPECTED)
 
 
+def problem_document(path: str, error: Exception) -> dict[str, Any]:
+    """The problem document of an error, as ``ProblemResponse``: for streams and jobs.
+
+    Args:
+        path: of the request, the document's ``instance``.
+        error: any; one that is not in the table tells nothing of itself.
+    """
+    return _document(path, *_describe(error))
+
+
+def problem_response(path: str, error: Exception) -> JSONResponse:
+    """The response for an error, with the headers that belong to it."""
+    return _response(path, *_describe(error))
+
+
 def install(app: FastAPI) -> None:
     """Answer every error with a problem document and never with a stack trace."""
 
-    async def known(request: Request, error: Exception) -> JSONResponse:
-        return _document(request, problem_for(error), str(error))
-
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        detail = "The service met an error of its own; its log has the details."
-        return _document(request, UNEXPECTED, detail)
-
-    async def invalid(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        found = [_clause(e) for e in error.errors()]
-        more = f"; and {len(found) - SHOWN_ERRORS} more" if len(found) > SHOWN_ERRORS else ""
-        detail = "; ".join(found[:SHOWN_ERRORS]) + more + "."
-        return _document(request, Problem(status=422, title="Invalid request"), detail)
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        return problem_response(request.url.path, error)
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if error.status_code == HTTPStatus.BAD_REQUEST and error.__cause__:
+            return problem_response(request.url.path, MalformedBody(_unreadable(error.__cause__)))
         problem = Problem(status=error.status_code, title=HTTPStatus(error.status_code).phrase)
-        response = _document(request, problem, _refusal(request, error))
+        response = _response(request.url.path, problem, _refusal(request, error))
         response.headers.update(error.headers or {})
         return response
 
-    for kind in PROBLEMS:
-        app.add_exception_handler(kind, known)
-    app.add_exception_handler(RequestValidationError, invalid)
+    for kind in (*PROBLEMS, RequestValidationError, Exception):
+        app.add_exception_handler(kind, answer)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, unexpected)
+
+
+def _describe(error: Exception) -> tuple[Problem, str]:
+    if isinstance(error, RequestValidationError):
+        return _invalid(error)
+    problem = problem_for(error)
+    if problem is UNEXPECTED:
+        return problem, "The service met an error of its own; its log has the details."
+    return problem, str(error)
+
+
+def _invalid(error: RequestValidationError) -> tuple[Problem, str]:
+    errors = error.errors()
+    if errors and errors[0]["type"] == "json_invalid":
+        said, place = errors[0]["ctx"]["error"], errors[0]["loc"][-1]
+        return PROBLEMS[MalformedBody], f"The body is not JSON: {said} at character {place}."
+    found = [_clause(e) for e in errors]
+    more = f"; and {len(found) - SHOWN_ERRORS} more" if len(found) > SHOWN_ERRORS else ""
+    return INVALID, "; ".join(found[:SHOWN_ERRORS]) + more + "."
 
 
 def _clause(error: Mapping[str, Any]) -> str:
-    if error["type"] == "json_invalid":
-        return f"The body is not JSON: {error['ctx']['error']} at character {error['loc'][-1]}"
-    name = ".".join(str(part) for part in error["loc"] if part != "body")
+    name = ".".join(str(part)[:LONGEST_NAME] for part in error["loc"] if part != "body")
     return f"{name or 'The body'}: {error['msg']}"
+
+
+def _unreadable(cause: BaseException) -> str:
+    if isinstance(cause, RecursionError):
+        return "The body cannot be read: it is nested too deeply."
+    if isinstance(cause, UnicodeDecodeError):
+        return f"The body is not UTF-8: there is no such character at byte {cause.start}."
+    return "The body cannot be read: a number in it has too many digits."
 
 
 def _refusal(request: Request, error: HTTPException) -> str:
@@ -114,17 +224,27 @@ def _refusal(request: Request, error: HTTPException) -> str:
     return f"{str(error.detail).rstrip('.')}."
 
 
-def _document(request: Request, problem: Problem, detail: str) -> JSONResponse:
-    headers = {} if problem.retry_after is None else {"Retry-After": str(problem.retry_after)}
-    return JSONResponse(
-        {
-            "type": "about:blank",
-            "title": problem.title,
-            "status": problem.status,
-            "detail": detail,
-            "instance": request.url.path,
-        },
+def _document(path: str, problem: Problem, detail: str) -> dict[str, Any]:
+    return {
+        "type": "about:blank",
+        "title": problem.title,
+        "status": problem.status,
+        # JSON can spell half of a character, which UTF-8 cannot.
+        "detail": detail.encode(errors="replace").decode(),
+        "instance": path,
+    }
+
+
+def _response(path: str, problem: Problem, detail: str) -> JSONResponse:
+    response = JSONResponse(
+        _document(path, problem, detail),
         status_code=problem.status,
-        headers=headers,
         media_type="application/problem+json",
     )
+    if problem.retry_after is not None:
+        response.headers["Retry-After"] = str(problem.retry_after)
+    for challenge in problem.challenges:
+        response.headers.append("WWW-Authenticate", challenge)
+    if problem.closes:
+        response.headers["Connection"] = "close"
+    return response

@@ -1,9 +1,11 @@
 """The service's settings: the one place that reads the environment (ETYMON_...)."""
 
+import json
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
 class Settings(BaseSettings):
@@ -23,7 +25,7 @@ class Settings(BaseSettings):
     dtype: str = Field(default="auto", description="auto, float32, bfloat16 or float16.")
     token_budget: int = Field(default=1024, ge=1, description="Padded tokens in a batch.")
     max_in_flight: int = Field(
-        default=8, ge=1, description="Queries accepted at once; more are refused with 503."
+        default=8, ge=1, description="Queries accepted at once; more are refused with 429."
     )
     max_together: int = Field(
         default=8,
@@ -47,3 +49,39 @@ class Settings(BaseSettings):
     trust_remote_code: bool = Field(
         default=False, description="Run code that comes with the model."
     )
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        default=(),
+        description="Keys, one of which every request must show; a JSON list or separated by "
+        "commas. Without any, only this machine may ask.",
+    )
+    api_keys_file: Path | None = Field(
+        default=None, description="File with further keys, one a line; # begins a comment."
+    )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Without keys: names beside localhost that a request may give as its Host; a "
+        "JSON list or separated by commas.",
+    )
+    max_body_bytes: int = Field(default=2**20, ge=1, description="Largest body of a request.")
+    max_job_body_bytes: int = Field(
+        default=2**24, ge=1, description="Largest body of a request for a job."
+    )
+    body_seconds: float = Field(
+        default=20, gt=0, le=3600, description="A body that takes longer to arrive is refused."
+    )
+    log_prompts: bool = Field(
+        default=False,
+        description="Log prompts, completions and the messages of unexpected errors.",
+    )
+
+    @field_validator("api_keys", "allowed_hosts", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            try:
+                return json.loads(value)
+            except ValueError:  # whose text may hold a key
+                raise ValueError("it begins as a JSON list but is none") from None
+        return [part.strip() for part in value.split(",") if part.strip()]
