@@ -11,9 +11,10 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.concurrency import run_in_threadpool
 
-from estimators.registry import ESTIMATORS
+from estimators.registry import ESTIMATORS, estimator_class
 from service import errors
 from service.engine import Engine
+from service.openapi import describe
 from service.retrieval import Retriever
 from service.schemas import (
     EstimatorSchema,
@@ -32,16 +33,6 @@ from service.settings import Settings
 
 KEEPALIVE_SECONDS = 10.0
 """After so long without an event a stream sends a comment, so that nobody thinks it dead."""
-
-PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {
-        "description": text,
-        "content": {
-            "application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemResponse"}}
-        },
-    }
-    for status, text in errors.DESCRIPTIONS.items()
-}
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -72,6 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
     errors.install(app)
     _add_query_routes(app)
     _add_reading_routes(app)
+    describe(app)
     return app
 
 
@@ -84,7 +76,7 @@ TheEngine = Annotated[Engine, Depends(_engine)]
 
 
 def _add_query_routes(app: FastAPI) -> None:
-    @app.post("/v1/query", responses=_problems(400, 404, 408, 413, 415, 422, 429, 503))
+    @app.post("/v1/query", responses=_problems(*ASKING))
     async def query(body: QueryRequest, request: Request, engine: TheEngine) -> QueryResponse:
         """Find the training examples that most raised log p(completion | prompt)."""
         return await engine.answer(body, client_gone=request.is_disconnected)
@@ -94,7 +86,7 @@ def _add_query_routes(app: FastAPI) -> None:
         response_class=StreamingResponse,
         responses={
             200: {"description": STREAM, "content": {"text/event-stream": {}}},
-            **_problems(400, 404, 408, 413, 415, 422, 429, 503),
+            **_problems(*ASKING),
         },
     )
     async def stream(body: QueryRequest, request: Request, engine: TheEngine) -> StreamingResponse:
@@ -107,6 +99,22 @@ def _add_query_routes(app: FastAPI) -> None:
         )
 
 
+PROBLEMS = {
+    400: "The body is not JSON.",
+    401: "No key, or a wrong one.",
+    403: "A page of another site asked.",
+    404: "No such index, estimator, example or job.",
+    408: "The body came too slowly.",
+    409: "The request contradicts an earlier one.",
+    413: "The body is too large.",
+    415: "The body is not called JSON, or is compressed.",
+    421: "The request names a host that this service is not.",
+    422: "The request is invalid or cannot be measured.",
+    429: "Too many queries or jobs; Retry-After says when to ask again.",
+    503: "Not ready, shutting down, late, or the index cannot be used.",
+}
+ASKING = (400, 401, 403, 404, 408, 413, 415, 421, 422, 429, 503)
+READING = (401, 421, 503)
 STREAM = (
     "Events: gradient (GradientEvent), candidates (CandidatesEvent), progress (ProgressEvent, "
     "again and again), then either result (QueryResponse) or error (a problem document)."
@@ -114,7 +122,7 @@ STREAM = (
 
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: PROBLEM_RESPONSES[status] for status in statuses}
+    return {s: {"model": ProblemResponse, "description": PROBLEMS[s]} for s in statuses}
 
 
 async def _as_events(news: AsyncIterator[tuple[str, Schema]], path: str) -> AsyncIterator[bytes]:
@@ -143,7 +151,7 @@ async def _as_events(news: AsyncIterator[tuple[str, Schema]], path: str) -> Asyn
 
 
 def _add_reading_routes(app: FastAPI) -> None:
-    @app.get("/v1/index", responses=_problems(503))
+    @app.get("/v1/index", responses=_problems(*READING))
     async def indexes(engine: TheEngine) -> IndexesResponse:
         """What is served: models, estimators, attributed share, skipped modules, corpora."""
         _check_ready(engine)
@@ -151,7 +159,7 @@ def _add_reading_routes(app: FastAPI) -> None:
             indexes=[_describe(name, r) for name, r in engine.retrievers.items()]
         )
 
-    @app.get("/v1/estimators", responses=_problems(503))
+    @app.get("/v1/estimators", responses=_problems(*READING))
     async def estimators(engine: TheEngine) -> EstimatorsResponse:
         """Ways of estimating influence, and which indexes were built for each."""
         _check_ready(engine)
@@ -160,14 +168,14 @@ def _add_reading_routes(app: FastAPI) -> None:
             estimators=[
                 EstimatorSchema(
                     name=name,
-                    summary=(kind.__doc__ or name).strip().splitlines()[0],
+                    summary=(estimator_class(name).__doc__ or name).strip().splitlines()[0],
                     indexes=[index for index, estimator in built.items() if estimator == name],
                 )
-                for name, kind in ESTIMATORS.items()
+                for name in ESTIMATORS
             ]
         )
 
-    @app.get("/v1/examples/{example_id:path}", responses=_problems(404, 422, 503))
+    @app.get("/v1/examples/{example_id:path}", responses=_problems(404, 422, *READING))
     async def example(
         example_id: str,
         engine: TheEngine,

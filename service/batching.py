@@ -27,6 +27,11 @@ from service.search import Steps
 ROUND_SECONDS = 0.25
 """A pass over rows takes about so long; between passes queries join, end and are dropped."""
 
+FIRST_ROWS = 8
+"""So many before it is known how long one takes."""
+BREATH_SECONDS = 2e-4
+"""Between passes, so that others who wait for the model get their turn."""
+
 log = logging.getLogger(__name__)
 
 
@@ -177,7 +182,8 @@ class Batcher:
                 self._begin(newcomers)
                 self._end_some()
                 self._round()
-            except Exception as error:  # noqa: BLE001 - one query's fault must not end the service
+                time.sleep(BREATH_SECONDS)
+            except Exception as error:
                 log.exception("queries under way failed")
                 for ticket in [*newcomers, *(member.ticket for member in self._members)]:
                     ticket.fail(error)
@@ -204,7 +210,8 @@ class Batcher:
         for group in _grouped(newcomers, lambda ticket: ticket.retriever):
             retriever = group[0].retriever
             try:
-                outcomes = retriever.begin([ticket.query for ticket in group])
+                with retriever.loaded.turn:
+                    outcomes = retriever.begin([ticket.query for ticket in group])
             except Exception as error:  # noqa: BLE001 - told to whoever asked
                 if len(group) > 1:
                     for ticket in group:
@@ -235,7 +242,7 @@ class Batcher:
 
     def _round(self) -> None:
         for group in _grouped(self._members, lambda member: member.ticket.retriever):
-            most = ROUND_SECONDS / self._seconds_per_row if self._seconds_per_row else 64
+            most = ROUND_SECONDS / self._seconds_per_row if self._seconds_per_row else FIRST_ROWS
             share = max(1, int(most) // len(group))
             asked = [(member.run.directions, member.next_rows(share)) for member in group]
             start = time.perf_counter()
@@ -254,7 +261,8 @@ class Batcher:
     ) -> list[Float[np.ndarray, "row"] | None]:
         """Scores of each member; None for one that failed."""
         try:
-            return list(group[0].run.scorer.score(asked))
+            with group[0].ticket.retriever.loaded.turn:
+                return list(group[0].run.scorer.score(asked))
         except Exception as error:  # noqa: BLE001 - told to whoever asked
             if len(group) == 1:
                 group[0].ticket.fail(error)

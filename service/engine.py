@@ -11,10 +11,10 @@ from pathlib import Path
 from starlette.concurrency import run_in_threadpool
 
 from index.current import current_folder
-from index.manifest import MANIFEST
+from index.manifest import FILE_NAME as MANIFEST
 from service.answer import Answer
 from service.batching import Batcher, Ticket
-from service.errors import ClientGone, NotReady, Overloaded, UnknownIndex
+from service.errors import ClientGone, NotReady, Overloaded, UnknownEstimator, UnknownIndex
 from service.models import BadQuery, LoadedModel, load_model
 from service.opening import open_index
 from service.retrieval import Retriever
@@ -191,6 +191,7 @@ class Engine:
     ) -> Ticket:
         retriever = self.retriever(request.index)
         self._check_limits(request)
+        self._check_estimator(request.estimator)
         if self.in_flight >= self.settings.max_in_flight and not background:
             raise Overloaded(
                 f"{self.in_flight} queries are under way, as many as this service accepts; "
@@ -209,6 +210,14 @@ class Engine:
         ticket.outcome.cancel()  # nothing, if it is answered
         self.in_flight -= not ticket.background
 
+    def _check_estimator(self, name: str | None) -> None:
+        served = {r.index.manifest.estimator.name for r in self.retrievers.values()}
+        if name is not None and name not in served:
+            raise UnknownEstimator(
+                f"No index that is served was built for the estimator '{name}'; there are indexes "
+                f"for {', '.join(sorted(served))}."
+            )
+
     def _check_limits(self, request: QueryRequest) -> None:
         settings = self.settings
         texts = [request.prompt, request.completion, request.against]
@@ -216,7 +225,12 @@ class Engine:
             texts += [term.prompt, term.completion, term.against]
         longest = max(len(text or "") for text in texts)
         limits = (
-            ("prompt, completion or against", longest, settings.max_prompt_characters, "characters"),
+            (
+                "prompt, completion or against",
+                longest,
+                settings.max_prompt_characters,
+                "characters",
+            ),
             ("batch", len(request.batch or ()), settings.max_batch, "queries"),
             ("k", request.k, settings.max_k, ""),
             ("budget", request.budget, settings.max_budget, "rows"),
@@ -234,6 +248,8 @@ class Engine:
 def _stamp(root: Path) -> Stamp:
     """What changes when an index is replaced, appended to or shortened."""
     manifest = current_folder(root) / MANIFEST
+    if not manifest.is_file():
+        return str(manifest), 0, 0
     status = manifest.stat()
     return str(manifest), status.st_mtime_ns, status.st_ino
 
@@ -243,7 +259,9 @@ async def _wait(
 ) -> Answer:
     future = asyncio.wrap_future(outcome)
     while True:
-        done, _ = await asyncio.wait({future}, timeout=None if client_gone is None else POLL_SECONDS)
+        done, _ = await asyncio.wait(
+            {future}, timeout=None if client_gone is None else POLL_SECONDS
+        )
         if done:
             return future.result()
         if client_gone is not None and await client_gone():

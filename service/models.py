@@ -3,8 +3,9 @@
 import hashlib
 import importlib.util
 import json
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class LoadedModel:
         context: most tokens it can read.
         model_sha256: hash of its weights.
         tokenizer_sha256: hash of its tokenizer.
+        turn: held by whoever runs the model, since gradients are captured by hooks on it.
     """
 
     source: str
@@ -45,6 +47,7 @@ class LoadedModel:
     context: int
     model_sha256: str
     tokenizer_sha256: str
+    turn: threading.RLock = field(default_factory=threading.RLock, compare=False, repr=False)
 
     @property
     def device(self) -> torch.device:

@@ -81,7 +81,8 @@ def open_index(folder: Path, loaded: LoadedModel, search_device: str = "cpu") ->
     wanted = LayerSelection(
         patterns=tuple(manifest.estimator.layer_patterns), widest=manifest.estimator.widest
     )
-    loaded = replace(loaded, coverage=find_layers(loaded.model, wanted))
+    with loaded.turn:
+        loaded = replace(loaded, coverage=find_layers(loaded.model, wanted))
     _check_model(manifest, loaded)
     for record in manifest.files:
         _check_file(folder / record.path, record.sha256)

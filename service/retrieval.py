@@ -83,6 +83,8 @@ class Retriever:
             try:
                 kept = self._check(query)
                 measured[number] = (kept, [self._asked(term) for term in query.terms])
+                if any(term.completion is None for term in query.terms):
+                    clocks[number].stop("complete")
             except BadQuery as error:
                 outcomes[number] = error
         found = measure_queries(

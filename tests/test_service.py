@@ -24,11 +24,11 @@ from estimators.measurement import negative_log_likelihood, next_token_logits
 from estimators.tokens import Sequence1D, collate
 from index import errors as index_errors
 from index.errors import DiskFull, DuplicateIds, IndexBusy, IndexCorrupt, IndexMissing
-from service.answer import Answer
 from service.app import create_app
 from service.errors import PROBLEMS, UNEXPECTED, install, problem_for
 from service.query import Query
 from service.retrieval import Retriever
+from service.run import Run
 from service.schemas import (
     CertificateSchema,
     ExampleResponse,
@@ -106,8 +106,11 @@ def test_a_given_completion_is_answered_in_full(client: Client, retriever: Retri
     assert response.status_code == 200
     body = response.json()
     assert set(body) == set(QueryResponse.model_fields)
-    assert (body["prompt"], body["completion"]) == (PROMPT, " Paris")
-    assert body["completed_by_model"] is False
+    (term,) = body["measurement"]["terms"]
+    assert (term["prompt"], term["completion"], term["against"]) == (PROMPT, " Paris", None)
+    assert term["completed_by_model"] is False
+    assert body["measurement"]["value"] == term["log_probability"]
+    assert body["partial"] is False
     assert "positive" in body["sign_and_unit"]
     assert "nats" in body["sign_and_unit"]
     assert body["rows"] == ROWS
@@ -138,9 +141,9 @@ def test_the_log_probability_is_the_models_own(client: Client, retriever: Retrie
         logits = loaded.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
     steps = torch.log_softmax(logits.double(), dim=-1)[len(before) - 1 : -1]
     expected = steps.gather(1, torch.tensor(after)[:, None]).sum().item()
-    body = client.query(**ASKED).json()
-    assert body["completion_tokens"] == len(after)
-    assert body["log_probability"] == pytest.approx(expected, abs=1e-4)
+    (term,) = client.query(**ASKED).json()["measurement"]["terms"]
+    assert term["completion_tokens"] == len(after)
+    assert term["log_probability"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_scores_are_slopes_of_the_training_losses(client: Client, retriever: Retriever) -> None:
@@ -176,9 +179,10 @@ def test_the_model_completes_a_prompt_without_completion(
     client: Client, retriever: Retriever, capfd: pytest.CaptureFixture[str]
 ) -> None:
     body = client.query(prompt=PROMPT, k=3).json()
-    assert body["completed_by_model"] is True
-    assert body["completion"] == retriever.loaded.complete(PROMPT)
-    assert body["completion"].strip()
+    (term,) = body["measurement"]["terms"]
+    assert term["completed_by_model"] is True
+    assert term["completion"] == retriever.loaded.complete(PROMPT)
+    assert term["completion"].strip()
     assert "complete" in body["seconds"]
     assert capfd.readouterr().err == ""
 
@@ -222,7 +226,10 @@ def test_queries_at_the_same_time_get_the_answers_they_get_alone(client: Client)
         posts = (client.http.post("/v1/query", json=question) for question in questions)
         return [response.json()["results"] for response in await asyncio.gather(*posts)]
 
-    assert client.run(at_once) == alone
+    for together, by_itself in zip(client.run(at_once), alone, strict=True):
+        assert [result["id"] for result in together] == [result["id"] for result in by_itself]
+        scores = [result["score"] for result in by_itself]
+        assert [r["score"] for r in together] == pytest.approx(scores, rel=1e-4, abs=1e-4)
 
 
 def test_the_index_page_says_what_is_attributed_and_what_is_not(client: Client) -> None:
@@ -368,17 +375,19 @@ def test_bad_queries_are_refused_with_the_reason(
 @pytest.mark.parametrize(
     ("body", "status", "says"),
     [
-        (b"{", 422, "The body is not JSON"),
+        (b"{", 400, "The body is not JSON"),
         (b"", 422, "The body: "),
         (b"[]", 422, "The body: "),
         (b"null", 422, "The body: "),
-        (b"{}", 422, "prompt: "),
-        (b"\xff", 400, "parsing the body"),
-        (b"[" * 100_000, 400, "parsing the body"),
+        (b"{}", 422, "give a prompt, or a batch"),
+        (b'{"prompt": "a", "batch": [{"prompt": "b"}]}', 422, "either a batch or prompt"),
+        (b'{"prompt": "a", "filters": {"licence": {}}}', 422, "give any_of, at_least or at_most"),
+        (b"\xff", 400, "The body is not UTF-8"),
+        (b"[" * 100_000, 400, "nested too deeply"),
         (b'{"prompt": "a\\ud800"}', 422, "prompt: "),
         (b'{"prompt": "a", "recall": NaN}', 422, "recall: "),
         (b'{"prompt": "a", "damping": Infinity}', 422, "damping: "),
-        (b'{"prompt": "a", "k": ' + b"9" * 5000 + b"}", 400, "parsing the body"),
+        (b'{"prompt": "a", "k": ' + b"9" * 5000 + b"}", 400, "too many digits"),
     ],
     ids=lambda value: ascii(value[:24]) if isinstance(value, bytes) else None,
 )
@@ -448,10 +457,13 @@ class Held:
         self.release = threading.Event()
         self._retriever = retriever
 
-    def answer(self, query: Query) -> Answer:
-        self.asked.append(query)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._retriever, name)
+
+    def begin(self, queries: list[Query]) -> list[Run | Exception]:
+        self.asked += queries
         assert self.release.wait(20)
-        return self._retriever.answer(query)
+        return self._retriever.begin(queries)
 
     async def until_asked(self) -> None:
         async with asyncio.timeout(20):
@@ -493,7 +505,7 @@ def test_one_query_too_many_is_refused_at_once(
         return refused, seconds, alive, await first
 
     refused, seconds, alive, first = client.run(scenario)
-    assert "1 queries are under way" in problem(refused, 503)
+    assert "1 queries are under way" in problem(refused, 429)
     assert int(refused.headers["retry-after"]) >= 1
     assert seconds < 2
     assert alive.status_code == 200
@@ -544,10 +556,10 @@ def test_a_query_whose_client_hung_up_is_not_computed(
 def test_an_unexpected_error_tells_nothing_of_itself(
     client: Client, retriever: Retriever, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(query: Query) -> Answer:
+    def fail(queries: list[Query]) -> list[Run | Exception]:
         raise ZeroDivisionError("secret of /srv/etymon")
 
-    monkeypatch.setattr(retriever, "answer", fail)
+    monkeypatch.setattr(retriever, "begin", fail)
     response = client.query(**ASKED)
     assert "log" in problem(response, 500)
     assert "secret" not in response.text
@@ -603,10 +615,10 @@ def test_every_error_becomes_its_document(kind: type[Exception]) -> None:
 def test_a_damaged_index_found_while_answering_is_a_503(
     client: Client, retriever: Retriever, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(query: Query) -> Answer:
+    def fail(queries: list[Query]) -> list[Run | Exception]:
         raise IndexCorrupt("The codes hold NaN.")
 
-    monkeypatch.setattr(retriever, "answer", fail)
+    monkeypatch.setattr(retriever, "begin", fail)
     assert problem(client.query(**ASKED), 503) == "The codes hold NaN."
 
 
@@ -618,6 +630,8 @@ def test_openapi_names_every_route_and_resolves(client: Client) -> None:
     described = {(path, method) for path, item in document["paths"].items() for method in item}
     assert described == {
         ("/v1/query", "post"),
+        ("/v1/query/stream", "post"),
+        ("/v1/estimators", "get"),
         ("/v1/index", "get"),
         ("/v1/examples/{example_id}", "get"),
         ("/livez", "get"),

@@ -1,0 +1,40 @@
+"""The OpenAPI description, as the routes answer in truth."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic.json_schema import models_json_schema
+
+from service.schemas import CandidatesEvent, GradientEvent, ProgressEvent
+
+EVENTS = (GradientEvent, CandidatesEvent, ProgressEvent)
+
+
+def describe(app: FastAPI) -> None:
+    """Have ``app`` say that errors are problem documents, and what the events of streams hold."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = plain()
+            for path in document["paths"].values():
+                for operation in path.values():
+                    _name_problems(operation)
+            _, events = models_json_schema(
+                [(model, "serialization") for model in EVENTS],
+                ref_template="#/components/schemas/{model}",
+            )
+            schemas = document["components"]["schemas"]
+            for name, schema in events["$defs"].items():
+                schemas.setdefault(name, schema)
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _name_problems(operation: dict[str, Any]) -> None:
+    for status, response in operation["responses"].items():
+        content = response.get("content", {})
+        if int(status) >= 400 and "application/json" in content:
+            response["content"] = {"application/problem+json": content["application/json"]}
