@@ -22,6 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from scripts.console import one_sentence_errors, print_json, stderr
 from service.access import has_keys, is_loopback
 from service.app import create_app
+from service.limits import HEAD_BYTES
 from service.settings import Settings
 from service.telemetry import log_config
 
@@ -30,9 +31,6 @@ GRACE_SECONDS = 8
 
 HEADER_SECONDS = 10.0
 """A connection that has not sent the whole head of a request by then is closed."""
-
-HEADER_BYTES = 2**14
-"""Largest head of a request."""
 
 CONNECTIONS = 256
 """Connections held open at once; a request on one more is refused with 503."""
@@ -130,7 +128,7 @@ def configure(service: Any) -> uvicorn.Config:
         server_header=False,
         limit_concurrency=CONNECTIONS,
         backlog=CONNECTIONS,
-        h11_max_incomplete_event_size=HEADER_BYTES,
+        h11_max_incomplete_event_size=HEAD_BYTES,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
 

@@ -14,6 +14,7 @@ from estimators.memory import OutOfMemory
 from estimators.rescoring import NonFiniteGradientError
 from index.errors import IndexCorrupt, IndexFault, IndexMismatch, IndexMissing
 from service.models import BadQuery
+from service.schemas import ProblemResponse
 
 
 class UnknownIndex(ValueError):  # noqa: N818 - named for what is wrong, as all of these
@@ -50,6 +51,10 @@ class Conflict(RuntimeError):  # noqa: N818
 
 class TooLarge(RuntimeError):  # noqa: N818
     """The body has more bytes than the service accepts."""
+
+
+class HeadTooLarge(RuntimeError):  # noqa: N818
+    """Address and headers have more bytes than the service accepts."""
 
 
 class TooSlow(RuntimeError):  # noqa: N818
@@ -122,6 +127,7 @@ PROBLEMS: dict[type[Exception], Problem] = {
     NonFiniteGradientError: Problem(status=422, title="The query's gradient is not finite"),
     Overloaded: Problem(status=429, title="Too many queries at once", retry_after=1),
     TooManyJobs: Problem(status=429, title="Too many jobs", retry_after=60),
+    HeadTooLarge: Problem(status=431, title="Address and headers are too large", closes=True),
     ClientGone: Problem(status=499, title="Client closed the connection"),
     IndexMismatch: Problem(status=503, title="The index does not fit the model"),
     IndexCorrupt: Problem(status=503, title="The index is damaged"),
@@ -138,6 +144,9 @@ SHOWN_ERRORS = 5
 
 LONGEST_NAME = 64
 """Characters of a field's name that an error repeats."""
+
+GUARDS = (400, 401, 403, 408, 413, 415, 421, 431)
+"""Statuses with which a request can be refused before it reaches its route."""
 
 UNEXPECTED = Problem(status=500, title="Internal error")
 INVALID = Problem(status=422, title="Invalid request")
@@ -161,6 +170,20 @@ def problem_document(path: str, error: Exception) -> dict[str, Any]:
 def problem_response(path: str, error: Exception) -> JSONResponse:
     """The response for an error, with the headers that belong to it."""
     return _response(path, *_describe(error))
+
+
+def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For a route's ``responses``: its problem documents, and those of the guards before it."""
+    schema = ProblemResponse.model_json_schema()
+    every = sorted({*statuses, *GUARDS})
+    return {
+        status: {
+            "description": "; or: ".join(titles) + ".",
+            "content": {"application/problem+json": {"schema": schema}},
+        }
+        for status in every
+        if (titles := [p.title for p in (*PROBLEMS.values(), INVALID) if p.status == status])
+    }
 
 
 def install(app: FastAPI) -> None:

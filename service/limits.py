@@ -7,12 +7,22 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import ClientGone, TooLarge, TooSlow, WrongContentType, problem_response
+from service.errors import (
+    ClientGone,
+    HeadTooLarge,
+    TooLarge,
+    TooSlow,
+    WrongContentType,
+    problem_response,
+)
 from service.settings import Settings
 
 JOBS_PATH = "/v1/jobs"
 
 BODY_METHODS = ("POST", "PUT", "PATCH")
+
+HEAD_BYTES = 2**14
+"""Largest head of a request: its address and its headers."""
 
 LINGER_SECONDS = 1.0
 """After a refusal, what still arrives is thrown away for so long: a client that is still sending
@@ -38,19 +48,22 @@ class Limits:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass an HTTP request on or refuse it."""
-        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
-        if not _has_body(headers):
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
         try:
-            _check_form(scope["method"], headers)
-            body = await self._read(scope["path"], headers, receive)
+            _check_head(scope)
+            if _has_body(headers):
+                _check_form(scope["method"], headers)
+                body = await self._read(scope["path"], headers, receive)
+                receive = _replay(body, receive)
         except ClientGone as error:
             await problem_response(scope["path"], error)(scope, receive, send)
-        except (TooLarge, TooSlow, WrongContentType) as error:
+        except (HeadTooLarge, TooLarge, TooSlow, WrongContentType) as error:
             await refuse(error, scope, receive, send)
         else:
-            await self._app(scope, _replay(body, receive), send)
+            await self._app(scope, receive, send)
 
     async def _read(self, path: str, headers: Headers, receive: Receive) -> bytes:
         """The whole body: it is at most the limit, and JSON is parsed whole anyway."""
@@ -98,6 +111,15 @@ async def refuse(error: Exception, scope: Scope, receive: Receive, send: Send) -
 
 def _has_body(headers: Headers) -> bool:
     return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+
+
+def _check_head(scope: Scope) -> None:
+    parts = [part for header in scope["headers"] for part in header]
+    size = sum(map(len, (*parts, scope.get("raw_path", b""), scope["query_string"])))
+    if size > HEAD_BYTES:
+        raise HeadTooLarge(
+            f"The request's address and headers have {size:,} bytes, of at most {HEAD_BYTES:,}."
+        )
 
 
 def _check_form(method: str, headers: Headers) -> None:

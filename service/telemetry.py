@@ -38,6 +38,9 @@ JobState = Literal["queued", "running", "finished", "cancelled"]
 UNMATCHED = "unmatched"
 """The route of a request that reached none: metrics must not have a label for every path."""
 
+PROBES = ("/livez", "/readyz")
+"""Asked every few seconds, so their lines are for level DEBUG only."""
+
 CLIENT_GONE = 499
 
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
@@ -244,12 +247,13 @@ class Watch:
         log.error("unexpected error", error=type(error).__name__, **message, frames=frames)
 
     def _ended(self, scope: Scope, response: "_Response") -> None:
-        route = getattr(scope.get("route"), "path", UNMATCHED)
+        route = _route(scope)
         status = response.status or CLIENT_GONE
         seconds = time.perf_counter() - response.begin
         self._telemetry.requests.labels(route, status).inc()
         self._telemetry.request_seconds.labels(route, status).observe(seconds)
-        log.info(
+        tell = log.debug if route in PROBES else log.info
+        tell(
             "request",
             method=scope["method"][:16],
             route=route,
@@ -281,6 +285,14 @@ class _Response:
             self.bytes += len(message.get("body", b""))
             self.complete = not message.get("more_body", False)
         await self._send(message)
+
+
+def _route(scope: Scope) -> str:
+    """The template of the route that was reached; of mounted applications their place."""
+    mounted = ""
+    if "app_root_path" in scope:
+        mounted = scope["root_path"].removeprefix(scope["app_root_path"])
+    return mounted + getattr(scope.get("route"), "path", "") or UNMATCHED
 
 
 def _request_id(scope: Scope) -> str:

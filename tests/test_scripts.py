@@ -3,12 +3,14 @@
 import importlib
 import io
 import json
+import logging
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 import typer
+from fastapi import FastAPI
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -103,13 +106,19 @@ def built(workspace: Workspace) -> Built:
 
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """``serve`` reads the environment and installs signal handlers; neither is to last."""
+    """``serve`` reads the environment, handles signals and logs as JSON; none of it is to last."""
     for name in list(os.environ):
         if name.startswith("ETYMON_"):
             monkeypatch.delenv(name)
     numbers = (signal.SIGINT, signal.SIGTERM)
     kept = [signal.getsignal(number) for number in numbers]
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for name in ("etymon", "uvicorn"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
     for number, handler in zip(numbers, kept, strict=True):
         signal.signal(number, handler)
 
@@ -300,7 +309,10 @@ def test_serve_and_query_from_start_to_sigterm(built: Built) -> None:
     assert process.returncode == 0
     assert rest == ""
     assert f"curl -s {url}/v1/query" in log
-    assert "POST /v1/query" in log
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    asked = [line for line in lines if line["event"] == "request"]
+    assert [line["status"] for line in asked if line["route"] == "/v1/query"] == [200, 404]
+    assert "The capital" not in "".join(map(json.dumps, lines))
     assert "Traceback" not in log
     check_answered(answered)
     assert "There is no index '[/red]'; this service has default." in sentence(refused)
@@ -337,15 +349,69 @@ def test_a_damaged_index_ends_serve_with_one_sentence(built: Built, tmp_path: Pa
     folder = tmp_path / "index"
     folder.mkdir()
     (folder / "manifest.json").write_text("{}")
-    result = invoke(
-        serve, "--model", built.workspace.model, "--index", f"default={folder}", "--port", 0
+    model, index = built.workspace.model, f"default={folder}"
+    ended = run_command("scripts.serve", "--model", model, "--index", index, "--port", 0)
+    assert "manifest.json was changed after it was written" in sentence(ended)
+
+
+def test_serve_listens_at_once_and_is_ready_when_all_is_loaded() -> None:
+    app, begin, ready = FastAPI(), threading.Event(), threading.Event()
+
+    @app.get("/livez")
+    def live() -> None:
+        pass
+
+    server = serve.Server(serve.configure(app), lambda: assert_waited(begin), ready.set)
+    listener = serve.listen("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    thread = threading.Thread(target=serve.serve, args=(server, listener))
+    thread.start()
+    assert httpx.get(f"{url}/livez", timeout=PATIENCE).status_code == 200
+    assert server.loading
+    assert not ready.is_set()
+    begin.set()
+    assert ready.wait(PATIENCE)
+    server.should_exit = True
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    assert not server.loading
+
+
+def assert_waited(event: threading.Event) -> None:
+    assert event.wait(PATIENCE)
+
+
+def test_sigterm_while_it_loads_ends_serve_at_once(built: Built) -> None:
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "scripts.serve", "--model", str(built.workspace.model)),
+            *("--index", f"default={built.workspace.index}", "--port", "0"),
+        ],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    assert "manifest.json was changed after it was written" in sentence(result)
+    try:
+        assert process.stderr is not None
+        while "startup complete" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        said, log = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert said == ""
+    assert "Traceback" not in log
 
 
-def test_flags_reach_the_service_which_is_loaded_before_it_listens(
-    built: Built, monkeypatch: pytest.MonkeyPatch
+def test_flags_reach_the_service(
+    built: Built, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("a-key-of-this-test\n")
+    keys.chmod(0o600)
     runs: list[tuple[serve.Server, Sequence[socket.socket]]] = []
 
     def run(server: serve.Server, sockets: Sequence[socket.socket]) -> None:
@@ -361,15 +427,19 @@ def test_flags_reach_the_service_which_is_loaded_before_it_listens(
         *("--model", built.workspace.model, "--port", 0),
         *("--index", f"default={built.workspace.index}", "--index", f"b={built.workspace.index}"),
         *("--token-budget", 512, "--max-in-flight", 3, "--dtype", "float32", "--device", "cpu"),
+        *("--keys-file", keys, "--host", "0.0.0.0", "--allowed-host", "a", "--allowed-host", "b"),
     )
     assert result.code == 0, result.stderr
     ((server, sockets),) = runs
     assert len(sockets) == 1
     engine = server.config.app.state.engine  # type: ignore[union-attr]
+    assert not engine.retrievers
+    engine.load()
     assert list(engine.retrievers) == ["default", "b"]
     chosen = engine.settings
     assert (chosen.token_budget, chosen.max_in_flight, chosen.max_k) == (512, 3, 7)
     assert (chosen.model, chosen.dtype) == (str(built.workspace.model), "float32")
+    assert (chosen.api_keys_file, chosen.allowed_hosts) == (keys, ("a", "b"))
 
 
 def test_a_taken_port_ends_serve_with_one_sentence(built: Built) -> None:
@@ -390,12 +460,18 @@ def test_a_taken_port_ends_serve_with_one_sentence(built: Built) -> None:
         (["--model", "m", "--index", "=folder"], "NAME=FOLDER"),
         (["--model", "m", "--index", "a=x", "--index", "a=y"], "'a' twice"),
         (["--model", "m", "--index", "a=x", "--token-budget", "0"], "ETYMON_TOKEN_BUDGET"),
-        (["--model", "/nowhere", "--index", "a=x"], "Cannot load a causal language model"),
+        (["--model", "m", "--index", "a=x", "--host", "0.0.0.0"], "--host 0.0.0.0 can be reached"),
+        (["--model", "m", "--index", "a=x", "--keys-file", "/nowhere"], "cannot be read"),
     ],
     ids=str,
 )
 def test_bad_settings_end_serve_with_one_sentence(arguments: list[str], says: str) -> None:
     assert says in sentence(invoke(serve, *arguments))
+
+
+def test_a_missing_model_ends_serve_with_one_sentence() -> None:
+    ended = run_command("scripts.serve", "--model", "/nowhere", "--index", "a=x", "--port", 0)
+    assert "Cannot load a causal language model" in sentence(ended)
 
 
 def test_settings_come_from_flags_then_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
