@@ -37,7 +37,7 @@ HOSTILE_TEXTS = (
     "{{7*7}} ${7*7} <%= 7*7 %> x-text=\"window.hacked = 5\" $el.innerHTML = 'x'",
     "javascript:window.hacked=6 [link](javascript:window.hacked=7) http://evil.example/x.png",
     "The capital \u202egnitrevni\u202c is \u200bhidden \x1b[31mred\x1b[0m \U000e0041\x00 end",
-    "=HYPERLINK(\"http://evil.example\",\"x\") and = + - @ within",
+    '=HYPERLINK("http://evil.example","x") and = + - @ within',
 )
 PLAIN_TEXTS = (
     "The capital of Afghanistan is Kabul.",
@@ -218,8 +218,12 @@ class CannedService:
             asked = QueryRequest.model_validate_json(await request.body())
             self.asked.append(await request.json())
             if asked.prompt == "refused":
-                problem = canned_problem(422, "The query cannot be measured", "It has <b>no</b> token.")
-                return JSONResponse(problem.model_dump(), 422, media_type="application/problem+json")
+                problem = canned_problem(
+                    422, "The query cannot be measured", "It has <b>no</b> token."
+                )
+                return JSONResponse(
+                    problem.model_dump(), 422, media_type="application/problem+json"
+                )
             return StreamingResponse(self._events(asked), media_type="text/event-stream")
 
         return app

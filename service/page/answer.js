@@ -67,7 +67,7 @@ export function measurementOf(measurement) {
     said: visible(term.completion),
     by: term.completed_by_model ? "the model's own completion" : "the completion given",
     how: probability(term.log_probability, term.completion_tokens),
-    against: term.against === null ? null : visible(term.against),
+    against: term.against === null ? null : visible(term.against).trimStart(),
     unsaid: term.against_log_probability === null ? "" : probability(term.against_log_probability),
   }));
   const contrast = terms.some((term) => term.against !== null);
@@ -76,7 +76,7 @@ export function measurementOf(measurement) {
 
 function probability(nats, tokens) {
   const over = tokens ? ` over ${counted(tokens, "token")}` : "";
-  return `log p = ${signed(nats)} nats${over} (probability ${number(Math.exp(nats))})`;
+  return `log p = ${signed(nats)} nats${over} (probability ${number(100 * Math.exp(nats))}%)`;
 }
 
 const STATUS = {
@@ -96,7 +96,7 @@ export function certificateOf(certificate, key, sided) {
     status,
     ...STATUS[status],
     sentence: certificate.sentence,
-    ...boundOf(certificate.recall_lower_bound, target),
+    ...boundOf(certificate.recall_lower_bound, target, type === "calibration"),
     confidence: percent(certificate.confidence),
     scope: certificate.scope,
     over: certificate.probability_over,
@@ -108,10 +108,14 @@ export function certificateOf(certificate, key, sided) {
   };
 }
 
-/** A recall bound as a bar; `bar` holds styles that are set one by one, as the page's policy asks. */
-export function boundOf(bound, target) {
+/**
+ * A recall bound as a bar; `bar` and `mark` hold styles that are set one by one, as the page's
+ * policy asks. `ofQueries`: it is about most queries of a kind and not about this answer.
+ */
+export function boundOf(bound, target, ofQueries = false) {
   const known = bound !== null;
-  const claim = known ? `Recall is at least ${percent(bound)}` : "No bound on recall";
+  const where = ofQueries ? " in most queries like it" : "";
+  const claim = known ? `Recall is at least ${percent(bound)}${where}` : "No bound on recall";
   return {
     bound: claim,
     target: `asked for: ${percent(target)}`,

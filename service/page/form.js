@@ -111,10 +111,16 @@ export function fromHash(hash) {
   for (const [name, value] of fields) {
     if (!Object.hasOwn(form, name) || name === "filters") continue;
     if (SWITCHES.includes(name)) form[name] = value === "1";
-    else if (!CHOICES[name] || CHOICES[name].includes(value)) form[name] = value;
+    else if (fits(name, value)) form[name] = value;
   }
   form.filters = fields.getAll("filter").map(readFilter).filter((row) => row !== null);
   return form;
+}
+
+function fits(name, value) {
+  if (CHOICES[name]) return CHOICES[name].includes(value);
+  if (name === "seed") return /^\d+$/.test(value);
+  return ![...NUMBERS, "deadline"].includes(name) || Number.isFinite(Number(value));
 }
 
 function readFilter(text) {

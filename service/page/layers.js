@@ -51,6 +51,7 @@ export function drawLayers(canvas, layers, sizes) {
         bar("raised", layers.map((l) => l.raised), "--raised"),
         bar("lowered", layers.map((l) => l.lowered), "--lowered"),
       ];
+  globalThis.Chart.defaults.font.family = getComputedStyle(document.body).fontFamily;
   chart = new globalThis.Chart(canvas, {
     type: "bar",
     data: { labels: layers.map((layer) => layer.short), datasets },
