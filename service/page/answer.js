@@ -1,0 +1,149 @@
+// What an answer says, made ready to show.
+
+import { count, counted, duration, number, percent, signed, valueText, visible } from "./format.js";
+import { strongest } from "./heatmap.js";
+
+const SIDES = {
+  proponents: ["Proponents", "raised it"],
+  opponents: ["Opponents", "lowered it"],
+};
+
+/** Results by direction, near-duplicates folded under the best of their cluster. */
+export function sidesOf(results) {
+  return Object.entries(SIDES)
+    .map(([direction, [title, what]]) => {
+      const rows = results.filter((result) => result.direction === direction);
+      return { direction, title, what, found: rows.length, groups: groupsOf(rows) };
+    })
+    .filter((side) => side.groups.length > 0);
+}
+
+function groupsOf(results) {
+  const clusters = new Map();
+  for (const result of results) {
+    const own = result.cluster === null || result.cluster === undefined;
+    const key = own ? `row ${result.row}` : `cluster ${result.cluster}`;
+    if (!clusters.has(key)) clusters.set(key, []);
+    clusters.get(key).push(cardOf(result));
+  }
+  return [...clusters.values()].map(([first, ...more]) => ({
+    key: first.key,
+    first,
+    more,
+    folded: counted(more.length, "near-duplicate"),
+  }));
+}
+
+function cardOf(result) {
+  return {
+    key: `${result.direction} ${result.row}`,
+    result,
+    rank: `${result.rank}`,
+    name: `Rank ${result.rank}`,
+    score: signed(result.score),
+    raised: result.score >= 0,
+    normalised: signed(result.normalised_score),
+    id: visible(result.id),
+    document: visible(result.document),
+    facts: [
+      ["id", visible(result.id)],
+      ["row", count(result.row)],
+      ["gradient norm", number(result.gradient_norm)],
+      ["estimate of the first stage", signed(result.proxy)],
+    ].map(([name, text]) => ({ name, text })),
+    metadata: Object.entries(result.metadata).map(([name, value]) => ({
+      name: visible(name),
+      text: valueText(value),
+    })),
+    strongest: strongest(result),
+  };
+}
+
+/** What was explained: each term in words, and the value when there is more than one part to it. */
+export function measurementOf(measurement) {
+  const terms = measurement.terms.map((term, key) => ({
+    key,
+    prompt: visible(term.prompt),
+    said: visible(term.completion),
+    by: term.completed_by_model ? "the model's own completion" : "the completion given",
+    how: probability(term.log_probability, term.completion_tokens),
+    against: term.against === null ? null : visible(term.against).trimStart(),
+    unsaid: term.against_log_probability === null ? "" : probability(term.against_log_probability),
+  }));
+  const contrast = terms.some((term) => term.against !== null);
+  return { terms, difference: contrast ? `${signed(measurement.value)} nats` : null };
+}
+
+function probability(nats, tokens) {
+  const over = tokens ? ` over ${counted(tokens, "token")}` : "";
+  return `log p = ${signed(nats)} nats${over} (probability ${number(100 * Math.exp(nats))}%)`;
+}
+
+const STATUS = {
+  certified: { icon: "\u2713", kind: "good" },
+  exhaustive: { icon: "\u2713", kind: "good" },
+  "not certified": { icon: "\u25cb", kind: "open" },
+  refused: { icon: "\u2715", kind: "bad" },
+};
+
+/** A certificate; `sided` if the answer has both directions. */
+export function certificateOf(certificate, key, sided) {
+  const { type, status, direction, observed, recall_target: target } = certificate;
+  return {
+    key,
+    title: `${type[0].toUpperCase()}${type.slice(1)} certificate`,
+    side: sided ? SIDES[direction][0].toLowerCase() : "",
+    status,
+    ...STATUS[status],
+    sentence: certificate.sentence,
+    ...boundOf(certificate.recall_lower_bound, target, type === "calibration"),
+    confidence: percent(certificate.confidence),
+    scope: certificate.scope,
+    over: certificate.probability_over,
+    assumptions: certificate.assumptions.length ? certificate.assumptions : ["nothing"],
+    observed: Object.entries(observed).map(([name, value]) => ({
+      name: name.replaceAll("_", " "),
+      text: typeof value === "number" ? number(value) : String(value),
+    })),
+  };
+}
+
+/**
+ * A recall bound as a bar; `bar` and `mark` hold styles that are set one by one, as the page's
+ * policy asks. `ofQueries`: it is about most queries of a kind and not about this answer.
+ */
+export function boundOf(bound, target, ofQueries = false) {
+  const known = bound !== null;
+  const where = ofQueries ? " in most queries like it" : "";
+  const claim = known ? `Recall is at least ${percent(bound)}${where}` : "No bound on recall";
+  return {
+    bound: claim,
+    target: `asked for: ${percent(target)}`,
+    spoken: `${claim}; asked for: ${percent(target)}`,
+    known,
+    bar: { width: known ? percent(bound) : "0%" },
+    mark: { left: percent(target) },
+  };
+}
+
+/** How the answer was found, in one sentence. */
+export function effortOf(answer) {
+  const seconds = Object.values(answer.seconds).reduce((sum, part) => sum + part, 0);
+  return (
+    `${count(answer.rescored_rows)} of ${counted(answer.rows, "row")} rescored and ` +
+    `${count(answer.sampled_rows)} sampled, in ${duration(seconds)}; index ` +
+    `\u201c${answer.index}\u201d, estimator ${answer.estimator}, ` +
+    `ranked by ${answer.ranking === "score" ? "score" : "normalised score"}, seed ${answer.seed}.`
+  );
+}
+
+/** Whole documents, most influential first. */
+export function documentsOf(answer) {
+  return answer.documents.map((document, key) => ({
+    key,
+    name: visible(document.document),
+    rows: count(document.rows),
+    found: count(document.found),
+    score: document.score === null ? "not scored" : signed(document.score),
+  }));
+}

@@ -1,0 +1,299 @@
+// The page: one Alpine component, whose state the markup shows.
+
+import { Alpine } from "./vendor/alpine-csp.js";
+import {
+  boundOf, certificateOf, documentsOf, effortOf, measurementOf, sidesOf,
+} from "./answer.js";
+import { save, toCsv } from "./download.js";
+import { count, counted, duration, visible } from "./format.js";
+import { emptyForm, fromHash, newFilter, toBody, toHash } from "./form.js";
+import { fillText } from "./heatmap.js";
+import { drawLayers, sumLayers } from "./layers.js";
+import { ask, fetchIndexes, parse, Problem } from "./stream.js";
+
+const STAGES = ["Gradient", "Candidates", "Rescoring"];
+const QUIET_MS = 5000; // between two things that a screen reader is told while rows are rescored
+const RETRY_MS = 5000;
+
+function noAnswer() {
+  return {
+    stage: 0,
+    line: "",
+    problem: null,
+    measurement: null,
+    found: {},
+    sides: [],
+    bounds: [],
+    certificates: [],
+    documents: [],
+    layers: [],
+    effort: "",
+    partial: false,
+    unit: "",
+  };
+}
+
+/** The answer as it came, kept out of the reactive state: it can be large. */
+let answerText = "";
+let controller = null;
+let spokenAt = 0;
+
+function page() {
+  return {
+    form: emptyForm(),
+    indexes: [],
+    indexProblem: "",
+    notice: "",
+    state: "idle", // idle, running, finished, cancelled, failed
+    shown: noAnswer(),
+    spoken: "",
+    sizes: false,
+    dark: false,
+
+    init() {
+      this.readLink();
+      addEventListener("hashchange", () => this.readLink());
+      addEventListener("keydown", (event) => this.onKey(event));
+      const scheme = matchMedia("(prefers-color-scheme: dark)");
+      this.dark = scheme.matches;
+      scheme.addEventListener("change", () => (this.dark = scheme.matches));
+      this.loadIndexes();
+    },
+
+    async loadIndexes() {
+      try {
+        this.indexes = (await fetchIndexes()).map((index) => ({
+          name: index.name,
+          label: `${visible(index.name)} (${counted(index.rows, "example")})`,
+        }));
+        this.indexProblem = "";
+        const names = this.indexes.map((index) => index.name);
+        if (this.form.index === "default" && !names.includes("default")) this.form.index = names[0];
+      } catch (error) {
+        this.indexProblem = `${error.title ?? "The indexes are unknown"}. ${error.message}`;
+        if (error.status === 503) setTimeout(() => this.loadIndexes(), RETRY_MS);
+      }
+    },
+
+    get indexChoices() {
+      const known = this.indexes.some((index) => index.name === this.form.index);
+      const own = { name: this.form.index, label: visible(this.form.index) };
+      return known ? this.indexes : [own, ...this.indexes];
+    },
+
+    // The link
+
+    readLink() {
+      if (location.hash === toHash(this.form)) return;
+      const form = fromHash(location.hash);
+      if (!form) return;
+      this.cancel();
+      this.form = form;
+      this.state = "idle";
+      this.shown = noAnswer();
+      this.notice = "Filled in from a link. Nothing was sent yet: look it over, then ask.";
+    },
+
+    async copyLink() {
+      history.replaceState(null, "", toHash(this.form));
+      try {
+        await navigator.clipboard.writeText(location.href);
+        this.notice = "Link copied. It holds everything you typed, and no server is sent it.";
+      } catch {
+        this.notice = "The link is in the address bar now; copy it from there.";
+      }
+    },
+
+    // Filters
+
+    addFilter() {
+      this.form.filters.push(newFilter());
+    },
+    removeFilter(number) {
+      this.form.filters = this.form.filters.filter((filter) => filter.number !== number);
+    },
+
+    // Asking
+
+    get running() {
+      return this.state === "running";
+    },
+
+    onKey(event) {
+      if (event.key === "Escape" && this.running) this.cancel();
+      if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+      event.preventDefault();
+      this.$refs.form.requestSubmit();
+    },
+
+    async submit() {
+      if (this.running) return;
+      controller = new AbortController();
+      const { signal } = controller;
+      this.state = "running";
+      this.notice = "";
+      this.shown = noAnswer();
+      answerText = "";
+      history.replaceState(null, "", toHash(this.form));
+      this.say("Differentiating what was said.");
+      try {
+        await ask(toBody(this.form), signal, (name, data, text) => {
+          if (!signal.aborted) this.onEvent(name, data, text);
+        });
+      } catch (error) {
+        if (!signal.aborted) this.fail(error);
+      }
+    },
+
+    onEvent(name, data, text) {
+      if (name === "gradient") this.onGradient(data);
+      else if (name === "candidates") this.onCandidates(data);
+      else if (name === "progress") this.onProgress(data);
+      else if (name === "result") this.onResult(data, text);
+    },
+
+    onGradient({ measurement }) {
+      this.shown.measurement = measurementOf(measurement);
+      this.shown.stage = 1;
+      this.say("Gradient ready. Estimating every training example.");
+    },
+
+    onCandidates({ rows, seconds }) {
+      this.shown.stage = 2;
+      this.say(`${counted(rows, "row")} estimated after ${duration(seconds)}. Rescoring the best.`);
+    },
+
+    onProgress(event) {
+      const { found } = this.shown;
+      this.shown.stage = 2;
+      found[event.direction] = event;
+      const sides = Object.values(found);
+      this.shown.sides = sidesOf(sides.flatMap((side) => side.results));
+      this.shown.bounds = sides.map((side) => ({
+        direction: sides.length > 1 ? side.direction : "",
+        ...boundOf(side.recall_lower_bound, Number(this.form.recall)),
+      }));
+      this.say(
+        `${counted(event.rescored_rows, "row")} rescored and ${count(event.sampled_rows)} ` +
+          `sampled so far, after ${duration(event.seconds)}.`,
+        performance.now() - spokenAt < QUIET_MS,
+      );
+    },
+
+    onResult(answer, text) {
+      answerText = text;
+      const sided = new Set(answer.certificates.map((c) => c.direction)).size > 1;
+      this.shown = {
+        ...noAnswer(),
+        stage: STAGES.length,
+        measurement: measurementOf(answer.measurement),
+        sides: sidesOf(answer.results),
+        certificates: answer.certificates.map((c, key) => certificateOf(c, key, sided)),
+        documents: documentsOf(answer),
+        layers: sumLayers(answer.results),
+        effort: effortOf(answer),
+        partial: answer.partial,
+        unit: answer.sign_and_unit,
+      };
+      const found = counted(answer.results.length, "training example");
+      this.say(answer.partial ? `Out of time: ${found} found so far.` : `Done: ${found} found.`);
+      this.finish("finished");
+    },
+
+    fail(error) {
+      if (!(error instanceof Problem)) console.error(error);
+      const title = error.title ?? "The page met an error of its own";
+      this.shown.problem = { title: visible(title), detail: visible(error.message) };
+      this.shown.line = "";
+      this.finish("failed");
+    },
+
+    cancel() {
+      if (!this.running) return;
+      controller.abort();
+      this.say("Cancelled.");
+      this.finish("cancelled");
+    },
+
+    finish(state) {
+      const onCancel = document.activeElement === this.$refs.cancel;
+      this.state = state;
+      if (onCancel) this.$refs.ask.focus();
+    },
+
+    say(line, silently = false) {
+      this.shown.line = line;
+      if (silently) return;
+      this.spoken = line;
+      spokenAt = performance.now();
+    },
+
+    // Showing
+
+    get steps() {
+      return STAGES.map((name, place) => {
+        const done = place < this.shown.stage;
+        const current = place === this.shown.stage && this.running;
+        return { name, state: done ? "done" : current ? "current" : "ahead", current };
+      });
+    },
+    get hasStarted() {
+      return this.state !== "idle";
+    },
+    get isFinished() {
+      return this.state === "finished";
+    },
+    get isProvisional() {
+      return this.shown.sides.length > 0 && !this.isFinished;
+    },
+    get nothingFound() {
+      return this.isFinished && this.shown.sides.length === 0;
+    },
+    get hasTokens() {
+      return this.shown.sides.some((side) => side.groups.some((g) => g.first.result.tokens));
+    },
+    fill(element, result) {
+      fillText(element, Alpine.raw(result));
+    },
+    draw(canvas) {
+      // `dark` is read so that the chart is drawn anew, in the other colours, when it changes.
+      if (this.dark !== null) drawLayers(canvas, Alpine.raw(this.shown.layers), this.sizes);
+    },
+
+    downloadJson() {
+      save("etymon-answer.json", "application/json", answerText);
+    },
+    downloadCsv() {
+      save("etymon-answer.csv", "text/csv", toCsv(parse(answerText).results));
+    },
+  };
+}
+
+/** A text that is cut after some lines until it is asked for in full. */
+function clamped() {
+  return {
+    open: false,
+    long: false,
+    watch(element) {
+      new ResizeObserver(() => {
+        if (!this.open) this.long = element.scrollHeight > element.clientHeight + 4;
+      }).observe(element);
+    },
+    toggle() {
+      this.open = !this.open;
+    },
+    get label() {
+      return this.open ? "Show less" : "Show all";
+    },
+    get cut() {
+      return !this.open;
+    },
+    get fades() {
+      return this.long && !this.open;
+    },
+  };
+}
+
+Alpine.data("page", page);
+Alpine.data("clamped", clamped);
+Alpine.start();
