@@ -12,9 +12,10 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.concurrency import run_in_threadpool
 
 from estimators.registry import ESTIMATORS, estimator_class
-from service import errors
+from service import access, errors, limits
 from service.engine import Engine
 from service.openapi import describe
+from service.pages import install_page
 from service.retrieval import Retriever
 from service.schemas import (
     EstimatorSchema,
@@ -30,18 +31,26 @@ from service.schemas import (
     SketchSchema,
 )
 from service.settings import Settings
+from service.telemetry import Telemetry
 
 KEEPALIVE_SECONDS = 10.0
 """After so long without an event a stream sends a comment, so that nobody thinks it dead."""
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The service; model and indexes are loaded when it starts up, unless they already are."""
-    engine = Engine(settings)
+def create_app(settings: Settings, *, load: bool = True) -> FastAPI:
+    """The service.
+
+    Args:
+        settings: of the service.
+        load: load model and indexes when it starts up, unless they already are; otherwise whoever
+            serves it calls ``app.state.engine.load()``.
+    """
+    telemetry = Telemetry(settings)
+    engine = Engine(settings, telemetry)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        if not engine.retrievers:
+        if load and not engine.retrievers:
             await run_in_threadpool(engine.load)
         watching = asyncio.create_task(engine.watch_indexes())
         try:
@@ -58,12 +67,19 @@ def create_app(settings: Settings) -> FastAPI:
         "that none was missed.",
         version="1",
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.engine = engine
     errors.install(app)
     _add_query_routes(app)
     _add_reading_routes(app)
+    telemetry.add_metrics_route(app)
+    install_page(app)
     describe(app)
+    limits.install(app, settings)
+    access.install(app, settings)
+    telemetry.install(app)
     return app
 
 

@@ -3,9 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
@@ -14,7 +14,15 @@ from index.current import current_folder
 from index.manifest import FILE_NAME as MANIFEST
 from service.answer import Answer
 from service.batching import Batcher, Ticket
-from service.errors import ClientGone, NotReady, Overloaded, UnknownEstimator, UnknownIndex
+from service.errors import (
+    ClientGone,
+    DeadlinePassed,
+    NotReady,
+    Overloaded,
+    ShuttingDown,
+    UnknownEstimator,
+    UnknownIndex,
+)
 from service.models import BadQuery, LoadedModel, load_model
 from service.opening import open_index
 from service.retrieval import Retriever
@@ -30,9 +38,18 @@ from service.schemas import (
     Schema,
 )
 from service.settings import Settings
+from service.telemetry import Refusal, Telemetry
 
 POLL_SECONDS = 0.1
 """So often it is looked whether a client has hung up."""
+
+REFUSALS: dict[type[Exception], Refusal] = {
+    Overloaded: "overloaded",
+    DeadlinePassed: "deadline",
+    ShuttingDown: "shutting down",
+    NotReady: "not ready",
+    ClientGone: "client gone",
+}
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +63,15 @@ class Engine:
     background jobs give way to them and are not counted.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, telemetry: Telemetry) -> None:
         self.settings = settings
+        self.telemetry = telemetry
         self.retrievers: dict[str, Retriever] = {}
         self.in_flight = 0
         self.batcher = Batcher(settings.max_together)
         self._loaded: LoadedModel | None = None
         self._stamps: dict[str, Stamp] = {}
+        telemetry.watch_queries(lambda: self.in_flight, lambda: self.batcher.waiting)
 
     def load(self) -> None:
         """Load the model and every index.
@@ -142,12 +161,15 @@ class Engine:
             client_gone: whether its client has hung up, asked now and then; its query is dropped.
             background: wait for spare capacity, however long, and give way to others.
         """
-        ticket = self._submit(request, background=background)
-        try:
-            answer = await _wait(ticket.outcome, client_gone)
-        finally:
-            self._leave(ticket)
-        return QueryResponse.from_answer(answer, request)
+        with self._counted():
+            ticket = self._submit(request, background=background)
+            try:
+                answer = await _wait(ticket.outcome, client_gone)
+            finally:
+                self._leave(ticket)
+        response = QueryResponse.from_answer(answer, request)
+        self.telemetry.observe_answer(response)
+        return response
 
     def stream(self, request: QueryRequest) -> AsyncIterator[tuple[str, Schema]]:
         """Answer a query with news on the way: event names and their data, the answer last.
@@ -165,7 +187,8 @@ class Engine:
         def watch(name: str, run: Run) -> None:
             tell((name, _event(name, run, time.monotonic() - start)))
 
-        ticket = self._submit(request, watch=watch)
+        with self._counted():
+            ticket = self._submit(request, watch=watch)
         ticket.outcome.add_done_callback(lambda _: tell(None))
         return self._news(ticket, news, request)
 
@@ -178,9 +201,22 @@ class Engine:
         try:
             while (item := await news.get()) is not None:
                 yield item
-            yield "result", QueryResponse.from_answer(ticket.outcome.result(), request)
+            with self._counted():
+                answer = ticket.outcome.result()
+            response = QueryResponse.from_answer(answer, request)
+            self.telemetry.observe_answer(response)
+            yield "result", response
         finally:
             self._leave(ticket)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count what was not computed, by its reason."""
+        try:
+            yield
+        except tuple(REFUSALS) as error:
+            self.telemetry.refused(REFUSALS[type(error)])
+            raise
 
     def _submit(
         self,

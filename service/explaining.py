@@ -54,6 +54,6 @@ def cluster(results: Sequence[Result], tokens: Sequence[Sequence[int]]) -> list[
     sizes = np.diag(shared)
     either = sizes[:, None] + sizes[None, :] - shared
     near = shared >= LEAST_OVERLAP * np.maximum(either, 1)
-    _, labels = csgraph.connected_components(sparse.csr_matrix(near), directed=False)
+    _, labels = csgraph.connected_components(near, directed=False)
     order: dict[int, int] = {}
     return [order.setdefault(int(label), len(order)) for label in labels]

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -83,7 +82,7 @@ class Run:
     def steps(self) -> Steps[Answer]:
         """Search, certify, explain."""
         query = self.query
-        sides = BOTH if query.direction == "both" else (cast(Side, query.direction),)
+        sides = BOTH if query.direction == "both" else (query.direction,)
         certificates: list[tuple[Side, Certificate]] = []
         results: list[Result] = []
         for side in sides:
@@ -166,7 +165,8 @@ class Run:
             self._exact[done] = scores
             self._scored[done] = True
         known: Bool[np.ndarray, row] = self._scored[rows]
-        return self._exact[rows[: len(rows) if known.all() else int(np.argmin(known))]]
+        exact: Float[np.ndarray, row] = self._exact[rows]
+        return exact if known.all() else exact[: int(np.argmin(known))]
 
     def _documents(self, results: list[Result]) -> Steps[list[DocumentScore]]:
         found = Counter(result.document for result in results)

@@ -47,14 +47,15 @@ class GradientScorer:
         sequences = [Sequence1D(tokens=self._examples.tokens(int(row))) for row in union]
         for positions in plan_batches([len(s.tokens) for s in sequences], self._token_budget):
             asking = np.flatnonzero(table[:, positions].any(1))
+            places_in_table = np.ix_(asking, np.array(positions))
             found = score_batch_where_wanted(
                 self._loaded.model,
                 self._loaded.coverage.layers,
-                [wanted[number][0] for number in asking],
-                torch.from_numpy(table[np.ix_(asking, positions)]),
+                [wanted[number][0] for number in asking.tolist()],
+                torch.from_numpy(table[places_in_table]),
                 collate([sequences[p] for p in positions]).to(self._loaded.device),
             )
-            scores[np.ix_(asking, positions)] = found.double().cpu().numpy()
+            scores[places_in_table] = found.double().cpu().numpy()
         scores[~np.isfinite(scores)] = np.nan
         return [scores[number, place] for number, place in enumerate(places)]
 
