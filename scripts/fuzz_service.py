@@ -101,7 +101,7 @@ def fuzz(openapi: Path, url: str, key: str | None, examples: int, seed: int) -> 
             *("--generation-database", "none", "--suppress-health-check", "all"),
             *("--report", "json", "--report-json-path", str(report)),
         ]
-        done = subprocess.run(command, cwd=folder, stdout=sys.stderr.fileno(), check=False)
+        done = subprocess.run(command, cwd=folder, stdout=2, check=False)
         if done.returncode not in ENDED or not report.is_file():
             raise RuntimeError(
                 f"schemathesis ended with status {done.returncode}; what it said is above. It must "

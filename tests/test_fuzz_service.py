@@ -54,14 +54,12 @@ def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(fuzz_service.app, [*arguments, "--examples", "5"])
 
 
-def test_a_service_that_keeps_its_word_passes(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_service_that_keeps_its_word_passes(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text(f"# one\n{KEY}\n")
     keys.chmod(0o600)
     app = small(broken=False, api_keys=(KEY,))
-    with capfd.disabled(), described_and_served(app, tmp_path) as arguments:
+    with described_and_served(app, tmp_path) as arguments:
         ended = invoke(*arguments, "--keys-file", str(keys))
     counts = json.loads(ended.stdout)
     assert ended.exit_code == 0, counts
@@ -70,11 +68,9 @@ def test_a_service_that_keeps_its_word_passes(
     assert (counts["server_errors"], counts["undocumented"], counts["errors"]) == (0, 0, 0)
 
 
-def test_an_error_of_the_service_is_found(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_of_the_service_is_found(tmp_path: Path) -> None:
     app = small(broken=True)
-    with capfd.disabled(), described_and_served(app, tmp_path) as arguments:
+    with described_and_served(app, tmp_path) as arguments:
         ended = invoke(*arguments)
     counts = json.loads(ended.stdout)
     assert ended.exit_code == 1
@@ -92,11 +88,8 @@ def test_an_error_of_the_service_is_found(
     ],
     ids=["file", "service", "description"],
 )
-def test_what_cannot_be_fuzzed_is_one_sentence(
-    arguments: list[str], says: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with capfd.disabled():
-        ended = invoke(*arguments)
+def test_what_cannot_be_fuzzed_is_one_sentence(arguments: list[str], says: str) -> None:
+    ended = invoke(*arguments)
     assert ended.exit_code == 1
     assert ended.stdout == ""
     assert says in " ".join(ended.stderr.split())
