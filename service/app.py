@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.responses import StreamingResponse
@@ -24,7 +24,6 @@ from service.schemas import (
     HealthResponse,
     IndexesResponse,
     IndexResponse,
-    ProblemResponse,
     QueryRequest,
     QueryResponse,
     Schema,
@@ -92,7 +91,7 @@ TheEngine = Annotated[Engine, Depends(_engine)]
 
 
 def _add_query_routes(app: FastAPI) -> None:
-    @app.post("/v1/query", responses=_problems(*ASKING))
+    @app.post("/v1/query", responses=errors.described(*ASKING))
     async def query(body: QueryRequest, request: Request, engine: TheEngine) -> QueryResponse:
         """Find the training examples that most raised log p(completion | prompt)."""
         return await engine.answer(body, client_gone=request.is_disconnected)
@@ -102,7 +101,7 @@ def _add_query_routes(app: FastAPI) -> None:
         response_class=StreamingResponse,
         responses={
             200: {"description": STREAM, "content": {"text/event-stream": {}}},
-            **_problems(*ASKING),
+            **errors.described(*ASKING),
         },
     )
     async def stream(body: QueryRequest, request: Request, engine: TheEngine) -> StreamingResponse:
@@ -115,30 +114,11 @@ def _add_query_routes(app: FastAPI) -> None:
         )
 
 
-PROBLEMS = {
-    400: "The body is not JSON.",
-    401: "No key, or a wrong one.",
-    403: "A page of another site asked.",
-    404: "No such index, estimator, example or job.",
-    408: "The body came too slowly.",
-    409: "The request contradicts an earlier one.",
-    413: "The body is too large.",
-    415: "The body is not called JSON, or is compressed.",
-    421: "The request names a host that this service is not.",
-    422: "The request is invalid or cannot be measured.",
-    429: "Too many queries or jobs; Retry-After says when to ask again.",
-    503: "Not ready, shutting down, late, or the index cannot be used.",
-}
-ASKING = (400, 401, 403, 404, 408, 413, 415, 421, 422, 429, 503)
-READING = (401, 421, 503)
+ASKING = (404, 422, 429, 503)
 STREAM = (
     "Events: gradient (GradientEvent), candidates (CandidatesEvent), progress (ProgressEvent, "
     "again and again), then either result (QueryResponse) or error (a problem document)."
 )
-
-
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {s: {"model": ProblemResponse, "description": PROBLEMS[s]} for s in statuses}
 
 
 async def _as_events(news: AsyncIterator[tuple[str, Schema]], path: str) -> AsyncIterator[bytes]:
@@ -167,7 +147,7 @@ async def _as_events(news: AsyncIterator[tuple[str, Schema]], path: str) -> Asyn
 
 
 def _add_reading_routes(app: FastAPI) -> None:
-    @app.get("/v1/index", responses=_problems(*READING))
+    @app.get("/v1/index", responses=errors.described(503))
     async def indexes(engine: TheEngine) -> IndexesResponse:
         """What is served: models, estimators, attributed share, skipped modules, corpora."""
         _check_ready(engine)
@@ -175,7 +155,7 @@ def _add_reading_routes(app: FastAPI) -> None:
             indexes=[_describe(name, r) for name, r in engine.retrievers.items()]
         )
 
-    @app.get("/v1/estimators", responses=_problems(*READING))
+    @app.get("/v1/estimators", responses=errors.described(503))
     async def estimators(engine: TheEngine) -> EstimatorsResponse:
         """Ways of estimating influence, and which indexes were built for each."""
         _check_ready(engine)
@@ -191,7 +171,7 @@ def _add_reading_routes(app: FastAPI) -> None:
             ]
         )
 
-    @app.get("/v1/examples/{example_id:path}", responses=_problems(404, 422, *READING))
+    @app.get("/v1/examples/{example_id:path}", responses=errors.described(404, 422, 503))
     async def example(
         example_id: str,
         engine: TheEngine,
@@ -215,7 +195,7 @@ def _add_reading_routes(app: FastAPI) -> None:
         """The process answers."""
         return HealthResponse(status="ok")
 
-    @app.get("/readyz", responses=_problems(503))
+    @app.get("/readyz", responses=errors.described(503))
     async def ready(engine: TheEngine) -> HealthResponse:
         """Model and indexes are loaded."""
         _check_ready(engine)
