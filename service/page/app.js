@@ -246,6 +246,10 @@ function page() {
     get isProvisional() {
       return this.shown.sides.length > 0 && !this.isFinished;
     },
+    get provisional() {
+      if (this.running) return "Best so far; ranks may still change.";
+      return "Best found until then; the search had not ended.";
+    },
     get nothingFound() {
       return this.isFinished && this.shown.sides.length === 0;
     },
