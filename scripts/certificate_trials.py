@@ -12,8 +12,9 @@ from index.certificates.audit import AuditSample, certify_audit, count_above, dr
 from index.certificates.calibration import effort_needed, tolerance_limit
 from index.certificates.statement import Certificate, allowed_misses
 from scripts.certificate_data import NOISE_QUERIES, Estimates, Redraws
+from service.proxies import Proxies, RankedProxies
 from service.query import Query, Until
-from service.search import Clock, Proxies, RankedProxies, Search
+from service.search import Clock, Search
 
 CONFIDENCE, RECALL, SHARE = 0.95, 0.9, 0.95
 ALARM = 1e-3

@@ -14,21 +14,19 @@ from starlette.concurrency import run_in_threadpool
 from estimators.registry import ESTIMATORS, estimator_class
 from service import access, errors, limits
 from service.engine import Engine
-from service.openapi import describe
-from service.pages import install_page
-from service.retrieval import Retriever
-from service.schemas import (
+from service.index_schemas import (
     EstimatorSchema,
     EstimatorsResponse,
     ExampleResponse,
     HealthResponse,
     IndexesResponse,
     IndexResponse,
-    QueryRequest,
-    QueryResponse,
-    Schema,
     SketchSchema,
 )
+from service.openapi import describe
+from service.pages import install_page
+from service.retrieval import Retriever
+from service.schemas import QueryRequest, QueryResponse, Schema
 from service.settings import Settings
 from service.telemetry import Telemetry
 

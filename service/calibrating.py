@@ -14,9 +14,9 @@ from service.calibration import DEEPEST, FILE_NAME, RANKINGS, CalibrationRecord,
 from service.exhaustive import exact_scores
 from service.models import BadQuery
 from service.opening import OpenIndex
+from service.proxies import CALIBRATION_SLACK, Proxies
 from service.query import Ranking
 from service.retrieval import Retriever
-from service.search import CALIBRATION_SLACK, Proxies
 
 
 def calibrate_index(

@@ -13,8 +13,8 @@ from index.errors import IndexCorrupt
 from index.files import read_sealed, sha256_of
 from index.manifest import FILE_NAME as MANIFEST
 from index.manifest import Record
+from service.proxies import Proxies
 from service.query import Query, Ranking
-from service.search import Proxies
 
 FILE_NAME = "calibration.json"
 DEEPEST = 500

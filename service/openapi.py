@@ -11,15 +11,12 @@ EVENTS = (GradientEvent, CandidatesEvent, ProgressEvent)
 
 
 def describe(app: FastAPI) -> None:
-    """Have ``app`` say that errors are problem documents, and what the events of streams hold."""
+    """Have ``app`` say what the events of its streams hold, which no route returns."""
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = plain()
-            for path in document["paths"].values():
-                for operation in path.values():
-                    _name_problems(operation)
             _, events = models_json_schema(
                 [(model, "serialization") for model in EVENTS],
                 ref_template="#/components/schemas/{model}",
@@ -31,10 +28,3 @@ def describe(app: FastAPI) -> None:
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _name_problems(operation: dict[str, Any]) -> None:
-    for status, response in operation["responses"].items():
-        content = response.get("content", {})
-        if int(status) >= 400 and "application/json" in content:
-            response["content"] = {"application/problem+json": content["application/json"]}

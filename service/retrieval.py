@@ -28,10 +28,11 @@ from index.vectors import LAWFUL, LOW_RANK
 from service.answer import Answer, MeasuredTerm
 from service.models import BadQuery
 from service.opening import OpenIndex
+from service.proxies import Proxies
 from service.query import Query, Ranking, Term
 from service.run import Run
 from service.scoring import GradientScorer
-from service.search import Clock, Proxies
+from service.search import Clock
 
 
 class Retriever:

@@ -12,9 +12,10 @@ from index.certificates.statement import Certificate
 from service.answer import Answer, DocumentScore, MeasuredTerm, Result
 from service.explaining import cluster, token_texts
 from service.opening import OpenIndex
+from service.proxies import Proxies
 from service.query import Query, Side
 from service.scoring import GradientScorer
-from service.search import Clock, Proxies, Search, Steps
+from service.search import Clock, Search, Steps
 
 BOTH: tuple[Side, ...] = ("proponents", "opponents")
 

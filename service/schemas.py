@@ -6,13 +6,6 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from index.certificates.statement import Certificate
-from index.manifest import (
-    DataRecord,
-    EstimatorRecord,
-    FailedRow,
-    ModelRecord,
-    NoiseRecord,
-)
 from service.answer import Answer, MeasuredTerm, Result
 from service.query import Condition, Query, Side, Term
 
@@ -377,67 +370,6 @@ class JobResultsResponse(Schema):
     next: int | None = Field(description="The ``start`` of the next page; null at the end.")
 
 
-class SketchSchema(Schema):
-    """How training gradients were sketched.
-
-    The seed is kept back: certificates hold for queries that do not depend on it. ``components``:
-    of each layer, in low-rank codes; empty for other kinds.
-    """
-
-    dimensions: int
-    rank: int
-    entries: int
-    components: list[int]
-    noise: NoiseRecord
-
-
-class IndexResponse(Schema):
-    """What an index is made of."""
-
-    name: str
-    model: ModelRecord
-    estimator: EstimatorRecord
-    sketch: SketchSchema
-    codes: str
-    bytes_per_row: int
-    corpora: list[DataRecord] = Field(description="In order of appending.")
-    rows: int = Field(description="That count; deleted ones do not.")
-    deleted_rows: int
-    failed_rows: list[FailedRow]
-    sign_and_unit: str = SIGN_AND_UNIT
-
-
-class IndexesResponse(Schema):
-    """All indexes that are served."""
-
-    indexes: list[IndexResponse]
-
-
-class EstimatorSchema(Schema):
-    """One way of estimating influence."""
-
-    name: str
-    summary: str
-    indexes: list[str] = Field(description="Served indexes that were built for it.")
-
-
-class EstimatorsResponse(Schema):
-    """All estimators that this version has."""
-
-    estimators: list[EstimatorSchema]
-
-
-class ExampleResponse(Schema):
-    """One training example."""
-
-    id: str
-    row: int
-    document: str
-    text: str
-    tokens: int
-    metadata: dict[str, Any]
-
-
 class ProblemResponse(Schema):
     """A problem document (RFC 9457)."""
 
@@ -446,9 +378,3 @@ class ProblemResponse(Schema):
     status: int
     detail: str
     instance: str
-
-
-class HealthResponse(Schema):
-    """Alive, or ready."""
-
-    status: Literal["ok"]

@@ -7,7 +7,7 @@ import pytest
 
 from scripts.audit_recall import summarise
 from scripts.audit_report import residuals, rows_needed, write_report
-from service.search import Proxies
+from service.proxies import Proxies
 from tests.test_evaluation import answer
 
 

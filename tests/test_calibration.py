@@ -23,9 +23,10 @@ from service.calibrating import calibrate_index
 from service.calibration import FILE_NAME, find_calibration
 from service.models import BadQuery
 from service.opening import open_index
+from service.proxies import Proxies, RankedProxies
 from service.query import Query
 from service.retrieval import Retriever
-from service.search import Clock, Proxies, RankedProxies, Search
+from service.search import Clock, Search
 from tests.index_fixtures import sentences
 from tests.test_certificates import most_alarms
 

@@ -33,8 +33,9 @@ from index.certificates.sketch import (
 )
 from index.certificates.statement import allowed_misses
 from scripts.certificate_trials import Known
+from service.proxies import Proxies
 from service.query import Query
-from service.search import Clock, Proxies, Search
+from service.search import Clock, Search
 
 FAIR = CalibrationCheck(rows=64, mean_square=1.0, limit=1.6)
 

@@ -180,7 +180,7 @@ def service(workspace: Workspace) -> Iterator[Client]:
 
 def test_every_route_but_the_probes_asks_for_a_key(service: Client) -> None:
     paths = {getattr(route, "path", "") for route in service.app.routes}
-    assert {"/v1/query", "/metrics", "/openapi.json", "/docs"} <= paths
+    assert {"/v1/query", "/metrics", "/openapi.json"} <= paths
     for path in sorted(paths | {"/", "/nowhere", "/v1/examples/x", "/page/app.js"}):
         for method in ("GET", "POST", "DELETE"):
             response = service.request(method, path)
