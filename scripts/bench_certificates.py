@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,10 +10,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from jaxtyping import Bool, Float
 from rich.table import Table
 
 from estimators.sketch import SketchPlan
 from estimators.tokens import TokenBatch, collate, plan_batches
+from index.certificates.calibration import SHARE
 from scripts.benchmark_record import write_record
 from scripts.certificate_data import NOISE_QUERIES, TOKEN_BUDGET, Estimates, Ground, Redraws
 from scripts.certificate_trials import (
@@ -164,7 +167,7 @@ def _audit_row(redraws: Redraws, rows: np.ndarray, change: Change, k: int) -> di
 def calibrations(ground: Ground, identity: Redraws) -> list[dict[str, Any]]:
     """Coverage of the calibration: draws of calibration queries, from the kind asked and another.
 
-    The kinds of the last are queries with short and with long answers.
+    The other kinds are queries with short and with long answers.
     """
     everything = np.ones(ground.rows, dtype=bool)
     few = np.zeros(ground.rows, dtype=bool)
@@ -180,6 +183,12 @@ def calibrations(ground: Ground, identity: Redraws) -> list[dict[str, Any]]:
     cases = [
         ("EK-FAC, one-bit codes", ground.estimates("one-bit", 16384), cosines, everything),
         ("EK-FAC, one-bit codes", ground.estimates("one-bit", 16384), cosines, few),
+        (
+            "EK-FAC, one-bit codes, 15 % of proxies shuffled",
+            shuffled_estimates(ground.estimates("one-bit", 16384)),
+            cosines,
+            everything,
+        ),
         ("EK-FAC, low-rank codes", ground.estimates("low-rank", 16384), cosines, everything),
         ("EK-FAC, BM25 as the proposer", ground.bm25(), cosines, everything),
         (
@@ -198,14 +207,37 @@ def calibrations(ground: Ground, identity: Redraws) -> list[dict[str, Any]]:
             label = f"{name}, {int(rows.sum()):,} rows, k = {k}"
             found.append({"part": "coverage", "configuration": label, **row})
             if name == "EK-FAC, one-bit codes" and rows.all():
-                shifted = calibration_coverage(needed[~long], needed[long], SPLITS, CALIBRATING)
-                found.append(
-                    {
-                        "part": "coverage",
-                        "configuration": f"{label}, calibrated with short answers, asked long ones",
-                        **shifted,
-                    }
-                )
+                found += _shifted(needed, long, label)
+    return found
+
+
+def shuffled_estimates(estimates: Estimates) -> Estimates:
+    """The same with 15 % of every query's values permuted among themselves."""
+    cosines = estimates.cosines.copy()
+    for number, values in enumerate(cosines):
+        generator = np.random.default_rng([number, 6])
+        chosen = generator.permutation(len(values))[: len(values) * 15 // 100]
+        values[chosen] = values[generator.permutation(chosen)]
+    return replace(estimates, cosines=cosines)
+
+
+def _shifted(
+    needed: Float[np.ndarray, "query"], long: Bool[np.ndarray, "query"], label: str
+) -> list[dict[str, Any]]:
+    """The calibration asked of another kind of query; it fails where that kind needs more."""
+    found = []
+    for kind, other, told in ((~long, long, "short"), (long, ~long, "long")):
+        row = calibration_coverage(needed[kind], needed[other], SPLITS, CALIBRATING)
+        harder = bool(np.quantile(needed[other], SHARE) > np.quantile(needed[kind], SHARE))
+        asked = "long" if told == "short" else "short"
+        found.append(
+            {
+                "part": "coverage",
+                "configuration": f"{label}, calibrated with {told} answers, asked {asked} ones",
+                **row,
+                **({"expected_to_fail": True} if harder else {}),
+            }
+        )
     return found
 
 
