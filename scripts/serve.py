@@ -28,6 +28,8 @@ from service.telemetry import log_config
 
 GRACE_SECONDS = 8
 """How long a query under way may take to finish after SIGTERM; docker kills after 10 seconds."""
+DRAIN_SECONDS = 5.0
+"""What is under way then answers with what it has found within so long."""
 
 HEADER_SECONDS = 10.0
 """A connection that has not sent the whole head of a request by then is closed."""
@@ -112,7 +114,12 @@ def main(
     url = _address(host, listener.getsockname()[1])
     _tell(f"loading {settings.model} and {', '.join(map(str, settings.indexes.values()))}")
     serve(
-        Server(configure(service), service.state.engine.load, lambda: _announce(url, settings)),
+        Server(
+            configure(service),
+            load=service.state.engine.load,
+            when_ready=lambda: _announce(url, settings),
+            drain=lambda: service.state.engine.close(DRAIN_SECONDS),
+        ),
         listener,
     )
 
@@ -156,6 +163,7 @@ class Server(uvicorn.Server):
         config: of uvicorn.
         load: loads what is served; called in a thread once the sockets are served.
         when_ready: called in the same thread afterwards.
+        drain: called when it is told to end, before what is under way is waited for.
 
     Attributes:
         loading: whether ``load`` is under way.
@@ -163,19 +171,30 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, load: Callable[[], None], when_ready: Callable[[], None]
+        self,
+        config: uvicorn.Config,
+        *,
+        load: Callable[[], None],
+        when_ready: Callable[[], None],
+        drain: Callable[[], None],
     ) -> None:
         super().__init__(config)
         self.loading = False
         self.failure: Exception | None = None
         self._load = load
         self._when_ready = when_ready
+        self._drain = drain
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start serving ``sockets``."""
         await super().startup(sockets=sockets)
         self.loading = True
         threading.Thread(target=self._prepare, daemon=True).start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse what waits, have what is under way answer with what it has, then end."""
+        self._drain()
+        await super().shutdown(sockets=sockets)
 
     def _prepare(self) -> None:
         try:

@@ -126,6 +126,7 @@ class Batcher:
         self._members: list[_Member] = []
         self._changed = threading.Condition()
         self._closed = False
+        self._due = math.inf
         self._seconds_per_row = 0.0
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
@@ -159,9 +160,7 @@ class Batcher:
             refused = [*self._waiting, *self._background]
             self._waiting.clear()
             self._background.clear()
-            for member in self._members:
-                due = time.monotonic() + seconds
-                member.ticket.deadline = min(member.ticket.deadline, due)
+            self._due = time.monotonic() + seconds
             self._changed.notify()
         for ticket in refused:
             ticket.fail(ShuttingDown("The service is shutting down; ask again in a moment."))
@@ -236,7 +235,7 @@ class Batcher:
         for member in self._members:
             if member.ticket.outcome.cancelled():
                 member.wanted = None
-            elif member.wanted is not None and member.ticket.deadline <= soon:
+            elif member.wanted is not None and min(member.ticket.deadline, self._due) <= soon:
                 member.end()
         self._members = [member for member in self._members if member.wanted is not None]
 

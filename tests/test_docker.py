@@ -190,17 +190,17 @@ def test_images_run_commands_that_exist(target: str) -> None:
     check_command(words[2], words[3:])
 
 
-def test_the_health_check_asks_whether_the_service_is_alive() -> None:
+def test_the_health_check_asks_whether_the_service_is_ready() -> None:
     value = last("service", "HEALTHCHECK")
     python, dash, code = json.loads(value[value.index("CMD ") + 4 :])
     assert (python, dash) == ("python", "-c")
     compile(code, "HEALTHCHECK", "exec")
     words = json.loads(last("service", "ENTRYPOINT"))
     port = check_command(words[2], words[3:])["port"]
-    assert f"http://127.0.0.1:{port}/livez" in code
+    assert f"http://127.0.0.1:{port}/readyz" in code
     assert last("service", "EXPOSE") == str(port)
     app = create_app(Settings(model="m", indexes={"default": Path("i")}))
-    assert "/livez" in app.openapi()["paths"]
+    assert "/readyz" in app.openapi()["paths"]
 
 
 def test_there_is_no_secret() -> None:

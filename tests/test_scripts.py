@@ -361,7 +361,12 @@ def test_serve_listens_at_once_and_is_ready_when_all_is_loaded() -> None:
     def live() -> None:
         pass
 
-    server = serve.Server(serve.configure(app), lambda: assert_waited(begin), ready.set)
+    server = serve.Server(
+        serve.configure(app),
+        load=lambda: assert_waited(begin),
+        when_ready=ready.set,
+        drain=lambda: None,
+    )
     listener = serve.listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     thread = threading.Thread(target=serve.serve, args=(server, listener))

@@ -119,7 +119,9 @@ def serving(app: FastAPI) -> Iterator[int]:
     """The app behind uvicorn as ``scripts.serve`` runs it, on this port."""
     root = logging.getLogger()
     kept = (root.handlers[:], root.level)
-    server = serve.Server(serve.configure(app), lambda: None, lambda: None)
+    server = serve.Server(
+        serve.configure(app), load=lambda: None, when_ready=lambda: None, drain=lambda: None
+    )
     listener = serve.listen("127.0.0.1", 0)
     port: int = listener.getsockname()[1]
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
