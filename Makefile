@@ -1,12 +1,13 @@
 # make demo   set up, then run the main job on real text (about ten minutes on two cores)
-# make demo-smollm  the same with a real pretrained model, SmolLM2-135M (downloads 93 MB; about a
-#                   quarter of an hour on two cores; with DEVICE=cuda the whole corpus)
+# make demo-smollm  the same with a real pretrained model, SmolLM2-135M (downloads 93 MB;
+#                   20 to 25 minutes on two cores; with DEVICE=cuda the whole corpus)
 # make test   set up, then run the tests
 # make record  time setup, test and demo in a fresh clone; keeps the figures
 # make bench-recall  recall for each index size, beside other systems' layouts; uses the model of
 #                    `make demo` if it is there; with PEERS=DIR beside Bergson too
 # make bench-certificates  coverage, usefulness and cost of the certificates (an hour and more)
 # make bench-kills, bench-prediction, bench-search  see the figures' commands in README.md
+# make bench-service  the service under load, on the index of `make demo`
 # make bench-build  cost of fit and build; with PEERS=DIR beside the peers of that environment, which
 #                   `python -m scripts.bench_build --help` tells how to make
 # make lint   formatting, lint and types
@@ -28,7 +29,7 @@ DEVICE ?= cpu
 GPU := $(shell $(PYTHON) -c "import torch; print('yes' if torch.cuda.is_available() else '')" 2>/dev/null)
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo demo-smollm test record lint format clean bench-build bench-certificates bench-recall bench-kills bench-prediction bench-search
+.PHONY: setup demo demo-smollm test record lint format clean bench-build bench-certificates bench-recall bench-kills bench-prediction bench-search bench-service
 
 setup: $(READY)
 
@@ -69,7 +70,7 @@ $(TEXTS): $(READY)
 bench-recall: $(TEXTS)
 	@$(or $(PEERS),$(VENV))/bin/python -m scripts.bench_recall
 
-bench-certificates bench-kills bench-prediction bench-search: bench-%: $(READY)
+bench-certificates bench-kills bench-prediction bench-search bench-service: bench-%: $(READY)
 	@$(BIN)/python -m scripts.bench_$*
 
 bench-build: $(READY)

@@ -194,7 +194,7 @@ def ask(steps: Steps, url: str, query: dict[str, Any]) -> dict[str, Any]:
     )
     return {
         "prompt": query["prompt"],
-        "completion": answer["completion"],
+        "completion": answer["measurement"]["terms"][0]["completion"],
         "correct": query["correct"],
         "first_example": best["text"],
         "first_is_source": true,

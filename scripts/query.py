@@ -1,24 +1,28 @@
 """Ask a running service which training examples made the model say something."""
 
+import json
+import re
+from collections import Counter
 from typing import Annotated, Any
 
-import httpx
 import typer
+from pydantic import ValidationError
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from scripts.console import print_json, stderr
+from service.client import Client, Connection, ServiceError
+from service.schemas import ProgressEvent, QueryRequest, QueryResponse
 
 SHOWN_CHARACTERS = 240
 """So much of each example's text is shown; the JSON line has all of it."""
+SHOWN_LAYERS = 5
+LEAST_SHARE = 0.05
+"""Tokens with less of the largest token's part are not coloured."""
 STATUS_STYLES = {"certified": "green", "exhaustive": "green", "refused": "red"}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-class QueryFailedError(Exception):
-    """The service gave no answer; the message says why, in one sentence."""
 
 
 @app.command()
@@ -30,9 +34,27 @@ def main(
             help="What it said; begin it with its space. Left out: the model's own completion."
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="What it did not say: asks what made the completion likelier than this."),
+    ] = None,
     url: Annotated[str, typer.Option(help="Of the service.")] = "http://127.0.0.1:8000",
+    key: Annotated[
+        str | None, typer.Option(envvar="ETYMON_KEY", help="That the service asks for.")
+    ] = None,
     index: Annotated[str | None, typer.Option(help="Name of the index.")] = None,
     k: Annotated[int | None, typer.Option(help="Training examples to return.")] = None,
+    direction: Annotated[
+        str | None, typer.Option(help="proponents, opponents or both; k of each.")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            help="Only examples whose metadata meet this: COLUMN=VALUE, COLUMN>=VALUE or "
+            "COLUMN<=VALUE; may be repeated.",
+        ),
+    ] = None,
     ranking: Annotated[
         str | None, typer.Option(help="normalised (by the gradient's norm) or score.")
     ] = None,
@@ -47,8 +69,21 @@ def main(
         typer.Option(help="Certificate at which the search stops: sketch or calibration."),
     ] = None,
     budget: Annotated[int | None, typer.Option(help="Most rows to rescore exactly.")] = None,
+    deadline: Annotated[
+        float | None, typer.Option(help="Seconds after which the answer so far is returned.")
+    ] = None,
     documents: Annotated[
         bool, typer.Option("--documents", help="Also score the whole documents of the examples.")
+    ] = False,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Colour each token by its part of the score.")
+    ] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also split scores over the model's layers.")
+    ] = False,
+    clusters: Annotated[bool, typer.Option("--clusters", help="Fold near-duplicates.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Say how far the search is while it runs.")
     ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 600.0,
 ) -> None:
@@ -61,59 +96,98 @@ def main(
     """
     choices = {
         "completion": completion,
+        "against": against,
         "index": index,
         "k": k,
+        "direction": direction,
         "ranking": ranking,
         "recall": recall,
         "confidence": confidence,
         "until": until,
         "budget": budget,
+        "deadline": deadline,
         "documents": documents or None,
+        "tokens": tokens or None,
+        "layers": layers or None,
+        "clusters": clusters or None,
     }
     given = {name: value for name, value in choices.items() if value is not None}
     try:
-        answer = ask(url, {"prompt": prompt, **given}, timeout)
-    except QueryFailedError as error:
-        sentence = Text.assemble(("error: ", "bold red"), printable(str(error)))
-        stderr.print(sentence, soft_wrap=True)
+        filters = {"filters": parse_filters(only)} if only else {}
+        request = QueryRequest(prompt=prompt, **given, **filters)
+        connection = Connection(url=url, key=key, timeout=timeout)
+        answer = ask(connection, request, watch=watch)
+    except (ServiceError, ValueError) as error:
+        told = _first_fault(error) if isinstance(error, ValidationError) else str(error)
+        stderr.print(Text.assemble(("error: ", "bold red"), printable(told)), soft_wrap=True)
         raise typer.Exit(1) from error
-    show(answer)
-    print_json(answer)
+    document = answer.model_dump(mode="json")
+    show(document)
+    print_json(document)
 
 
-def ask(url: str, question: dict[str, Any], timeout: float) -> dict[str, Any]:
+def parse_filters(conditions: list[str]) -> dict[str, dict[str, Any]]:
+    """Conditions by column, from COLUMN=VALUE, COLUMN>=VALUE and COLUMN<=VALUE.
+
+    Values that read as JSON numbers or booleans are such; two conditions of one kind on a column
+    are alternatives (=) or an error (>=, <=).
+
+    Raises:
+        ValueError: a condition of another form.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for condition in conditions:
+        parts = re.fullmatch(r"(.+?)(>=|<=|=)(.*)", condition, re.DOTALL)
+        if parts is None:
+            raise ValueError(
+                f"--filter must be COLUMN=VALUE, COLUMN>=VALUE or COLUMN<=VALUE, got '{condition}'."
+            )
+        column, sign, text = parts.groups()
+        asked = found.setdefault(column, {})
+        value = _value(text)
+        if sign == "=":
+            asked.setdefault("any_of", []).append(value)
+        elif (name := {">=": "at_least", "<=": "at_most"}[sign]) in asked:
+            raise ValueError(f"--filter gives '{column}{sign}' twice; give it once.")
+        else:
+            asked[name] = float(value) if isinstance(value, int) else value
+    return found
+
+
+def _value(text: str) -> str | int | float | bool:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, (int, float, bool)) else text
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors()[0]
+    name = "_".join(str(part) for part in fault["loc"][:1]) or "the query"
+    return f"{name}: {fault['msg']}."
+
+
+def ask(connection: Connection, request: QueryRequest, *, watch: bool) -> QueryResponse:
     """The service's answer.
 
     Raises:
-        QueryFailedError: it cannot be reached, or refuses the question.
+        ServiceError: it cannot be reached, or refuses the question.
     """
-    try:
-        response = httpx.post(f"{url.rstrip('/')}/v1/query", json=question, timeout=timeout)
-    except httpx.TimeoutException as error:
-        raise QueryFailedError(f"No answer from {url} within {timeout:g} seconds.") from error
-    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-        raise QueryFailedError(
-            f"Cannot ask the service at {url} ({str(error).rstrip('.')}); start it with "
-            f"python -m scripts.serve, or name another with --url."
-        ) from error
-    document = _document(response)
-    if response.status_code == httpx.codes.OK and "certificates" in document:
-        return document
-    if "detail" in document:
-        raise QueryFailedError(
-            f"{document.get('title', 'The service refused')}: {document['detail']}"
-        )
-    raise QueryFailedError(
-        f"{url} answered with HTTP status {response.status_code} and is no service of this kind."
-    )
-
-
-def _document(response: httpx.Response) -> dict[str, Any]:
-    try:
-        document = response.json()
-    except ValueError:
-        return {}
-    return document if isinstance(document, dict) else {}
+    with Client(connection) as client:
+        if not watch:
+            return client.query(request)
+        for name, event in client.stream(request):
+            if isinstance(event, QueryResponse):
+                return event
+            if isinstance(event, ProgressEvent):
+                bound = event.recall_lower_bound
+                certified = "no bound yet" if not bound else f"recall at least {bound:.0%}"
+                said = f"{event.direction}: {event.rescored_rows:,} rows rescored, {certified}"
+            else:
+                said = name
+            stderr.print(said, style="dim", highlight=False)
+    raise ServiceError(f"{connection.url} ended its stream without an answer; ask again.")
 
 
 def show(answer: dict[str, Any]) -> None:
@@ -121,38 +195,58 @@ def show(answer: dict[str, Any]) -> None:
 
     Corpus text may hold anything, so it is shown without markup and without control characters.
     """
-    own = "  (the model's own)" if answer["completed_by_model"] else ""
     stderr.print()
-    stderr.print(
-        Text.assemble(
-            (printable(answer["prompt"]), ""),
-            (printable(answer["completion"]), "bold reverse"),
-            (own, "dim"),
-        )
-    )
-    tokens = answer["completion_tokens"]
+    for term in answer["measurement"]["terms"]:
+        stderr.print(_term(term))
+    tokens = sum(term["completion_tokens"] for term in answer["measurement"]["terms"])
+    what = "difference of log p" if _contrasts(answer) else "log p"
     stderr.print(
         Text(
-            f"log p = {answer['log_probability']:+.3f} nats over {tokens} "
+            f"{what} = {answer['measurement']['value']:+.3f} nats over {tokens} "
             f"{'token' if tokens == 1 else 'tokens'}; index '{printable(answer['index'])}', "
             f"ranked by {printable(answer['ranking'])}",
             style="dim",
         )
     )
-    stderr.print(_table(answer["results"]))
-    stderr.print(
-        Text("score in nats: + raised log p(completion | prompt), - lowered it", style="dim")
-    )
-    for document in answer.get("documents", []):
+    if answer["partial"]:
+        stderr.print(Text("The deadline ended the search: this is what it had found.", "yellow"))
+    for direction in ("proponents", "opponents"):
+        results = [r for r in answer["results"] if r["direction"] == direction]
+        certificates = [c for c in answer["certificates"] if c["direction"] == direction]
+        if not certificates:
+            continue
+        if len({c["direction"] for c in answer["certificates"]}) > 1:
+            stderr.print(Text(direction, style="bold"))
+        stderr.print(_table(results))
+        _show_layers(results)
+        for certificate in certificates:
+            stderr.print(_certificate(certificate))
+    stderr.print(Text("score in nats: + raised the measured value, - lowered it", style="dim"))
+    for document in answer["documents"]:
         stderr.print(_whole_document(document))
-    for certificate in answer["certificates"]:
-        stderr.print(_certificate(certificate))
     stderr.print(
         Text(
             f"{answer['rescored_rows']:,} of {answer['rows']:,} rows rescored and "
             f"{answer['sampled_rows']:,} sampled, in {sum(answer['seconds'].values()):.2f} s",
             style="dim",
         )
+    )
+
+
+def _contrasts(answer: dict[str, Any]) -> bool:
+    return any(term["against"] is not None for term in answer["measurement"]["terms"])
+
+
+def _term(term: dict[str, Any]) -> Text:
+    against = () if term["against"] is None else (" not ", (printable(term["against"]), "reverse"))
+    own = "  (the model's own)" if term["completed_by_model"] else ""
+    weight = "" if term["weight"] == 1 else f"{term['weight']:g} x "
+    return Text.assemble(
+        weight,
+        (printable(term["prompt"]), ""),
+        (printable(term["completion"]), "bold reverse"),
+        *against,
+        (own, "dim"),
     )
 
 
@@ -163,16 +257,54 @@ def _table(results: list[dict[str, Any]]) -> Table:
     table.add_column("normalised", justify="right", no_wrap=True)
     table.add_column("document", ratio=2, overflow="fold")
     table.add_column("text", ratio=5, overflow="fold")
+    copies = Counter(r["cluster"] for r in results if r["cluster"] is not None)
+    shown: set[int] = set()
     for result in results:
+        cluster = result["cluster"]
+        if cluster in shown:
+            continue
+        text = _coloured(result)
+        if cluster is not None:
+            shown.add(cluster)
+            if copies[cluster] > 1:
+                text.append(f"  (+{copies[cluster] - 1} near-duplicates)", style="dim")
         style = "green" if result["score"] >= 0 else "red"
         table.add_row(
             Text(str(result["rank"])),
             Text(signed(result["score"]), style=style),
             Text(signed(result["normalised_score"]), style=style),
             Text(printable(result["document"])),
-            Text(shortened(printable(result["text"]))),
+            text,
         )
     return table
+
+
+def _coloured(result: dict[str, Any]) -> Text:
+    """The text; with its tokens, each as strongly coloured as it takes part in the score."""
+    if not result["tokens"]:
+        return Text(shortened(printable(result["text"])))
+    largest = max(abs(token["score"]) for token in result["tokens"]) or 1.0
+    text = Text()
+    for token in result["tokens"]:
+        share = token["score"] / largest
+        level = round(255 * (1 - min(abs(share), 1.0)))
+        colour = f"rgb({level},{level},255)" if share < 0 else f"rgb(255,{level},{level})"
+        style = f"black on {colour}" if abs(share) > LEAST_SHARE else ""
+        text.append(printable(token["text"]), style=style)
+    text.truncate(SHOWN_CHARACTERS, overflow="ellipsis")
+    return text
+
+
+def _show_layers(results: list[dict[str, Any]]) -> None:
+    """The layers through which most of the results' scores pass."""
+    sums: Counter[str] = Counter()
+    for result in results:
+        for name, score in (result["layers"] or {}).items():
+            sums[name] += abs(score)
+    whole = sum(sums.values())
+    if whole:
+        named = ", ".join(f"{n} {v / whole:.0%}" for n, v in sums.most_common(SHOWN_LAYERS))
+        stderr.print(Text(f"layers by their share of all parts: {printable(named)}", style="dim"))
 
 
 def _whole_document(document: dict[str, Any]) -> Text:

@@ -23,6 +23,8 @@ from service.index_schemas import (
     IndexResponse,
     SketchSchema,
 )
+from service.job_store import JobStore
+from service.jobs import JobRunner, add_job_routes
 from service.openapi import describe
 from service.pages import install_page
 from service.retrieval import Retriever
@@ -49,14 +51,21 @@ def create_app(settings: Settings, *, load: bool = True) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if load and not engine.retrievers:
             await run_in_threadpool(engine.load)
-        watching = asyncio.create_task(engine.watch_indexes())
+        tasks = [asyncio.create_task(engine.watch_indexes())]
+        store = None
+        if settings.jobs_path is not None:
+            store = JobStore(settings.jobs_path, settings.max_jobs)
+            app.state.jobs = JobRunner(store, engine, settings.jobs_together, telemetry.set_jobs)
+            tasks.append(asyncio.create_task(app.state.jobs.run()))
         try:
             yield
         finally:
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             engine.close()
+            if store is not None:
+                store.close()
 
     app = FastAPI(
         title="Etymon",
@@ -68,8 +77,10 @@ def create_app(settings: Settings, *, load: bool = True) -> FastAPI:
         redoc_url=None,
     )
     app.state.engine = engine
+    app.state.jobs = None
     errors.install(app)
     _add_query_routes(app)
+    add_job_routes(app)
     _add_reading_routes(app)
     telemetry.add_metrics_route(app)
     install_page(app)

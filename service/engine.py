@@ -106,7 +106,9 @@ class Engine:
         Returns:
             The names of those that were opened.
         """
-        opened = []
+        opened: list[str] = []
+        if not self.retrievers:  # still loading
+            return opened
         for name, root in self.settings.indexes.items():
             try:
                 stamp = _stamp(root)
@@ -225,9 +227,7 @@ class Engine:
         background: bool = False,
         watch: Callable[[str, Run], None] | None = None,
     ) -> Ticket:
-        retriever = self.retriever(request.index)
-        self._check_limits(request)
-        self._check_estimator(request.estimator)
+        retriever = self.check(request)
         if self.in_flight >= self.settings.max_in_flight and not background:
             raise Overloaded(
                 f"{self.in_flight} queries are under way, as many as this service accepts; "
@@ -245,6 +245,17 @@ class Engine:
     def _leave(self, ticket: Ticket) -> None:
         ticket.outcome.cancel()  # nothing, if it is answered
         self.in_flight -= not ticket.background
+
+    def check(self, request: QueryRequest) -> Retriever:
+        """What a request would be refused for at once; the retriever that it asks.
+
+        Raises:
+            NotReady, UnknownIndex, UnknownEstimator, BadQuery: it is refused.
+        """
+        retriever = self.retriever(request.index)
+        self._check_limits(request)
+        self._check_estimator(request.estimator)
+        return retriever
 
     def _check_estimator(self, name: str | None) -> None:
         served = {r.index.manifest.estimator.name for r in self.retrievers.values()}

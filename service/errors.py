@@ -73,6 +73,10 @@ class TooManyJobs(RuntimeError):  # noqa: N818
     """As many jobs are kept as the service accepts."""
 
 
+class JobsOff(RuntimeError):  # noqa: N818
+    """The service keeps no jobs."""
+
+
 class DeadlinePassed(RuntimeError):  # noqa: N818
     """The query's deadline passed before its turn came."""
 
@@ -134,6 +138,7 @@ PROBLEMS: dict[type[Exception], Problem] = {
     IndexFault: Problem(status=503, title="The index cannot be used"),
     OutOfMemory: Problem(status=503, title="Not enough memory for this query"),
     DeadlinePassed: Problem(status=503, title="The deadline passed in the queue", retry_after=1),
+    JobsOff: Problem(status=503, title="No jobs here"),
     NotReady: Problem(status=503, title="Not ready", retry_after=5),
     ShuttingDown: Problem(status=503, title="Shutting down", retry_after=10),
 }

@@ -341,7 +341,7 @@ class JobResponse(Schema):
     """A job and how far it is."""
 
     id: str
-    state: Literal["queued", "running", "finished", "cancelled"]
+    state: Literal["queued", "running", "finished"]
     queries: int
     answered: int = Field(description="Queries that have an answer.")
     failed: int = Field(description="Queries that were refused; their problem is their result.")

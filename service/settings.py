@@ -36,6 +36,14 @@ class Settings(BaseSettings):
     reload_seconds: float = Field(
         default=2.0, gt=0, description="How often to look for indexes that were changed."
     )
+    jobs_path: Path | None = Field(
+        default=None,
+        description="SQLite file of the jobs, made if there is none; without: no jobs.",
+    )
+    max_jobs: int = Field(default=1000, ge=1, description="Jobs kept at a time.")
+    jobs_together: int = Field(
+        default=4, ge=1, description="Queries of jobs under way at a time, beside others."
+    )
     max_prompt_characters: int = Field(
         default=20_000, ge=1, description="Longest prompt or completion, in characters."
     )

@@ -33,7 +33,7 @@ from service.settings import Settings
 Refusal = Literal["overloaded", "deadline", "shutting down", "not ready", "client gone"]
 """Why a query was not computed; as a label it must be one of few."""
 
-JobState = Literal["queued", "running", "finished", "cancelled"]
+JobState = Literal["queued", "running", "finished"]
 
 UNMATCHED = "unmatched"
 """The route of a request that reached none: metrics must not have a label for every path."""

@@ -23,7 +23,12 @@ ROOT = Path(__file__).parents[1]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 COMPOSE = ROOT / "docker" / "compose.yml"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SECRET = re.compile(r"token(?!_budget)|passw|secret|credential|api_?key", re.IGNORECASE)
+SECRET = re.compile(
+    r"(token(?!_budget)|passw|secret|credential|api_?key)\w*[\"']?[ \t]*[:=][ \t]*"
+    r"(?!/run/secrets/|\[keys\])\S",
+    re.IGNORECASE,
+)
+"""Something with such a name is given a value that is not the name of a mounted file."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,8 @@ from typer.testing import CliRunner
 
 from index.manifest import Manifest
 from scripts import audit_recall, build_index, fit_estimator, query, serve
+from service.client import Client
+from service.schemas import QueryResponse
 from service.settings import Settings
 from tests.service_fixtures import (
     HOSTILE_TEXT,
@@ -326,7 +329,7 @@ def check_answered(answered: Ended) -> None:
     assert HOSTILE_TEXT in {result["text"] for result in answer["results"]}
     shown = " ".join(answered.stderr.split())
     assert "The capital of France is Paris" in shown
-    assert f"{answer['log_probability']:+.3f} nats" in shown
+    assert f"{answer['measurement']['value']:+.3f} nats" in shown
     for result in answer["results"]:
         assert query.signed(result["score"]) in shown
         assert result["document"] in shown
@@ -501,31 +504,60 @@ def test_indexes_that_are_no_json_object_are_one_sentence(
 # Query
 
 
-def hostile_answer() -> dict[str, Any]:
+def hostile_answer(**explained: Any) -> dict[str, Any]:
     result = {
         "rank": 1,
+        "direction": "proponents",
+        "row": 0,
+        "id": "odd",
         "document": "[link=http://x]odd[/link]",
         "text": HOSTILE_TEXT + " x" * 500,
+        "metadata": {},
         "score": -1234.5,
         "normalised_score": 0.25,
+        "proxy": 0.0,
+        "gradient_norm": 1.0,
+        **explained,
     }
-    return {
+    term = {
         "prompt": "[red]The\nprompt[/]",
         "completion": "\x9b31m[/x]",
+        "against": None,
+        "weight": 1.0,
         "completed_by_model": True,
         "log_probability": -1.5,
+        "against_log_probability": None,
         "completion_tokens": 1,
+    }
+    certificate = {
+        "type": "audit",
+        "direction": "proponents",
+        "status": "refused",
+        "recall_lower_bound": None,
+        "recall_target": 0.9,
+        "confidence": 0.95,
+        "scope": "",
+        "probability_over": "",
+        "assumptions": [],
+        "observed": {},
+        "sentence": "No [b]statement[/b].",
+    }
+    answer = {
+        "measurement": {"value": -1.5, "terms": [term]},
         "index": "default",
+        "estimator": "ekfac",
         "ranking": "score",
         "results": [result],
-        "certificates": [
-            {"type": "audit", "status": "refused", "sentence": "No [b]statement[/b]."}
-        ],
+        "documents": [],
+        "certificates": [certificate],
+        "partial": False,
         "rescored_rows": 1,
         "sampled_rows": 2,
         "rows": 3000,
+        "seed": 1,
         "seconds": {"scan": 0.5, "rescore": 0.25},
     }
+    return QueryResponse.model_validate(answer).model_dump(mode="json")
 
 
 def test_hostile_text_is_shown_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,6 +573,43 @@ def test_hostile_text_is_shown_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {c for c in shown if not c.isprintable()} == {"\n"}
     assert "x x x" in shown
     assert shown.count("x x") < 200
+
+
+def test_what_explains_a_result_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, width=200, force_terminal=True, color_system="truecolor")
+    monkeypatch.setattr(query, "stderr", console)
+    tokens = [{"text": " for", "score": 3.0}, {"text": "\x1b[2J", "score": -1.5}]
+    answer = hostile_answer(tokens=tokens, layers={"h.0": 3.0, "h.1": -1.0}, cluster=0)
+    answer["results"] += [{**answer["results"][0], "rank": 2}]
+    answer["partial"] = True
+    answer["measurement"]["terms"][0]["against"] = " Lima"
+    query.show(answer)
+    shown = screen.getvalue()
+    assert "\x1b[2J" not in shown  # the corpus clears no screen
+    assert "48;2;255;0;0" in shown  # the largest token is red, the other half as blue
+    assert "48;2;128;128;255" in shown
+    for part in ("+1 near-duplicates", "h.0 75%, h.1 25%", "deadline", "difference of log p"):
+        assert part in shown
+
+
+@pytest.mark.parametrize(
+    ("conditions", "expected"),
+    [
+        (["year>=1990", "year<=2000"], {"year": {"at_least": 1990.0, "at_most": 2000.0}}),
+        (["a=x", "a=y", "b=true"], {"a": {"any_of": ["x", "y"]}, "b": {"any_of": [True]}}),
+        (["date>=1990-05"], {"date": {"at_least": "1990-05"}}),
+        (["url=http://x?y=z"], {"url": {"any_of": ["http://x?y=z"]}}),
+    ],
+)
+def test_filters_are_read_from_conditions(conditions: list[str], expected: Any) -> None:
+    assert query.parse_filters(conditions) == expected
+
+
+@pytest.mark.parametrize("conditions", [["year"], ["=x"], ["a>=1", "a>=2"]])
+def test_conditions_of_another_form_are_one_sentence(conditions: list[str]) -> None:
+    options = [option for condition in conditions for option in ("--filter", condition)]
+    assert "--filter" in sentence(invoke(query, "x", *options))
 
 
 def test_printable_keeps_what_is_harmless() -> None:
@@ -561,6 +630,13 @@ def test_a_url_that_is_none_is_one_sentence(url: str) -> None:
     assert "Cannot ask the service" in sentence(invoke(query, "x", "--url", url))
 
 
+def answered_by(
+    monkeypatch: pytest.MonkeyPatch, answer: Callable[[httpx.Request], httpx.Response]
+) -> None:
+    made = partial(Client, transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(query, "Client", made)
+
+
 @pytest.mark.parametrize(
     ("response", "says"),
     [
@@ -574,7 +650,7 @@ def test_a_url_that_is_none_is_one_sentence(url: str) -> None:
 def test_what_is_no_answer_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, response: httpx.Response, says: str
 ) -> None:
-    monkeypatch.setattr(httpx, "post", lambda *_, **__: response)
+    answered_by(monkeypatch, lambda request: response)
     assert says in sentence(invoke(query, "x"))
 
 
@@ -588,11 +664,11 @@ def test_a_slow_service_is_one_sentence() -> None:
 def test_only_what_is_given_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
 
-    def post(url: str, json: dict[str, Any], timeout: float) -> httpx.Response:
-        asked.append({"url": url, **json})
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append({"url": str(request.url), **json.loads(request.content)})
         return httpx.Response(200, json=hostile_answer())
 
-    monkeypatch.setattr(httpx, "post", post)
+    answered_by(monkeypatch, answer)
     assert invoke(query, "Why?", "--url", "http://x/").code == 0
     options = ("--k", 3, "--ranking", "score", "--recall", 0.8, "--confidence", 0.9, "--budget", 50)
     invoke(query, "Why?", "--completion", " So", "--index", "i", *options)
