@@ -17,6 +17,7 @@ from torch import Tensor
 
 from estimators.gradients import Gradients
 from estimators.rescoring import (
+    Measured,
     NonFiniteGradientError,
     measure_queries,
     query_directions,
@@ -77,47 +78,52 @@ class Retriever:
         Returns:
             For each query its run, or why it cannot be answered.
         """
-        clocks = [Clock() for _ in queries]
-        outcomes: list[Run | Exception | None] = [None] * len(queries)
-        measured: dict[int, tuple[Int[np.ndarray, kept] | None, list[_Asked]]] = {}
-        for number, query in enumerate(queries):
-            try:
-                kept = self._check(query)
-                measured[number] = (kept, [self._asked(term) for term in query.terms])
-                if any(term.completion is None for term in query.terms):
-                    clocks[number].stop("complete")
-            except BadQuery as error:
-                outcomes[number] = error
+        prepared = [self._prepare(query) for query in queries]
+        sound = [one for one in prepared if isinstance(one, _Prepared)]
         found = measure_queries(
             self.loaded.model,
             self.loaded.coverage.layers,
-            [_weighted(asked) for _, asked in measured.values()],
+            [_weighted(one.asked) for one in sound],
             self._token_budget,
         )
         seed = secrets.randbits(62)
-        for place, (number, (kept, asked)) in enumerate(measured.items()):
-            query, clock = queries[number], clocks[number]
-            fault = found.faults[place]
-            if fault is not None:
-                outcomes[number] = NonFiniteGradientError(fault)
-                continue
-            gradients = {name: value[place] for name, value in found.gradients.items()}
-            directions = self._preconditioned(gradients, query.damping)
-            clock.stop("gradient")
-            proxies = self.proxies(directions, query.ranking, query.tail)
-            clock.stop("scan")
-            outcomes[number] = Run(
-                query=query,
-                index=self.index,
-                scorer=self.scorer,
-                terms=_measured(asked, found.values[place]),
-                directions=directions,
-                proxies=proxies,
-                kept=kept,
-                seed=seed if query.seed is None else query.seed,
-                clock=clock,
-            )
-        return [outcome for outcome in outcomes if outcome is not None]
+        runs = iter([self._run(one, found, place, seed) for place, one in enumerate(sound)])
+        return [next(runs) if isinstance(one, _Prepared) else one for one in prepared]
+
+    def _prepare(self, query: Query) -> "_Prepared | BadQuery":
+        clock = Clock()
+        try:
+            kept = self._check(query)
+            asked = [self._asked(term) for term in query.terms]
+        except BadQuery as error:
+            return error
+        if any(term.completion is None for term in query.terms):
+            clock.stop("complete")
+        return _Prepared(query=query, kept=kept, asked=asked, clock=clock)
+
+    def _run(
+        self, prepared: "_Prepared", found: Measured, place: int, seed: int
+    ) -> Run | Exception:
+        fault = found.faults[place]
+        if fault is not None:
+            return NonFiniteGradientError(fault)
+        query, clock = prepared.query, prepared.clock
+        gradients = {name: value[place] for name, value in found.gradients.items()}
+        directions = self._preconditioned(gradients, query.damping)
+        clock.stop("gradient")
+        proxies = self.proxies(directions, query.ranking, query.tail)
+        clock.stop("scan")
+        return Run(
+            query=query,
+            index=self.index,
+            scorer=self.scorer,
+            terms=_measured(prepared.asked, found.values[place]),
+            directions=directions,
+            proxies=proxies,
+            kept=prepared.kept,
+            seed=seed if query.seed is None else query.seed,
+            clock=clock,
+        )
 
     def directions(
         self, sequence: Sequence1D, damping: float | None = None
@@ -234,6 +240,16 @@ class _Asked:
     completion: str
     sequence: Sequence1D
     against: Sequence1D | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """A query that is in order, with the rows that its filters leave."""
+
+    query: Query
+    kept: Int[np.ndarray, "kept"] | None
+    asked: Sequence[_Asked]
+    clock: Clock
 
 
 def _weighted(asked: Sequence[_Asked]) -> list[tuple[Sequence1D, float]]:
