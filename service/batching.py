@@ -29,6 +29,8 @@ ROUND_SECONDS = 0.25
 
 FIRST_ROWS = 8
 """So many before it is known how long one takes."""
+HELD_ROUNDS = 8
+"""For so many passes an audit waits for those of other queries."""
 BREATH_SECONDS = 2e-4
 """Between passes, so that others who wait for the model get their turn."""
 
@@ -71,6 +73,7 @@ class _Member:
     run: Run
     steps: Steps[Answer]
     wanted: Int[np.ndarray, "wanted"] | None = None
+    held: int = 0
     scores: list[Float[np.ndarray, "scored"]] = field(default_factory=list)
 
     def advance(self, scores: Float[np.ndarray, "scored"] | None) -> None:
@@ -240,7 +243,8 @@ class Batcher:
         self._members = [member for member in self._members if member.wanted is not None]
 
     def _round(self) -> None:
-        for group in _grouped(self._members, lambda member: member.ticket.retriever):
+        for together in _grouped(self._members, lambda member: member.ticket.retriever):
+            group = _ready(together)
             most = ROUND_SECONDS / self._seconds_per_row if self._seconds_per_row else FIRST_ROWS
             share = max(1, int(most) // len(group))
             asked = [(member.run.directions, member.next_rows(share)) for member in group]
@@ -267,6 +271,15 @@ class Batcher:
                 group[0].ticket.fail(error)
                 return [None]
         return [self._score([m], [a])[0] for m, a in zip(group, asked, strict=True)]
+
+
+def _ready(members: list[_Member]) -> list[_Member]:
+    """Those whose rows are scored now: audits wait a little for others', to share their rows."""
+    searching = [member for member in members if not member.run.auditing]
+    held = [m for m in members if searching and m.run.auditing and m.held < HELD_ROUNDS]
+    for member in held:
+        member.held += 1
+    return [member for member in members if member not in held]
 
 
 T = TypeVar("T")

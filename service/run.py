@@ -74,6 +74,11 @@ class Run:
         """Rows scored exactly so far, for whatever reason."""
         return int(self._scored.sum())
 
+    @property
+    def auditing(self) -> bool:
+        """Whether it waits for random rows, most of which other queries of its seed want too."""
+        return bool(self.searches) and list(self.searches.values())[-1].auditing
+
     def end(self) -> None:
         """Ask for no more rows: answer with what was found so far."""
         self.partial = True

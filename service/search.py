@@ -76,6 +76,7 @@ class Search:
         self.scored = np.zeros(len(proxies.values), dtype=bool)
         self.rescored = 0
         self.ended = False
+        self.auditing = False
         self._sample = np.empty(0, dtype=np.int64)
         self._seed = seed
         self._calibration = calibration
@@ -292,6 +293,7 @@ class Search:
         population = np.flatnonzero(~self.scored)
         unscorable = int((self.scored & np.isnan(self.exact)).sum())
         sample = draw_sample(population, query.audit_rows, self._seed + 1)
+        self.auditing = True
         scorable = sample[~self.proxies.failed[sample]]
         done = yield from self._rescore(scorable)
         if done < len(scorable):  # ended on the way: what was drawn and not looked at is left out

@@ -179,6 +179,23 @@ def test_samples_are_uniform_without_replacement_and_repeatable():
     assert len(draw_sample(population, 0, 0)) == 0
 
 
+def test_like_populations_give_like_samples_and_each_row_its_chance():
+    everything = np.arange(3000)
+    some = np.setdiff1d(everything, np.random.default_rng(0).permutation(3000)[:200])
+    whole, part = draw_sample(everything, 64, 9), draw_sample(some, 64, 9)
+    assert np.isin(part, some).all()
+    assert len(set(part.tolist())) == 64
+    assert np.isin(whole, part).sum() >= 64 - 12
+    assert draw_sample(some, 32, 9).tolist() == part[:32].tolist()
+    population = np.array([2, 3, 5, 8, 9, 11, 14, 15, 17, 20, 21, 24])
+    draws = 6000
+    drawn = np.concatenate([draw_sample(population, 3, seed) for seed in range(draws)])
+    counts = np.array([(drawn == row).sum() for row in population])
+    variance = 0.25 * 0.75 * draws * len(population) / (len(population) - 1)
+    chi_square = ((counts - draws / 4) ** 2).sum() / variance
+    assert chi_square < stats.chi2.isf(1e-4, len(population) - 1)
+
+
 def test_ties_are_not_above_the_threshold_and_nan_is():
     scores = np.array([1.0, 2.0, 2.0, 3.0, np.nan, -np.inf])
     assert count_above(scores, 2.0) == (2, 1)

@@ -36,9 +36,36 @@ class AuditSample:
 def draw_sample(
     population: Int[np.ndarray, "row"], size: int, seed: int
 ) -> Int[np.ndarray, "sampled"]:
-    """``size`` rows of ``population``, uniformly without replacement (all if there are fewer)."""
+    """``size`` rows of ``population``, uniformly without replacement (all if there are fewer).
+
+    The same seed draws mostly the same rows from populations that are mostly the same, in the same
+    order: rows are drawn among all below a power of two and those that are not of the population,
+    or were drawn before, are passed over.
+
+    Args:
+        population: row numbers in ascending order.
+        size: of the sample.
+        seed: of the draws.
+    """
     generator = np.random.default_rng(seed)
-    return generator.choice(population, size=min(size, len(population)), replace=False)
+    size = min(size, len(population))
+    if size == 0:
+        return population[:0]
+    reach = 1 << int(population[-1]).bit_length()
+    if 4 * size > len(population) or SPARSE * len(population) < reach:
+        return generator.choice(population, size=size, replace=False)
+    sample = np.empty(0, dtype=population.dtype)
+    while len(sample) < size:
+        drawn = generator.integers(0, reach, size=DRAWN_AT_ONCE)
+        places = np.minimum(np.searchsorted(population, drawn), len(population) - 1)
+        drawn = np.concatenate([sample, drawn[population[places] == drawn]])
+        sample = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
+    return sample[:size]
+
+
+SPARSE, DRAWN_AT_ONCE = 16, 512
+"""Populations of fewer than one row in so many are drawn from directly; so many draws at a time, so
+that the size of a sample does not change its beginning."""
 
 
 def hypergeometric_upper_limit(population: int, sampled: int, found: int, confidence: float) -> int:
