@@ -19,7 +19,7 @@ from service.app import create_app
 from service.client import Client as ServiceClient
 from service.client import Connection
 from service.errors import Conflict, NotReady, TooManyJobs, UnknownJob
-from service.job_store import JobStore
+from service.job_store import APPLICATION, JobStore
 from service.jobs import JobRunner
 from service.schemas import QueryRequest, QueryResponse
 from service.settings import Settings
@@ -73,6 +73,10 @@ def ended(client: Client, job: str) -> dict[str, Any]:
     return client.run(wait)
 
 
+def opened(store: JobStore) -> list[tuple[str, int, str]]:
+    return [(query.job, query.number, query.request) for query in store.open_queries(10)]
+
+
 # The file
 
 
@@ -80,13 +84,13 @@ def test_jobs_are_kept_in_order_with_what_came_of_them(store: JobStore) -> None:
     first, second = store.add(["a", "b", "c"], None), store.add(["d"], None)
     assert [job.id for job in store.all()] == [second.id, first.id]
     assert (first.state, first.queries, first.answered, first.failed) == ("queued", 3, 0, 0)
-    assert store.open_queries(10) == [
+    assert opened(store) == [
         (first.id, 0, "a"),
         (first.id, 1, "b"),
         (first.id, 2, "c"),
         (second.id, 0, "d"),
     ]
-    store.begin(first.id)
+    store.begin(first.id, 1)
     assert store.record(first.id, 1, answer="B", problem=None)
     assert store.record(first.id, 2, answer=None, problem="C")
     assert not store.record(first.id, 1, answer="again", problem=None)
@@ -103,7 +107,7 @@ def test_jobs_are_kept_in_order_with_what_came_of_them(store: JobStore) -> None:
     with pytest.raises(UnknownJob):
         store.get(first.id)
     assert not store.record(first.id, 0, answer="late", problem=None)
-    assert store.open_queries(10) == [(second.id, 0, "d")]
+    assert opened(store) == [(second.id, 0, "d")]
 
 
 def test_a_key_gives_the_same_job_and_never_another(store: JobStore) -> None:
@@ -133,6 +137,7 @@ def test_another_file_is_refused_in_one_sentence(
         path.write_bytes(content)
     else:
         database = sqlite3.connect(path)
+        database.execute(f"PRAGMA application_id = {APPLICATION}")
         database.execute("PRAGMA user_version = 99")
         database.close()
     with pytest.raises(ValueError, match=says) as caught:
