@@ -40,6 +40,14 @@ CREATE INDEX open_query ON query (job, number) WHERE answer IS NULL AND problem 
 
 JOB = "SELECT id, state, queries, answered, failed, created, updated FROM job"
 
+OPEN_QUERIES = """
+SELECT job, number, request, begun
+FROM job CROSS JOIN query INDEXED BY open_query ON job.id = job
+WHERE state != 'finished' AND answer IS NULL AND problem IS NULL
+ORDER BY job.rowid, number LIMIT ?
+"""
+"""SQLite takes the order of these joins and this index only when it is told to."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -219,12 +227,7 @@ class JobStore:
     def open_queries(self, limit: int) -> list[OpenQuery]:
         """Queries without an outcome, oldest jobs first."""
         with self._turn:
-            rows = self._database.execute(
-                "SELECT job, number, request, begun FROM job CROSS JOIN query ON job.id = job "
-                "WHERE state != 'finished' AND answer IS NULL AND problem IS NULL "
-                "ORDER BY job.rowid, number LIMIT ?",
-                (limit,),
-            )
+            rows = self._database.execute(OPEN_QUERIES, (limit,))
             return [OpenQuery(job=j, number=n, request=r, begun=b) for j, n, r, b in rows]
 
     def begin(self, job: str, number: int) -> None:
