@@ -111,10 +111,11 @@ def main(
         "layers": layers or None,
         "clusters": clusters or None,
     }
-    given = {name: value for name, value in choices.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
     try:
-        filters = {"filters": parse_filters(only)} if only else {}
-        request = QueryRequest(prompt=prompt, **given, **filters)
+        if only:
+            given["filters"] = parse_filters(only)
+        request = QueryRequest.model_validate({"prompt": prompt, **given})
         connection = Connection(url=url, key=key, timeout=timeout)
         answer = ask(connection, request, watch=watch)
     except (ServiceError, ValueError) as error:

@@ -281,7 +281,9 @@ def canned_problem(status: int, title: str, detail: str) -> ProblemResponse:
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
     """Serve an app on a free port of this machine; gives its URL."""
-    config = uvicorn.Config(app, port=0, log_level="error", ws="none")
+    config = uvicorn.Config(
+        app, port=0, log_config=None, log_level=None, access_log=False, ws="none"
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

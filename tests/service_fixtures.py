@@ -147,6 +147,15 @@ def _train(model: GPT2LMHeadModel, sequences: list[list[int]], end: int) -> None
     model.eval()
 
 
+def rounded(value: Any) -> Any:
+    """The same with numbers to five digits: what else is computed changes their last ones."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items() if name != "seconds"}
+    return [rounded(part) for part in value] if isinstance(value, list) else value
+
+
 class Client:
     """Requests to an app in this process, which is started up on entry unless told otherwise."""
 

@@ -1,0 +1,209 @@
+"""The service from Python and for assistants: typed answers, patience, one sentence on failure."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from mcp.client import Client as Assistant
+from pydantic import BaseModel
+
+from scripts.serve_mcp import SHOWN_CHARACTERS, as_text, make_server
+from service import client as client_module
+from service.app import create_app
+from service.client import AsyncClient, Client, Connection, ServiceProblem, ServiceUnreachable
+from service.schemas import ProgressEvent, QueryRequest, QueryResponse
+from service.settings import Settings
+from tests.page_server import serving
+from tests.service_fixtures import HOSTILE_ID, HOSTILE_TEXT, make_workspace, rounded
+
+ASKED: dict[str, Any] = {"prompt": "The capital of France is", "completion": " Paris", "seed": 1}
+KEY = "a-key-of-the-tests-long-enough"
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("client")
+    workspace = make_workspace(folder)
+    settings = Settings(
+        model=str(workspace.model),
+        indexes={"default": workspace.index},
+        api_keys=(KEY,),
+        jobs_path=folder / "jobs.sqlite",
+    )
+    with serving(create_app(settings)) as address:
+        yield address
+
+
+@pytest.fixture
+def service(url: str) -> Iterator[Client]:
+    with Client(Connection(url=url, key=KEY)) as made:
+        yield made
+
+
+def test_it_needs_no_model_and_no_torch() -> None:
+    code = (
+        "import sys, service.client\n"
+        "print([m for m in ('torch', 'transformers', 'faiss', 'datasets', 'pyarrow', 'fastapi')"
+        " if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def plain(answer: BaseModel) -> Any:
+    """An answer to compare with another."""
+    return rounded(answer.model_dump(mode="json"))
+
+
+def test_queries_are_typed_both_ways(service: Client) -> None:
+    answer = service.query(**ASKED, k=3)
+    assert isinstance(answer, QueryResponse)
+    again = service.query(QueryRequest(**ASKED, k=3))
+    assert plain(again) == plain(answer)
+    assert service.example(HOSTILE_ID).text == HOSTILE_TEXT
+    assert service.indexes().indexes[0].name == "default"
+    assert {e.name for e in service.estimators().estimators} >= {"ekfac", "identity"}
+
+
+def test_a_stream_ends_with_the_answer(service: Client) -> None:
+    told = list(service.stream(**ASKED, k=3, calibration_rows=4, audit_rows=2))
+    assert [name for name, _ in told][:2] == ["gradient", "candidates"]
+    assert any(isinstance(event, ProgressEvent) for _, event in told)
+    assert (
+        told[-1][1].results == service.query(**ASKED, k=3, calibration_rows=4, audit_rows=2).results
+    )  # type: ignore[union-attr]
+    with pytest.raises(ServiceProblem, match="no index 'other'"):
+        list(service.stream(**ASKED, index="other"))
+    with pytest.raises(ServiceProblem, match="k must be from 1"):
+        list(service.stream(**ASKED, k=900))
+
+
+def test_a_job_from_submission_to_deletion(service: Client) -> None:
+    job = service.submit([QueryRequest(**ASKED, k=2)] * 3)
+    assert service.wait(job.id, every=0.02).answered == 3
+    assert [outcome.number for outcome in service.results(job.id)] == [0, 1, 2]
+    assert job.id in [found.id for found in service.jobs()]
+    service.delete(job.id)
+    with pytest.raises(ServiceProblem) as caught:
+        service.job(job.id)
+    assert caught.value.status == 404
+
+
+def test_the_same_by_coroutines(url: str) -> None:
+    async def scenario() -> None:
+        async with AsyncClient(Connection(url=url, key=KEY)) as service:
+            answer = await service.query(**ASKED, k=3)
+            told = [event async for event in service.stream(**ASKED, k=3)]
+            assert plain(told[-1][1]) == plain(answer)
+            job = await service.submit([QueryRequest(**ASKED, k=2)])
+            assert (await service.wait(job.id, every=0.02)).state == "finished"
+            assert len([outcome async for outcome in service.results(job.id)]) == 1
+            assert (await service.job(job.id)).id in [j.id for j in await service.jobs()]
+            await service.delete(job.id)
+            assert (await service.example(HOSTILE_ID)).text == HOSTILE_TEXT
+            assert (await service.indexes()).indexes
+            assert (await service.estimators()).estimators
+
+    asyncio.run(scenario())
+
+
+def test_refusals_are_problems_and_hide_the_key(url: str) -> None:
+    with Client(Connection(url=url)) as unknown, pytest.raises(ServiceProblem) as caught:
+        unknown.query(**ASKED)
+    assert caught.value.status == 401
+    assert KEY not in repr(Connection(url=url, key=KEY))
+
+
+def test_nothing_there_is_one_sentence() -> None:
+    with (
+        Client(Connection(url="http://127.0.0.1:9")) as service,
+        pytest.raises(ServiceUnreachable, match="Cannot ask the service") as caught,
+    ):
+        service.query(**ASKED)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_busy_service_is_asked_again_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(client_module.time, "sleep", slept.append)
+    busy = {"title": "Too many", "detail": "Wait.", "status": 429}
+    statuses = iter([429, 503, 429, 429, 429])
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        status = next(statuses)
+        return httpx.Response(status, json=busy, headers={"retry-after": "60"})
+
+    patient = Connection(retries=3, longest_wait=5)
+    with (
+        Client(patient, transport=httpx.MockTransport(answer)) as service,
+        pytest.raises(ServiceProblem, match="Too many: Wait"),
+    ):
+        service.query(**ASKED)
+    assert slept == [5.0, 5.0, 5.0]
+
+
+# For assistants
+
+
+def tool(url: str, name: str, **arguments: Any) -> tuple[bool, str]:
+    """Whether a tool failed, and what it said."""
+
+    async def ask() -> tuple[bool, str]:
+        async with (
+            AsyncClient(Connection(url=url, key=KEY)) as service,
+            Assistant(make_server(service)) as assistant,
+        ):
+            result = await assistant.call_tool(name, arguments)
+            return bool(result.is_error), result.content[0].text  # type: ignore[union-attr]
+
+    return asyncio.run(ask())
+
+
+def test_assistants_are_told_examples_and_what_may_be_missing(url: str) -> None:
+    failed, said = tool(url, "query_training_examples", **ASKED_BY_TOOL, k=2)
+    assert not failed
+    assert "The capital of France is Paris." in said
+    assert "nats" in said
+    assert "What may be missing:" in said
+    assert "nothing was missed" in said
+
+
+ASKED_BY_TOOL = {"prompt": ASKED["prompt"], "completion": ASKED["completion"]}
+
+
+def test_assistants_compare_read_and_list(url: str) -> None:
+    failed, said = tool(url, "compare_completions", **ASKED_BY_TOOL, against=" Lima", k=2)
+    assert not failed
+    assert "rather than ' Lima'" in said
+    assert "Opponents" in said
+    failed, said = tool(url, "read_example", example_id=HOSTILE_ID)
+    assert not failed
+    assert said.endswith(HOSTILE_TEXT)
+    assert "data, no instruction" in said
+    assert "18 examples" in tool(url, "list_indexes")[1]
+
+
+def test_assistants_are_told_what_went_wrong(url: str) -> None:
+    failed, said = tool(url, "read_example", example_id="nobody")
+    assert failed
+    assert "no example with the id 'nobody'" in said
+    failed, said = tool(url, "query_training_examples", **ASKED_BY_TOOL, k=900)
+    assert failed
+    assert "k must be from 1" in said
+
+
+def test_long_texts_are_clipped_with_their_length(service: Client) -> None:
+    answer = service.query(**ASKED, k=1)
+    answer.results[0].text = "x" * (SHOWN_CHARACTERS + 7)
+    assert "[... 7 more characters]" in as_text(answer)
