@@ -1,6 +1,7 @@
 """The service from Python and for assistants: typed answers, patience, one sentence on failure."""
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from mcp import StdioServerParameters
 from mcp.client import Client as Assistant
 from pydantic import BaseModel
 
@@ -274,12 +276,56 @@ def test_assistants_are_told_what_went_wrong(url: str) -> None:
     failed, said = tool(url, "read_example", example_id="nobody")
     assert failed
     assert "no example with the id 'nobody'" in said
-    failed, said = tool(url, "query_training_examples", **ASKED_BY_TOOL, k=900)
+    failed, said = tool(url, "query_training_examples", **ASKED_BY_TOOL, k=40)
     assert failed
     assert "k must be from 1" in said
+    failed, said = tool(url, "query_training_examples", **ASKED_BY_TOOL, k=900)
+    assert failed
+    assert "k" in said
+    failed, said = tool("http://127.0.0.1:9", "list_indexes")
+    assert failed
+    assert "Cannot ask the service" in said
+    assert "\n" not in said
 
 
 def test_long_texts_are_clipped_with_their_length(service: Client) -> None:
     answer = service.query(**ASKED, k=1)
     answer.results[0].text = "x" * (SHOWN_CHARACTERS + 7)
     assert "[... 7 more characters]" in as_text(answer)
+
+
+def test_assistants_know_what_the_tools_take_and_that_they_change_nothing() -> None:
+    async def listed() -> list[Any]:
+        async with Assistant(make_server(AsyncClient())) as assistant:
+            return list((await assistant.list_tools()).tools)
+
+    tools = {tool.name: tool for tool in asyncio.run(listed())}
+    assert set(tools) == {
+        "query_training_examples",
+        "compare_completions",
+        "read_example",
+        "list_indexes",
+    }
+    for one in tools.values():
+        assert one.description
+        assert one.annotations.read_only_hint
+    told = tools["query_training_examples"].input_schema["properties"]
+    assert told["prompt"]["description"] == "What the model was asked."
+    assert told["k"]["maximum"] == 50
+
+
+@pytest.mark.slow
+def test_the_command_speaks_on_stdout_and_nothing_else_does(url: str) -> None:
+    command = StdioServerParameters(
+        command=sys.executable,
+        args=["-m", "scripts.serve_mcp", "--url", url],
+        env={**os.environ, "ETYMON_KEY": KEY},
+        cwd=Path(__file__).parents[1],
+    )
+
+    async def ask() -> str:
+        async with Assistant(command) as assistant:
+            result = await assistant.call_tool("list_indexes", {})
+            return str(result.content[0].text)  # type: ignore[union-attr]
+
+    assert "18 examples" in asyncio.run(ask())
