@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from scripts.console import print_json, stderr
-from service.client import Client, Connection, ServiceError
+from service.client import Client, Connection, ServiceError, first_fault
 from service.schemas import ProgressEvent, QueryRequest, QueryResponse
 
 SHOWN_CHARACTERS = 240
@@ -119,7 +119,7 @@ def main(
         connection = Connection(url=url, key=key, timeout=timeout)
         answer = ask(connection, request, watch=watch)
     except (ServiceError, ValueError) as error:
-        told = _first_fault(error) if isinstance(error, ValidationError) else str(error)
+        told = first_fault(error) if isinstance(error, ValidationError) else str(error)
         stderr.print(Text.assemble(("error: ", "bold red"), printable(told)), soft_wrap=True)
         raise typer.Exit(1) from error
     document = answer.model_dump(mode="json")
@@ -130,8 +130,8 @@ def main(
 def parse_filters(conditions: list[str]) -> dict[str, dict[str, Any]]:
     """Conditions by column, from COLUMN=VALUE, COLUMN>=VALUE and COLUMN<=VALUE.
 
-    Values that read as JSON numbers or booleans are such; two conditions of one kind on a column
-    are alternatives (=) or an error (>=, <=).
+    Values that read as JSON numbers or booleans are such, after = the same text too; two conditions
+    of one kind on a column are alternatives (=) or an error (>=, <=).
 
     Raises:
         ValueError: a condition of another form.
@@ -147,7 +147,8 @@ def parse_filters(conditions: list[str]) -> dict[str, dict[str, Any]]:
         asked = found.setdefault(column, {})
         value = _value(text)
         if sign == "=":
-            asked.setdefault("any_of", []).append(value)
+            # Years and the like are texts in some corpora and numbers in others.
+            asked.setdefault("any_of", []).extend([value] if value == text else [value, text])
         elif (name := {">=": "at_least", "<=": "at_most"}[sign]) in asked:
             raise ValueError(f"--filter gives '{column}{sign}' twice; give it once.")
         else:
@@ -161,12 +162,6 @@ def _value(text: str) -> str | int | float | bool:
     except ValueError:
         return text
     return value if isinstance(value, (int, float, bool)) else text
-
-
-def _first_fault(error: ValidationError) -> str:
-    fault = error.errors()[0]
-    name = "_".join(str(part) for part in fault["loc"][:1]) or "the query"
-    return f"{name}: {fault['msg']}."
 
 
 def ask(connection: Connection, request: QueryRequest, *, watch: bool) -> QueryResponse:
@@ -188,7 +183,7 @@ def ask(connection: Connection, request: QueryRequest, *, watch: bool) -> QueryR
             else:
                 said = name
             stderr.print(said, style="dim", highlight=False)
-    raise ServiceError(f"{connection.url} ended its stream without an answer; ask again.")
+    raise connection.broken_off()
 
 
 def show(answer: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """The service from Python: ``Client`` and ``AsyncClient``. Needs neither model nor torch."""
 
 import asyncio
+import json
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -89,6 +91,10 @@ class Connection:
         headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
         return {"base_url": self.url, "timeout": self.timeout, "headers": headers}
 
+    def broken_off(self) -> ServiceUnreachable:
+        """For a stream that ended without an answer."""
+        return ServiceUnreachable(f"{self.url} ended its stream without an answer; ask again.")
+
     def pause(self, response: httpx.Response, asked: int) -> float | None:
         """Seconds after which to ask again; None if that would not help or was done enough."""
         after = response.headers.get("retry-after", "")
@@ -141,20 +147,35 @@ def _stranger(response: httpx.Response) -> ServiceProblem:
     return ServiceProblem(response.status_code, str(response.url), detail)
 
 
-def read_event(name: str, data: str) -> Event:
-    """An event of a stream.
+def read_event(name: str, data: str) -> Event | None:
+    """An event of a stream; None for one that this version does not know.
 
     Raises:
-        ServiceProblem: the event is a refusal.
+        ServiceProblem: the event is a refusal, or cannot be read.
     """
-    if name == "error":
-        problem: dict[str, Any] = httpx.Response(200, content=data).json()
-        raise ServiceProblem(problem["status"], problem["title"], problem["detail"])
-    return name, EVENTS[name].model_validate_json(data)  # type: ignore[return-value]
+    try:
+        if name == "error":
+            problem = json.loads(data)
+            raise ServiceProblem(problem["status"], problem["title"], problem["detail"])
+        return (name, EVENTS[name].model_validate_json(data)) if name in EVENTS else None  # type: ignore[return-value]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ServiceProblem(
+            0, "Not understood", f"the event '{name}' of the stream is none of this version's."
+        ) from error
+
+
+def first_fault(error: ValidationError) -> str:
+    """What is wrong with a query, as one sentence."""
+    fault = error.errors()[0]
+    name = ".".join(str(part) for part in fault["loc"]) or "the query"
+    return f"{name}: {fault['msg']}."
 
 
 def _query(request: QueryRequest | None, fields: Mapping[str, Any]) -> dict[str, Any]:
-    asked = QueryRequest(**fields) if request is None else request
+    try:
+        asked = QueryRequest(**fields) if request is None else request
+    except ValidationError as error:
+        raise ValueError(first_fault(error)) from error
     return {"method": "POST", "url": "/v1/query", "json": asked.model_dump(exclude_unset=True)}
 
 
@@ -203,12 +224,22 @@ class Client:
     def stream(self, request: QueryRequest | None = None, **fields: Any) -> Iterator[Event]:
         """News of a query; the last is ``("result", answer)``."""
         asked = {**_query(request, fields), "url": "/v1/query/stream"}
-        with self.connection.reaching(), self._http.stream(**asked) as response:
-            if not response.is_success:
-                response.read()
-                check(response)
-            for event in EventSource(response).iter_sse():
-                yield read_event(event.event, event.data)
+        asking = 1
+        while True:
+            with self.connection.reaching(), self._http.stream(**asked) as response:
+                pause = self.connection.pause(response, asking)
+                if pause is None:
+                    if not response.is_success:
+                        response.read()
+                        check(response)
+                    for event in EventSource(response).iter_sse():
+                        if (news := read_event(event.event, event.data)) is not None:
+                            yield news
+                            if news[0] == "result":
+                                return
+                    raise self.connection.broken_off()
+            time.sleep(pause)
+            asking += 1
 
     def submit(self, queries: list[QueryRequest]) -> JobResponse:
         """Have many queries answered in the background."""
@@ -222,9 +253,10 @@ class Client:
         """All jobs, newest first."""
         return read(self._send({"method": "GET", "url": "/v1/jobs"}), JobsResponse).jobs
 
-    def wait(self, job: str, every: float = 1.0) -> JobResponse:
-        """Wait until a job has ended."""
-        while (found := self.job(job)).state in ("queued", "running"):
+    def wait(self, job: str, every: float = 1.0, most: float | None = None) -> JobResponse:
+        """Wait until a job has ended, or at most so many seconds; look at its ``state``."""
+        until = math.inf if most is None else time.monotonic() + most
+        while (found := self.job(job)).state != "finished" and time.monotonic() < until:
             time.sleep(every)
         return found
 
@@ -239,6 +271,11 @@ class Client:
     def delete(self, job: str) -> None:
         """End and forget a job."""
         check(self._send({"method": "DELETE", "url": f"/v1/jobs/{job}"}))
+
+    def ready(self) -> bool:
+        """Whether model and indexes are loaded."""
+        with self.connection.reaching():
+            return self._http.get("/readyz").is_success
 
     def indexes(self) -> IndexesResponse:
         """What is served."""
@@ -290,13 +327,23 @@ class AsyncClient:
     ) -> AsyncIterator[Event]:
         """News of a query; the last is ``("result", answer)``."""
         asked = {**_query(request, fields), "url": "/v1/query/stream"}
-        with self.connection.reaching():
-            async with self._http.stream(**asked) as response:
-                if not response.is_success:
-                    await response.aread()
-                    check(response)
-                async for event in EventSource(response).aiter_sse():
-                    yield read_event(event.event, event.data)
+        asking = 1
+        while True:
+            with self.connection.reaching():
+                async with self._http.stream(**asked) as response:
+                    pause = self.connection.pause(response, asking)
+                    if pause is None:
+                        if not response.is_success:
+                            await response.aread()
+                            check(response)
+                        async for event in EventSource(response).aiter_sse():
+                            if (news := read_event(event.event, event.data)) is not None:
+                                yield news
+                                if news[0] == "result":
+                                    return
+                        raise self.connection.broken_off()
+            await asyncio.sleep(pause)
+            asking += 1
 
     async def submit(self, queries: list[QueryRequest]) -> JobResponse:
         """Have many queries answered in the background."""
@@ -310,9 +357,10 @@ class AsyncClient:
         """All jobs, newest first."""
         return read(await self._send({"method": "GET", "url": "/v1/jobs"}), JobsResponse).jobs
 
-    async def wait(self, job: str, every: float = 1.0) -> JobResponse:
-        """Wait until a job has ended."""
-        while (found := await self.job(job)).state in ("queued", "running"):
+    async def wait(self, job: str, every: float = 1.0, most: float | None = None) -> JobResponse:
+        """Wait until a job has ended, or at most so many seconds; look at its ``state``."""
+        until = math.inf if most is None else time.monotonic() + most
+        while (found := await self.job(job)).state != "finished" and time.monotonic() < until:
             await asyncio.sleep(every)
         return found
 
@@ -328,6 +376,11 @@ class AsyncClient:
     async def delete(self, job: str) -> None:
         """End and forget a job."""
         check(await self._send({"method": "DELETE", "url": f"/v1/jobs/{job}"}))
+
+    async def ready(self) -> bool:
+        """Whether model and indexes are loaded."""
+        with self.connection.reaching():
+            return (await self._http.get("/readyz")).is_success
 
     async def indexes(self) -> IndexesResponse:
         """What is served."""

@@ -17,17 +17,36 @@ from service.errors import Conflict, TooManyJobs, UnknownJob
 JobState = Literal["queued", "running", "finished"]
 
 VERSION = 1
+
+APPLICATION = 0x4574796D
+"""Marks the file as one of this service's, as SQLite provides for ("Etym")."""
+
+LOCK_SECONDS = 2.0
+"""A file that another process has open is waited for so long: that one may be about to end."""
+
 TABLES = """
 CREATE TABLE job (
     id TEXT PRIMARY KEY, created TEXT NOT NULL, updated TEXT NOT NULL, state TEXT NOT NULL,
-    key TEXT UNIQUE, digest TEXT NOT NULL
+    key TEXT UNIQUE, digest TEXT NOT NULL, queries INTEGER NOT NULL,
+    answered INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE query (
     job TEXT NOT NULL REFERENCES job ON DELETE CASCADE, number INTEGER NOT NULL,
-    request TEXT NOT NULL, answer TEXT, problem TEXT,
+    request TEXT NOT NULL, begun INTEGER NOT NULL DEFAULT 0, answer TEXT, problem TEXT,
     PRIMARY KEY (job, number)
-) WITHOUT ROWID;
+);
+CREATE INDEX open_query ON query (job, number) WHERE answer IS NULL AND problem IS NULL;
 """
+
+JOB = "SELECT id, state, queries, answered, failed, created, updated FROM job"
+
+OPEN_QUERIES = """
+SELECT job, number, request, begun
+FROM job CROSS JOIN query INDEXED BY open_query ON job.id = job
+WHERE state != 'finished' AND answer IS NULL AND problem IS NULL
+ORDER BY job.rowid, number LIMIT ?
+"""
+"""SQLite takes the order of these joins and this index only when it is told to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +81,34 @@ class Outcome:
     problem: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class OpenQuery:
+    """A query without an outcome.
+
+    Attributes:
+        job: that it is of.
+        number: in the job, from 0.
+        request: its JSON text.
+        begun: how often it was begun and the process ended before there was an outcome.
+    """
+
+    job: str
+    number: int
+    request: str
+    begun: int
+
+
 class JobStore:
     """Jobs on disk. What a method has returned from is durable; one caller at a time.
+
+    The file is this process's alone, and only its owner can read it.
 
     Args:
         path: of the file; made if there is none.
         most: jobs kept at a time.
 
     Raises:
-        ValueError: the file is no such database, damaged, or of a later version.
+        ValueError: the file is no such database, damaged, of a later version or in use.
     """
 
     def __init__(self, path: Path, most: int) -> None:
@@ -78,27 +116,44 @@ class JobStore:
         self._turn = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            self._prepare()
+            path.touch(mode=0o600)
+            self._database = sqlite3.connect(
+                path, timeout=LOCK_SECONDS, check_same_thread=False, isolation_level=None
+            )
         except (sqlite3.Error, OSError) as error:
-            raise ValueError(
-                f"The file of jobs, {path}, cannot be used ({error}); name another in "
-                f"ETYMON_JOBS_PATH, or move it away to begin with none."
-            ) from error
+            raise _unusable(path, error) from error
+        try:
+            self._prepare()
+        except sqlite3.Error as error:
+            self._database.close()
+            raise _unusable(path, error) from error
 
     def _prepare(self) -> None:
         database = self._database
-        version = database.execute("PRAGMA user_version").fetchone()[0]
-        if version > VERSION:
+        # A second service on the same file would answer every query once more.
+        database.execute("PRAGMA locking_mode = EXCLUSIVE")
+        database.execute("BEGIN EXCLUSIVE")
+        application, version = self._pragma("application_id"), self._pragma("user_version")
+        if not (application or version or self._pragma("schema_version")):
+            for statement in filter(str.strip, TABLES.split(";")):
+                database.execute(statement)
+            database.execute(f"PRAGMA application_id = {APPLICATION}")
+            database.execute(f"PRAGMA user_version = {VERSION}")
+        elif application != APPLICATION:
+            raise sqlite3.DatabaseError("it is a database of something else")
+        elif version != VERSION:
             raise sqlite3.DatabaseError(f"it is of version {version}, this service knows {VERSION}")
+        database.execute("COMMIT")
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
         database.execute("PRAGMA foreign_keys = ON")
-        if version == 0:
-            database.executescript(f"BEGIN; {TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
-        broken = database.execute("PRAGMA quick_check").fetchone()[0]
+        database.execute("PRAGMA secure_delete = ON")
+        broken = self._pragma("quick_check(1)")
         if broken != "ok":
-            raise sqlite3.DatabaseError(broken)
+            raise sqlite3.DatabaseError(str(broken).splitlines()[0])
+
+    def _pragma(self, name: str) -> Any:
+        return self._database.execute(f"PRAGMA {name}").fetchone()[0]
 
     def close(self) -> None:
         """Give the file back."""
@@ -129,7 +184,9 @@ class JobStore:
                 )
             job, now = uuid.uuid4().hex, _now()
             database.execute(
-                "INSERT INTO job VALUES (?, ?, ?, 'queued', ?, ?)", (job, now, now, key, digest)
+                "INSERT INTO job (id, created, updated, state, key, digest, queries) "
+                "VALUES (?, ?, ?, 'queued', ?, ?, ?)",
+                (job, now, now, key, digest, len(requests)),
             )
             database.executemany(
                 "INSERT INTO query (job, number, request) VALUES (?, ?, ?)",
@@ -149,8 +206,8 @@ class JobStore:
     def all(self) -> list[Job]:
         """All jobs, newest first."""
         with self._turn:
-            rows = self._database.execute("SELECT id FROM job ORDER BY created DESC, rowid DESC")
-            return [self._job(row[0]) for row in rows.fetchall()]
+            rows = self._database.execute(f"{JOB} ORDER BY rowid DESC").fetchall()
+            return [_as_job(row) for row in rows]
 
     def outcomes(self, job: str, start: int, limit: int) -> list[Outcome]:
         """Outcomes that there are, from query ``start`` on, at most ``limit``.
@@ -167,24 +224,28 @@ class JobStore:
             )
             return [Outcome(number=n, answer=a, problem=p) for n, a, p in rows.fetchall()]
 
-    def open_queries(self, limit: int) -> list[tuple[str, int, str]]:
-        """Job, number and request of queries without an outcome, oldest jobs first."""
+    def open_queries(self, limit: int) -> list[OpenQuery]:
+        """Queries without an outcome, oldest jobs first."""
         with self._turn:
-            rows = self._database.execute(
-                "SELECT job, number, request FROM query JOIN job ON job.id = job "
-                "WHERE answer IS NULL AND problem IS NULL ORDER BY created, job.rowid, number "
-                "LIMIT ?",
-                (limit,),
-            )
-            found: list[tuple[str, int, str]] = rows.fetchall()
-            return found
+            rows = self._database.execute(OPEN_QUERIES, (limit,))
+            return [OpenQuery(job=j, number=n, request=r, begun=b) for j, n, r, b in rows]
 
-    def begin(self, job: str) -> None:
-        """Say that its first query's turn has come."""
+    def begin(self, job: str, number: int) -> None:
+        """Say that a query's turn has come."""
         with self._writing() as database:
+            database.execute(
+                "UPDATE query SET begun = begun + 1 WHERE job = ? AND number = ?", (job, number)
+            )
             database.execute(
                 "UPDATE job SET state = 'running', updated = ? WHERE id = ? AND state = 'queued'",
                 (_now(), job),
+            )
+
+    def forgive(self) -> None:
+        """What was begun and has no outcome was not what ends the process."""
+        with self._writing() as database:
+            database.execute(
+                "UPDATE query SET begun = 0 WHERE answer IS NULL AND problem IS NULL AND begun > 0"
             )
 
     def record(self, job: str, number: int, *, answer: str | None, problem: str | None) -> bool:
@@ -195,18 +256,17 @@ class JobStore:
                 "answer IS NULL AND problem IS NULL",
                 (answer, problem, job, number),
             )
-            left = database.execute(
-                "SELECT count(*) FROM query WHERE job = ? AND answer IS NULL AND problem IS NULL",
-                (job,),
-            ).fetchone()[0]
-            state = "running" if left else "finished"
-            database.execute(
-                "UPDATE job SET state = ?, updated = ? WHERE id = ?", (state, _now(), job)
-            )
+            if done.rowcount == 1:
+                database.execute(
+                    "UPDATE job SET answered = answered + ?, failed = failed + ?, updated = ?, "
+                    "state = iif(answered + failed + 1 = queries, 'finished', 'running') "
+                    "WHERE id = ?",
+                    (answer is not None, problem is not None, _now(), job),
+                )
             return done.rowcount == 1
 
     def delete(self, job: str) -> None:
-        """Forget a job.
+        """Forget a job; none of its texts stays in the file.
 
         Raises:
             UnknownJob: there is none of this id.
@@ -214,6 +274,8 @@ class JobStore:
         with self._writing() as database:
             self._job(job)
             database.execute("DELETE FROM job WHERE id = ?", (job,))
+        with self._turn:
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def counts(self) -> dict[JobState, int]:
         """Jobs in each state."""
@@ -236,23 +298,27 @@ class JobStore:
             self._database.execute("COMMIT")
 
     def _job(self, job: str) -> Job:
-        row: Any = self._database.execute(
-            "SELECT id, state, created, updated, count(number), count(answer), count(problem) "
-            "FROM job LEFT JOIN query ON query.job = job.id WHERE job.id = ? GROUP BY job.id",
-            (job,),
-        ).fetchone()
+        row = self._database.execute(f"{JOB} WHERE id = ?", (job,)).fetchone()
         if row is None:
             raise UnknownJob(f"There is no job '{job}'; it may have been deleted.")
-        identifier, state, created, updated, queries, answered, failed = row
-        return Job(
-            id=identifier,
-            state=state,
-            queries=queries,
-            answered=answered,
-            failed=failed,
-            created=created,
-            updated=updated,
+        return _as_job(row)
+
+
+def _as_job(row: Any) -> Job:
+    names = ("id", "state", "queries", "answered", "failed", "created", "updated")
+    return Job(**dict(zip(names, row, strict=True)))
+
+
+def _unusable(path: Path, error: sqlite3.Error | OSError) -> ValueError:
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+        return ValueError(
+            f"The file of jobs, {path}, is in use by another process; give each service a file of "
+            f"its own in ETYMON_JOBS_PATH."
         )
+    return ValueError(
+        f"The file of jobs, {path}, cannot be used ({error}); name another in "
+        f"ETYMON_JOBS_PATH, or move it away to begin with none."
+    )
 
 
 def _now() -> str:

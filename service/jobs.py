@@ -4,17 +4,20 @@ import asyncio
 import json
 import logging
 import sqlite3
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
+from pydantic import ValidationError
+from pydantic_core import to_json
 from starlette.concurrency import run_in_threadpool
 
 from estimators.memory import OutOfMemory
 from service import errors
 from service.errors import JobsOff, NotReady, ShuttingDown
-from service.job_store import Job, JobState, JobStore
+from service.job_store import Job, JobState, JobStore, OpenQuery
 from service.models import BadQuery
 from service.schemas import (
     JobRequest,
@@ -30,8 +33,12 @@ from service.schemas import (
 IDLE_SECONDS = 0.5
 """So often it is looked for work when there was none, or it could not be done."""
 
-NOT_OUTCOMES = (NotReady, ShuttingDown, OutOfMemory)
-"""Errors that say nothing of the query: it stays open."""
+NOT_OUTCOMES = (NotReady, ShuttingDown)
+"""Errors that say nothing of the query: it is asked again."""
+
+MOST_TRIES = 3
+"""So often a query is tried for which memory ran out, or the process ended: with others it may
+have been their fault, again and again it is its own."""
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +53,10 @@ class Answering(Protocol):
     async def answer(self, request: QueryRequest, *, background: bool) -> QueryResponse:
         """Answer a query."""
         ...
+
+
+class ProcessEnded(RuntimeError):  # noqa: N818
+    """The process ended whenever it answered a query."""
 
 
 class JobRunner:
@@ -71,6 +82,7 @@ class JobRunner:
         self._tell = tell
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
+        self._turn = asyncio.Lock()
 
     async def run(self) -> None:
         """Work for ever; what is under way is dropped when this is cancelled, and stays open."""
@@ -88,60 +100,94 @@ class JobRunner:
                         await self._changed.wait()
         finally:
             await self._drop(list(self._tasks))
+            with suppress(sqlite3.Error):
+                await run_in_threadpool(self.store.forgive)
 
     def wake(self) -> None:
         """There is something to do."""
         self._changed.set()
 
     async def forget(self, job: str) -> None:
-        """Drop what is under way of a job."""
-        await self._drop([place for place in self._tasks if place[0] == job])
+        """Drop what is under way of a job that was deleted."""
+        async with self._turn:  # so that none of it is about to begin
+            await self._drop([place for place in self._tasks if place[0] == job])
 
     async def _start_some(self) -> bool:
         """Fill up to ``together``; whether all are at work."""
-        for job, number, request in await run_in_threadpool(
-            self.store.open_queries, self._together
-        ):
-            if len(self._tasks) >= self._together:
-                break
-            if (job, number) not in self._tasks:
-                work = self._answer(job, number, QueryRequest.model_validate_json(request))
-                self._tasks[job, number] = asyncio.create_task(work)
+        async with self._turn:
+            before = set(self._tasks)  # they may get their outcome while the file is read
+            for query in await run_in_threadpool(self.store.open_queries, self._together):
+                place = (query.job, query.number)
+                if place not in before and len(self._tasks) < self._together:
+                    self._tasks[place] = asyncio.create_task(self._answer(query))
         return len(self._tasks) >= self._together
 
-    async def _answer(self, job: str, number: int, request: QueryRequest) -> None:
+    async def _answer(self, query: OpenQuery) -> None:
         try:
-            await run_in_threadpool(self.store.begin, job)
-            answer, problem = await self._outcome(job, number, request)
-            if answer is not None or problem is not None:
-                await run_in_threadpool(
-                    self.store.record, job, number, answer=answer, problem=problem
-                )
+            await run_in_threadpool(self.store.begin, query.job, query.number)
+            answer, problem = await self._outcome(query)
+            await run_in_threadpool(
+                self.store.record, query.job, query.number, answer=answer, problem=problem
+            )
+        except sqlite3.Error:
+            log.exception("no outcome can be kept of query %d of job %s", query.number, query.job)
+            await asyncio.sleep(IDLE_SECONDS)
         finally:
-            self._tasks.pop((job, number), None)
+            self._tasks.pop((query.job, query.number), None)
             self._changed.set()
 
-    async def _outcome(
-        self, job: str, number: int, request: QueryRequest
-    ) -> tuple[str | None, str | None]:
-        """An answer or a problem document, as JSON; neither if the query is to stay open."""
+    async def _outcome(self, query: OpenQuery) -> tuple[str | None, str | None]:
+        """An answer or a problem document, as JSON."""
         try:
-            response = await self._engine.answer(request, background=True)
-        except NOT_OUTCOMES as error:
-            log.info("query %d of job %s waits: %s", number, job, error)
-            await asyncio.sleep(IDLE_SECONDS)
-            return None, None
-        except Exception as error:
+            if query.begun >= MOST_TRIES:
+                raise ProcessEnded(f"The process ended {query.begun} times during this query.")
+            response = await self._patiently(_stored(query))
+            return to_json(response, inf_nan_mode="constants").decode(), None
+        except Exception as error:  # noqa: BLE001 - it is the query's outcome
             if errors.problem_for(error) is errors.UNEXPECTED:
-                log.exception("query %d of job %s failed", number, job)
+                _log_failure(query, error)
             return None, json.dumps(errors.problem_document("/v1/query", error))
-        return response.model_dump_json(), None
+
+    async def _patiently(self, request: QueryRequest) -> QueryResponse:
+        tries = 1
+        while True:
+            try:
+                return await self._engine.answer(request, background=True)
+            except NOT_OUTCOMES as error:
+                log.info("a query of a job waits: %s", error)
+            except OutOfMemory:
+                tries += 1
+                if tries > MOST_TRIES:
+                    raise
+            await asyncio.sleep(IDLE_SECONDS)
 
     async def _drop(self, places: list[tuple[str, int]]) -> None:
         tasks = [self._tasks[place] for place in places if place in self._tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _stored(query: OpenQuery) -> QueryRequest:
+    try:
+        return QueryRequest.model_validate_json(query.request)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = ".".join(str(part) for part in fault["loc"])
+        raise BadQuery(
+            f"The job was made by another version of the service, and this one does not take its "
+            f"query ({name}: {fault['msg']}); send it anew."
+        ) from error
+
+
+def _log_failure(query: OpenQuery, error: Exception) -> None:
+    """Where, and what kind: its message may hold what was asked."""
+    frames = [
+        f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)
+    ]
+    log.error(
+        "query %d of job %s failed: %s at %s", query.number, query.job, type(error).__name__, frames
+    )
 
 
 def _runner(request: Request) -> JobRunner:

@@ -1,6 +1,7 @@
 """The service from Python and for assistants: typed answers, patience, one sentence on failure."""
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from mcp import StdioServerParameters
 from mcp.client import Client as Assistant
 from pydantic import BaseModel
 
@@ -113,6 +115,7 @@ def test_the_same_by_coroutines(url: str) -> None:
             await service.delete(job.id)
             assert (await service.example(HOSTILE_ID)).text == HOSTILE_TEXT
             assert (await service.indexes()).indexes
+            assert await service.ready()
             assert (await service.estimators()).estimators
 
     asyncio.run(scenario())
@@ -151,6 +154,81 @@ def test_a_busy_service_is_asked_again_as_it_says(monkeypatch: pytest.MonkeyPatc
     ):
         service.query(**ASKED)
     assert slept == [5.0, 5.0, 5.0]
+
+
+CANDIDATES = 'event: candidates\ndata: {"rows": 3, "seconds": 0.5}\n\n'
+PROBLEM = '{"status": 422, "title": "The query cannot be measured", "detail": "No."}'
+
+
+def streaming(*responses: httpx.Response) -> Client:
+    """A client of a service that answers so, one after the other."""
+    left = iter(responses)
+    return Client(transport=httpx.MockTransport(lambda request: next(left)))
+
+
+def as_stream(text: str) -> httpx.Response:
+    return httpx.Response(200, text=text, headers={"content-type": "text/event-stream"})
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "says"),
+    [
+        (CANDIDATES, ServiceUnreachable, "ended its stream without an answer"),
+        (f"event: error\ndata: {PROBLEM}\n\n", ServiceProblem, "cannot be measured: No."),
+        ("event: error\ndata: {}\n\n", ServiceProblem, "the event 'error'"),
+        ("event: candidates\ndata: []\n\n", ServiceProblem, "the event 'candidates'"),
+    ],
+)
+def test_a_stream_that_does_not_end_with_the_answer_fails(
+    text: str, error: type[Exception], says: str
+) -> None:
+    with streaming(as_stream(text)) as service, pytest.raises(error, match=says) as caught:
+        list(service.stream(**ASKED))
+    assert "\n" not in str(caught.value)
+
+
+def test_events_of_a_later_version_are_passed_over() -> None:
+    with streaming(as_stream(f"event: heat\ndata: 1\n\n{CANDIDATES}")) as service:
+        news = service.stream(**ASKED)
+        assert next(news)[0] == "candidates"
+        news.close()
+
+
+def test_a_busy_stream_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(client_module.time, "sleep", slept.append)
+    busy = httpx.Response(429, json={"title": "Busy"}, headers={"retry-after": "2"})
+    with streaming(busy, as_stream(CANDIDATES)) as service:
+        news = service.stream(**ASKED)
+        assert next(news)[0] == "candidates"
+        news.close()
+    assert slept == [2.0]
+
+
+def test_what_is_wrong_with_a_query_is_one_sentence() -> None:
+    with Client() as service, pytest.raises(ValueError, match="k: Input should be") as caught:
+        service.query(prompt="x", k=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_waiting_ends_when_it_is_told_to(url: str) -> None:
+    running = {
+        "id": "a",
+        "state": "running",
+        "queries": 2,
+        "answered": 1,
+        "failed": 0,
+        "created": "",
+        "updated": "",
+    }
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=running))
+    with Client(transport=transport) as service:
+        assert service.wait("a", every=0.01, most=0.03).state == "running"
+    with Client(Connection(url=url)) as service:
+        assert service.ready()
+    down = httpx.MockTransport(lambda request: httpx.Response(503))
+    with Client(transport=down) as service:
+        assert not service.ready()
 
 
 # For assistants
@@ -198,12 +276,56 @@ def test_assistants_are_told_what_went_wrong(url: str) -> None:
     failed, said = tool(url, "read_example", example_id="nobody")
     assert failed
     assert "no example with the id 'nobody'" in said
-    failed, said = tool(url, "query_training_examples", **ASKED_BY_TOOL, k=900)
+    failed, said = tool(url, "query_training_examples", **ASKED_BY_TOOL, k=40)
     assert failed
     assert "k must be from 1" in said
+    failed, said = tool(url, "query_training_examples", **ASKED_BY_TOOL, k=900)
+    assert failed
+    assert "k" in said
+    failed, said = tool("http://127.0.0.1:9", "list_indexes")
+    assert failed
+    assert "Cannot ask the service" in said
+    assert "\n" not in said
 
 
 def test_long_texts_are_clipped_with_their_length(service: Client) -> None:
     answer = service.query(**ASKED, k=1)
     answer.results[0].text = "x" * (SHOWN_CHARACTERS + 7)
     assert "[... 7 more characters]" in as_text(answer)
+
+
+def test_assistants_know_what_the_tools_take_and_that_they_change_nothing() -> None:
+    async def listed() -> list[Any]:
+        async with Assistant(make_server(AsyncClient())) as assistant:
+            return list((await assistant.list_tools()).tools)
+
+    tools = {tool.name: tool for tool in asyncio.run(listed())}
+    assert set(tools) == {
+        "query_training_examples",
+        "compare_completions",
+        "read_example",
+        "list_indexes",
+    }
+    for one in tools.values():
+        assert one.description
+        assert one.annotations.read_only_hint
+    told = tools["query_training_examples"].input_schema["properties"]
+    assert told["prompt"]["description"] == "What the model was asked."
+    assert told["k"]["maximum"] == 50
+
+
+@pytest.mark.slow
+def test_the_command_speaks_on_stdout_and_nothing_else_does(url: str) -> None:
+    command = StdioServerParameters(
+        command=sys.executable,
+        args=["-m", "scripts.serve_mcp", "--url", url],
+        env={**os.environ, "ETYMON_KEY": KEY},
+        cwd=Path(__file__).parents[1],
+    )
+
+    async def ask() -> str:
+        async with Assistant(command) as assistant:
+            result = await assistant.call_tool("list_indexes", {})
+            return str(result.content[0].text)  # type: ignore[union-attr]
+
+    assert "18 examples" in asyncio.run(ask())

@@ -15,11 +15,13 @@ from typing import Any
 import httpx
 import pytest
 
+from estimators.memory import OutOfMemory
+from service import job_store, jobs
 from service.app import create_app
 from service.client import Client as ServiceClient
 from service.client import Connection
 from service.errors import Conflict, NotReady, TooManyJobs, UnknownJob
-from service.job_store import JobStore
+from service.job_store import APPLICATION, JobStore
 from service.jobs import JobRunner
 from service.schemas import QueryRequest, QueryResponse
 from service.settings import Settings
@@ -73,6 +75,10 @@ def ended(client: Client, job: str) -> dict[str, Any]:
     return client.run(wait)
 
 
+def opened(store: JobStore) -> list[tuple[str, int, str]]:
+    return [(query.job, query.number, query.request) for query in store.open_queries(10)]
+
+
 # The file
 
 
@@ -80,13 +86,13 @@ def test_jobs_are_kept_in_order_with_what_came_of_them(store: JobStore) -> None:
     first, second = store.add(["a", "b", "c"], None), store.add(["d"], None)
     assert [job.id for job in store.all()] == [second.id, first.id]
     assert (first.state, first.queries, first.answered, first.failed) == ("queued", 3, 0, 0)
-    assert store.open_queries(10) == [
+    assert opened(store) == [
         (first.id, 0, "a"),
         (first.id, 1, "b"),
         (first.id, 2, "c"),
         (second.id, 0, "d"),
     ]
-    store.begin(first.id)
+    store.begin(first.id, 1)
     assert store.record(first.id, 1, answer="B", problem=None)
     assert store.record(first.id, 2, answer=None, problem="C")
     assert not store.record(first.id, 1, answer="again", problem=None)
@@ -103,7 +109,7 @@ def test_jobs_are_kept_in_order_with_what_came_of_them(store: JobStore) -> None:
     with pytest.raises(UnknownJob):
         store.get(first.id)
     assert not store.record(first.id, 0, answer="late", problem=None)
-    assert store.open_queries(10) == [(second.id, 0, "d")]
+    assert opened(store) == [(second.id, 0, "d")]
 
 
 def test_a_key_gives_the_same_job_and_never_another(store: JobStore) -> None:
@@ -133,6 +139,7 @@ def test_another_file_is_refused_in_one_sentence(
         path.write_bytes(content)
     else:
         database = sqlite3.connect(path)
+        database.execute(f"PRAGMA application_id = {APPLICATION}")
         database.execute("PRAGMA user_version = 99")
         database.close()
     with pytest.raises(ValueError, match=says) as caught:
@@ -308,3 +315,144 @@ def test_a_job_survives_sigkill_and_each_query_is_answered_once(
     assert [outcome["number"] for outcome in after] == list(range(count))
     kept = {outcome["number"]: outcome for outcome in after}
     assert all(kept[outcome["number"]] == outcome for outcome in before)
+
+
+# What goes wrong
+
+
+def test_a_file_is_one_services_alone_and_only_its_owner_can_read_it(
+    store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_store, "LOCK_SECONDS", 0.01)
+    path = tmp_path / "deep" / "jobs.sqlite"
+    store.add(["a"], None)
+    with pytest.raises(ValueError, match="in use by another process"):
+        JobStore(path, 3)
+    assert {p.stat().st_mode & 0o777 for p in path.parent.iterdir()} == {0o600}
+    store.close()
+    again = JobStore(path, 3)
+    assert len(again.all()) == 1
+    again.close()
+
+
+def test_a_database_of_something_else_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "other.sqlite"
+    database = sqlite3.connect(path)
+    database.execute("CREATE TABLE precious (thing TEXT)")
+    database.close()
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="a database of something else"):
+        JobStore(path, 3)
+    assert path.read_bytes() == before
+
+
+def test_a_deleted_jobs_texts_are_gone_from_the_disk(store: JobStore, tmp_path: Path) -> None:
+    job = store.add(["a secret question", "another"], None)
+    store.record(job.id, 0, answer="a secret answer", problem=None)
+    store.delete(job.id)
+    for path in (tmp_path / "deep").iterdir():
+        assert b"secret" not in path.read_bytes()
+
+
+def test_finding_work_does_not_read_what_is_done(store: JobStore) -> None:
+    plan = store._database.execute(f"EXPLAIN QUERY PLAN {job_store.OPEN_QUERIES}", (2,)).fetchall()
+    told = " ".join(row[3] for row in plan)
+    assert "open_query" in told
+    assert "TEMP B-TREE" not in told
+
+
+class Failing:
+    """An engine that does with each query what its prompt says."""
+
+    def __init__(self, answer: QueryResponse) -> None:
+        self.asked: list[str | None] = []
+        self._answer = answer
+
+    def check(self, request: QueryRequest) -> object:
+        return None
+
+    async def answer(self, request: QueryRequest, *, background: bool) -> QueryResponse:
+        self.asked.append(request.prompt)
+        if request.prompt == "memory":
+            raise OutOfMemory("Not enough memory for one sequence of 9 tokens.")
+        if request.prompt == "bug":
+            raise KeyError("a secret question")
+        if request.prompt == "hang":
+            await asyncio.sleep(60)
+        return self._answer
+
+
+@pytest.fixture
+def failing(client: Client, monkeypatch: pytest.MonkeyPatch) -> Failing:
+    monkeypatch.setattr(jobs, "IDLE_SECONDS", 0.01)
+    return Failing(QueryResponse.model_validate(client.query(**queries(1)[0]).json()))
+
+
+def finish(store: JobStore, engine: Failing, *, until: int) -> None:
+    """Run until so many queries were asked or all jobs are finished."""
+
+    async def scenario() -> None:
+        runner = JobRunner(store, engine, 2, lambda counts: None)
+        running = asyncio.create_task(runner.run())
+        async with asyncio.timeout(20):
+            while len(engine.asked) < until and store.counts()["finished"] < len(store.all()):
+                await asyncio.sleep(0.01)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(scenario())
+
+
+def asks(*prompts: str) -> list[str]:
+    return [f'{{"prompt":"{prompt}"}}' for prompt in prompts]
+
+
+def test_no_query_keeps_those_after_it_from_being_answered(
+    store: JobStore, failing: Failing, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = [*asks("memory", "memory", "bug"), '{"prompt":"fine","of_another_version":1}']
+    job = store.add([*bad, *asks("fine")], None)
+    finish(store, failing, until=99)
+    found = store.outcomes(job.id, 0, 9)
+    problems = [json.loads(outcome.problem or "{}") for outcome in found]
+    assert [problem.get("status") for problem in problems] == [503, 503, 500, 422, None]
+    assert "of_another_version" in problems[3]["detail"]
+    assert found[4].answer is not None
+    assert failing.asked.count("memory") == 2 * jobs.MOST_TRIES
+    assert "KeyError" in caplog.text
+    assert "secret" not in caplog.text + str(found)
+
+
+def test_a_query_that_ends_the_process_is_given_up(store: JobStore, failing: Failing) -> None:
+    job = store.add(asks("fine", "fine"), None)
+    for _ in range(jobs.MOST_TRIES):
+        store.begin(job.id, 0)
+    finish(store, failing, until=99)
+    given_up, answered = store.outcomes(job.id, 0, 9)
+    assert json.loads(given_up.problem or "{}")["status"] == 500
+    assert answered.answer is not None
+
+
+def test_an_orderly_end_counts_against_no_query(store: JobStore, failing: Failing) -> None:
+    store.add(asks("hang"), None)
+    for times in range(1, jobs.MOST_TRIES + 2):
+        finish(store, failing, until=times)
+    (left,) = store.open_queries(9)
+    assert left.begun == 0
+
+
+def test_a_file_that_cannot_be_written_for_a_while_loses_nothing(
+    store: JobStore, failing: Failing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = store.add(asks("fine"), None)
+    record, refused = store.record, [sqlite3.OperationalError("database or disk is full")] * 2
+
+    def sometimes(*place: Any, **outcome: Any) -> bool:
+        if refused:
+            raise refused.pop()
+        return record(*place, **outcome)
+
+    monkeypatch.setattr(store, "record", sometimes)
+    finish(store, failing, until=99)
+    assert store.get(job.id).answered == 1
+    assert len(failing.asked) == 3
