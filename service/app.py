@@ -43,6 +43,9 @@ def create_app(settings: Settings, *, load: bool = True) -> FastAPI:
         settings: of the service.
         load: load model and indexes when it starts up, unless they already are; otherwise whoever
             serves it calls ``app.state.engine.load()``.
+
+    Raises:
+        ValueError: the keys are unfit, or the file of jobs cannot be used.
     """
     telemetry = Telemetry(settings)
     engine = Engine(settings, telemetry)
@@ -52,11 +55,8 @@ def create_app(settings: Settings, *, load: bool = True) -> FastAPI:
         if load and not engine.retrievers:
             await run_in_threadpool(engine.load)
         tasks = [asyncio.create_task(engine.watch_indexes())]
-        store = None
-        if settings.jobs_path is not None:
-            store = JobStore(settings.jobs_path, settings.max_jobs)
-            app.state.jobs = JobRunner(store, engine, settings.jobs_together, telemetry.set_jobs)
-            tasks.append(asyncio.create_task(app.state.jobs.run()))
+        if jobs is not None:
+            tasks.append(asyncio.create_task(jobs.run()))
         try:
             yield
         finally:
@@ -64,8 +64,8 @@ def create_app(settings: Settings, *, load: bool = True) -> FastAPI:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             engine.close()
-            if store is not None:
-                store.close()
+            if jobs is not None:
+                jobs.store.close()
 
     app = FastAPI(
         title="Etymon",
@@ -77,7 +77,6 @@ def create_app(settings: Settings, *, load: bool = True) -> FastAPI:
         redoc_url=None,
     )
     app.state.engine = engine
-    app.state.jobs = None
     errors.install(app)
     _add_query_routes(app)
     add_job_routes(app)
@@ -88,6 +87,12 @@ def create_app(settings: Settings, *, load: bool = True) -> FastAPI:
     limits.install(app, settings)
     access.install(app, settings)
     telemetry.install(app)
+    # Here, so that a file that cannot be used is told by whoever serves, in a sentence.
+    jobs = None
+    if settings.jobs_path is not None:
+        store = JobStore(settings.jobs_path, settings.max_jobs)
+        jobs = JobRunner(store, engine, settings.jobs_together, telemetry.set_jobs)
+    app.state.jobs = jobs
     return app
 
 

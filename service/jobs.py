@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 
 from estimators.memory import OutOfMemory
 from service import errors
-from service.errors import JobsOff, NotReady, ShuttingDown
+from service.errors import JobsOff, NotReady, ShuttingDown, UnknownEstimator, UnknownIndex
 from service.job_store import Job, JobState, JobStore, OpenQuery
 from service.models import BadQuery
 from service.schemas import (
@@ -152,7 +152,10 @@ class JobRunner:
         tries = 1
         while True:
             try:
-                return await self._engine.answer(request, background=True)
+                answer = await self._engine.answer(request, background=True)
+                if answer.partial and request.deadline is None:
+                    raise ShuttingDown("The search was cut short because the service ends.")
+                return answer
             except NOT_OUTCOMES as error:
                 log.info("a query of a job waits: %s", error)
             except OutOfMemory:
@@ -230,8 +233,8 @@ def add_job_routes(app: FastAPI) -> None:
         for number, query in enumerate(body.queries):
             try:
                 request.app.state.engine.check(query)
-            except BadQuery as error:
-                raise BadQuery(f"Query {number}: {error}") from error
+            except (BadQuery, UnknownEstimator, UnknownIndex) as error:
+                raise type(error)(f"Query {number}: {error}") from error
         requests = [query.model_dump_json(exclude_unset=True) for query in body.queries]
         job = await run_in_threadpool(jobs.store.add, requests, idempotency_key)
         jobs.wake()
@@ -256,7 +259,7 @@ def add_job_routes(app: FastAPI) -> None:
         limit: Annotated[int, Query(ge=1, le=1000, description="Most outcomes.")] = 100,
     ) -> JobResultsResponse:
         """Outcomes that there are already, in order of their queries."""
-        found = await run_in_threadpool(jobs.store.outcomes, job_id, start, limit)
+        found = await run_in_threadpool(jobs.store.outcomes, job_id, start, limit + 1)
         return JobResultsResponse(
             results=[
                 JobResultSchema(
@@ -264,9 +267,9 @@ def add_job_routes(app: FastAPI) -> None:
                     answer=_parsed(QueryResponse, outcome.answer),
                     problem=_parsed(ProblemResponse, outcome.problem),
                 )
-                for outcome in found
+                for outcome in found[:limit]
             ],
-            next=found[-1].number + 1 if len(found) == limit else None,
+            next=found[limit].number if len(found) > limit else None,
         )
 
     @app.delete("/v1/jobs/{job_id}", status_code=204, responses=errors.described(404, 422, 503))

@@ -456,3 +456,29 @@ def test_a_file_that_cannot_be_written_for_a_while_loses_nothing(
     finish(store, failing, until=99)
     assert store.get(job.id).answered == 1
     assert len(failing.asked) == 3
+
+
+def test_an_answer_cut_short_by_the_end_of_the_service_is_no_outcome(
+    store: JobStore, failing: Failing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = failing._answer
+    cut = whole.model_copy(update={"partial": True})
+    monkeypatch.setattr(failing, "_answer", cut)
+    job = store.add([*asks("fine"), '{"prompt":"hurried","deadline":9}'], None)
+    finish(store, failing, until=5)
+    (hurried,) = store.outcomes(job.id, 0, 9)
+    assert hurried.number == 1
+    assert json.loads(hurried.answer or "{}")["partial"] is True
+    monkeypatch.setattr(failing, "_answer", whole)
+    finish(store, failing, until=99)
+    assert json.loads(store.outcomes(job.id, 0, 9)[0].answer or "{}")["partial"] is False
+
+
+def test_a_damaged_file_is_told_before_anything_is_served(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    path = tmp_path / "jobs.sqlite"
+    path.write_bytes(b"no database " * 300)
+    indexes = {"default": workspace.index}
+    with pytest.raises(ValueError, match="not a database"):
+        create_app(Settings(model=str(workspace.model), indexes=indexes, jobs_path=path))
