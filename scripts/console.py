@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -21,8 +21,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from estimators.layers import Coverage, SkippedModule
-from service.prediction import Prediction
+if TYPE_CHECKING:  # they import torch, which takes seconds
+    from estimators.layers import Coverage, SkippedModule
+    from service.prediction import Prediction
 
 stderr = Console(stderr=True)
 """For people."""
@@ -70,7 +71,7 @@ def print_progress(
         print(f"{description}: {done} of {total}{note}{tail}", file=sys.stderr, flush=True)
 
 
-def show_coverage(coverage: Coverage) -> None:
+def show_coverage(coverage: "Coverage") -> None:
     """Print what share of the model is attributed and everything that is not.
 
     Modules that differ only in the numbers of their names, as those of identical blocks do, share
@@ -121,7 +122,7 @@ def one_sentence_errors(command: Command) -> Command:
     return run  # type: ignore[return-value]
 
 
-def show_prediction(prediction: Prediction, loading: float) -> None:
+def show_prediction(prediction: "Prediction", loading: float) -> None:
     """What a job will take, for people and as its JSON line; ``loading`` seconds come on top."""
     seconds = loading + prediction.seconds
     stderr.print(
