@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -113,7 +114,12 @@ def main(
 def serving(model: str, index: str, together: int) -> Iterator[Service]:
     """A service that is ready; ends with the block."""
     command = [sys.executable, "-m", "scripts.serve", "--model", model, "--index"]
-    settings = {"ETYMON_MAX_TOGETHER": str(together), "ETYMON_MAX_IN_FLIGHT": str(TOGETHER)}
+    jobs = tempfile.TemporaryDirectory()
+    settings = {
+        "ETYMON_MAX_TOGETHER": str(together),
+        "ETYMON_MAX_IN_FLIGHT": str(TOGETHER),
+        "ETYMON_JOBS_PATH": f"{jobs.name}/jobs.sqlite",
+    }
     process = subprocess.Popen(
         [*command, f"default={index}", "--port", "0"],
         stdout=subprocess.PIPE,
@@ -131,6 +137,7 @@ def serving(model: str, index: str, together: int) -> Iterator[Service]:
     finally:
         process.terminate()
         process.wait()
+        jobs.cleanup()
 
 
 async def ask(client: httpx.AsyncClient, question: dict[str, Any]) -> Reply:

@@ -1,6 +1,7 @@
 """Fuzz a service from its description: no answer may be an error of its own or undocumented."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -161,8 +162,9 @@ def _service(model: str, index: list[str], keys_file: Path | None) -> Iterator[s
     command = [sys.executable, "-m", "scripts.serve", "--model", model, "--port", "0"]
     command += [part for folder in index for part in ("--index", folder)]
     command += ["--keys-file", str(keys_file)] if keys_file else []
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as jobs:
+        settings = {**os.environ, "ETYMON_JOBS_PATH": f"{jobs}/jobs.sqlite"}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=settings)
         try:
             assert process.stdout is not None
             line = process.stdout.readline()

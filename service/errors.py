@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from estimators.memory import OutOfMemory
 from estimators.rescoring import NonFiniteGradientError
@@ -121,6 +122,7 @@ PROBLEMS: dict[type[Exception], Problem] = {
     UnknownIndex: Problem(status=404, title="Unknown index"),
     UnknownEstimator: Problem(status=404, title="Unknown estimator"),
     UnknownJob: Problem(status=404, title="Unknown job"),
+    JobsOff: Problem(status=404, title="No jobs here"),
     IndexMissing: Problem(status=404, title="Not found"),
     TooSlow: Problem(status=408, title="The body came too slowly", closes=True),
     Conflict: Problem(status=409, title="Contradicts an earlier request"),
@@ -130,6 +132,7 @@ PROBLEMS: dict[type[Exception], Problem] = {
     BadQuery: Problem(status=422, title="The query cannot be measured"),
     NonFiniteGradientError: Problem(status=422, title="The query's gradient is not finite"),
     Overloaded: Problem(status=429, title="Too many queries at once", retry_after=1),
+    DeadlinePassed: Problem(status=429, title="Too many queries for the deadline", retry_after=1),
     TooManyJobs: Problem(status=429, title="Too many jobs", retry_after=60),
     HeadTooLarge: Problem(status=431, title="Address and headers are too large", closes=True),
     ClientGone: Problem(status=499, title="Client closed the connection"),
@@ -137,8 +140,6 @@ PROBLEMS: dict[type[Exception], Problem] = {
     IndexCorrupt: Problem(status=503, title="The index is damaged"),
     IndexFault: Problem(status=503, title="The index cannot be used"),
     OutOfMemory: Problem(status=503, title="Not enough memory for this query"),
-    DeadlinePassed: Problem(status=503, title="The deadline passed in the queue", retry_after=1),
-    JobsOff: Problem(status=503, title="No jobs here"),
     NotReady: Problem(status=503, title="Not ready", retry_after=5),
     ShuttingDown: Problem(status=503, title="Shutting down", retry_after=10),
 }
@@ -202,8 +203,11 @@ def install(app: FastAPI) -> None:
         if error.status_code == HTTPStatus.BAD_REQUEST and error.__cause__:
             return problem_response(request.url.path, MalformedBody(_unreadable(error.__cause__)))
         problem = Problem(status=error.status_code, title=HTTPStatus(error.status_code).phrase)
-        response = _response(request.url.path, problem, _refusal(request, error))
-        response.headers.update(error.headers or {})
+        headers = dict(error.headers or {})
+        if "allow" in {name.lower() for name in headers}:
+            headers = {"Allow": _allowed(app, request)}
+        response = _response(request.url.path, problem, _refusal(request, error, headers))
+        response.headers.update(headers)
         return response
 
     for kind in (*PROBLEMS, RequestValidationError, Exception):
@@ -243,11 +247,22 @@ def _unreadable(cause: BaseException) -> str:
     return "The body cannot be read: a number in it has too many digits."
 
 
-def _refusal(request: Request, error: HTTPException) -> str:
+def _allowed(app: FastAPI, request: Request) -> str:
+    """Methods that an address takes, of all its routes and not only of the first."""
+    methods = {
+        method
+        for route in app.routes
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
+        for method in route.methods or ()
+    }
+    return ", ".join(sorted(methods))
+
+
+def _refusal(request: Request, error: HTTPException, headers: Mapping[str, str]) -> str:
     if error.status_code == HTTPStatus.NOT_FOUND:
         return f"There is nothing at {request.url.path}; /openapi.json lists all routes."
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        allowed = (error.headers or {}).get("Allow", "another method")
+        allowed = headers.get("Allow", "another method")
         return f"{request.url.path} does not take {request.method}; use {allowed}."
     return f"{str(error.detail).rstrip('.')}."
 

@@ -158,11 +158,11 @@ def test_a_deadline_gives_what_is_certified_so_far(
     assert whole["partial"] is False
 
 
-def test_a_deadline_that_leaves_no_time_at_all_is_a_503(
+def test_a_deadline_that_leaves_no_time_at_all_is_a_429(
     client: Client, retriever: Retriever, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     response = client.query(**ASKED, deadline=0.01)
-    assert response.status_code == 503
+    assert response.status_code == 429
     assert "deadline" in response.json()["detail"]
     assert int(response.headers["retry-after"]) >= 1
 

@@ -62,7 +62,7 @@ def test_the_statuses_of_the_contract() -> None:
         errors.Overloaded: 429,
         errors.TooManyJobs: 429,
         errors.HeadTooLarge: 431,
-        errors.DeadlinePassed: 503,
+        errors.DeadlinePassed: 429,
         errors.ShuttingDown: 503,
     }
     assert {kind: PROBLEMS[kind].status for kind in expected} == expected

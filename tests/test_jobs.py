@@ -217,7 +217,7 @@ def test_without_a_file_there_are_no_jobs(workspace: Workspace) -> None:
     settings = Settings(model=str(workspace.model), indexes={"default": workspace.index})
     with Client(create_app(settings)) as client:
         response = client.request("POST", "/v1/jobs", json={"queries": queries(1)})
-        assert response.status_code == 503
+        assert response.status_code == 404
         assert "ETYMON_JOBS_PATH" in response.json()["detail"]
 
 

@@ -411,6 +411,7 @@ def test_a_body_that_is_not_called_json_is_refused(client: Client) -> None:
     [
         ("GET", "/v1/query", 405, "use POST"),
         ("DELETE", "/v1/index", 405, "use GET"),
+        ("PUT", "/v1/jobs", 405, "use GET, POST"),
         ("POST", "/v1/examples/x", 405, "use GET"),
         ("GET", "/nowhere", 404, "nothing at /nowhere"),
         ("GET", "/v2/query", 404, "/openapi.json"),
