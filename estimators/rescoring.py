@@ -5,12 +5,11 @@ query, ``sum_t d_t^T V a_t`` a layer needs no gradient of the layer's size and s
 by position. For many queries the gradient of each example is formed once and multiplied by all.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from estimators.capture import visit_gradients
@@ -203,41 +202,6 @@ def score_batch(
 
     visit_gradients(model, layers, batch, visit)
     return ScoreParts(by_layer=by_layer, by_position=by_position)
-
-
-def score_batch_where_wanted(
-    model: nn.Module,
-    layers: Sequence[LinearLayer],
-    directions: Sequence[Gradients],
-    wanted: Bool[Tensor, "query batch"],
-    batch: TokenBatch,
-) -> Float[Tensor, "query batch"]:
-    """Exact scores of a batch's sequences, each for the queries that want it.
-
-    The queries share one forward and backward pass; what is their own costs one product a layer
-    and wanted sequence, as ``score_batch``.
-
-    Args:
-        model: frozen, in evaluation mode.
-        layers: attributed layers.
-        directions: of each query, [in, out] a layer.
-        wanted: which scores to compute; the others are NaN.
-        batch: training sequences on the model's device.
-    """
-    dtype = next(iter(directions[0].values())).dtype
-    scores = torch.zeros(wanted.shape, dtype=dtype, device=batch.input_ids.device)
-    members = [row.nonzero().flatten() for row in wanted.to(batch.input_ids.device)]
-
-    def visit(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
-        a, d = widen(a), widen(d)
-        for query, rows in enumerate(members):
-            whole = len(rows) == len(a)
-            inputs, outputs = (a, d) if whole else (a[rows], d[rows])
-            products = ((inputs @ directions[query][layer.name]) * outputs).sum((1, 2))
-            scores[query, rows] += products
-
-    visit_gradients(model, layers, batch, visit)
-    return scores.masked_fill(~wanted.to(scores.device), math.nan)
 
 
 def score_batch_for_queries(

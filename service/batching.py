@@ -243,10 +243,11 @@ class Batcher:
         self._members = [member for member in self._members if member.wanted is not None]
 
     def _round(self) -> None:
+        """Score rows for one or some of the queries, for about ``ROUND_SECONDS``."""
         for together in _grouped(self._members, lambda member: member.ticket.retriever):
-            group = _ready(together)
+            group = _next(together)
             most = ROUND_SECONDS / self._seconds_per_row if self._seconds_per_row else FIRST_ROWS
-            share = max(1, int(most) // len(group))
+            share = max(1, int(most))
             asked = [(member.run.directions, member.next_rows(share)) for member in group]
             start = time.perf_counter()
             scores = self._score(group, asked)
@@ -273,13 +274,24 @@ class Batcher:
         return [self._score([m], [a])[0] for m, a in zip(group, asked, strict=True)]
 
 
-def _ready(members: list[_Member]) -> list[_Member]:
-    """Those whose rows are scored now: audits wait a little for others', to share their rows."""
-    searching = [member for member in members if not member.run.auditing]
-    held = [m for m in members if searching and m.run.auditing and m.held < HELD_ROUNDS]
-    for member in held:
-        member.held += 1
-    return [member for member in members if member not in held]
+def _next(members: list[_Member]) -> list[_Member]:
+    """Whose rows are scored in the next pass.
+
+    Random rows of all that want some, since most of them are the same; otherwise the rows of the
+    query that has had the fewest, so that short searches do not wait for long ones. Audits wait a
+    little for those of other queries.
+    """
+    stages: dict[str, list[_Member]] = {"calibrate": [], "rescore": [], "audit": []}
+    for member in members:
+        stages[member.run.stage].append(member)
+    searching, audits = stages["rescore"], stages["audit"]
+    if stages["calibrate"]:
+        return stages["calibrate"]
+    if searching and all(member.held < HELD_ROUNDS for member in audits):
+        for member in audits:
+            member.held += 1
+        return [min(searching, key=lambda member: member.run.scored_rows)]
+    return audits or searching
 
 
 T = TypeVar("T")

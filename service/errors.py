@@ -78,6 +78,10 @@ class JobsOff(RuntimeError):  # noqa: N818
     """The service keeps no jobs."""
 
 
+class ProcessEnded(RuntimeError):  # noqa: N818
+    """The process ended again and again while it computed this query of a job."""
+
+
 class DeadlinePassed(RuntimeError):  # noqa: N818
     """The query's deadline passed before its turn came."""
 
@@ -136,6 +140,7 @@ PROBLEMS: dict[type[Exception], Problem] = {
     TooManyJobs: Problem(status=429, title="Too many jobs", retry_after=60),
     HeadTooLarge: Problem(status=431, title="Address and headers are too large", closes=True),
     ClientGone: Problem(status=499, title="Client closed the connection"),
+    ProcessEnded: Problem(status=500, title="The process ended during this query"),
     IndexMismatch: Problem(status=503, title="The index does not fit the model"),
     IndexCorrupt: Problem(status=503, title="The index is damaged"),
     IndexFault: Problem(status=503, title="The index cannot be used"),

@@ -16,7 +16,14 @@ from starlette.concurrency import run_in_threadpool
 
 from estimators.memory import OutOfMemory
 from service import errors
-from service.errors import JobsOff, NotReady, ShuttingDown, UnknownEstimator, UnknownIndex
+from service.errors import (
+    JobsOff,
+    NotReady,
+    ProcessEnded,
+    ShuttingDown,
+    UnknownEstimator,
+    UnknownIndex,
+)
 from service.job_store import Job, JobState, JobStore, OpenQuery
 from service.models import BadQuery
 from service.schemas import (
@@ -53,10 +60,6 @@ class Answering(Protocol):
     async def answer(self, request: QueryRequest, *, background: bool) -> QueryResponse:
         """Answer a query."""
         ...
-
-
-class ProcessEnded(RuntimeError):  # noqa: N818
-    """The process ended whenever it answered a query."""
 
 
 class JobRunner:

@@ -75,9 +75,9 @@ class Run:
         return int(self._scored.sum())
 
     @property
-    def auditing(self) -> bool:
-        """Whether it waits for random rows, most of which other queries of its seed want too."""
-        return bool(self.searches) and list(self.searches.values())[-1].auditing
+    def stage(self) -> str:
+        """What it wants rows for: "calibrate" and "audit" are random, "rescore" its own."""
+        return list(self.searches.values())[-1].stage if self.searches else "rescore"
 
     def end(self) -> None:
         """Ask for no more rows: answer with what was found so far."""

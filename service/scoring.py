@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from torch import Tensor
 
 from estimators.gradients import Gradients
-from estimators.rescoring import ScoreParts, score_batch, score_batch_where_wanted
-from estimators.tokens import Sequence1D, collate, plan_batches
+from estimators.rescoring import ScoreParts, score_batch, score_batch_for_queries
+from estimators.tokens import Sequence1D, TokenBatch, collate, plan_batches
 from index.examples import ExampleStore
 from service.models import LoadedModel
 
@@ -39,27 +40,41 @@ class GradientScorer:
                 the rows, each at most once.
         """
         union = np.unique(np.concatenate([rows for _, rows in wanted]))
-        places = [np.searchsorted(union, rows) for _, rows in wanted]
+        places_of = [np.searchsorted(union, rows) for _, rows in wanted]
         table = np.zeros((len(wanted), len(union)), dtype=bool)
-        for number, place in enumerate(places):
+        for number, place in enumerate(places_of):
             table[number, place] = True
         scores = np.full(table.shape, np.nan)
         sequences = [Sequence1D(tokens=self._examples.tokens(int(row))) for row in union]
-        for positions in plan_batches([len(s.tokens) for s in sequences], self._token_budget):
-            asking = np.flatnonzero(table[:, positions].any(1))
-            places_in_table = np.ix_(asking, np.array(positions))
-            found = score_batch_where_wanted(
-                self._loaded.model,
-                self._loaded.coverage.layers,
-                [wanted[number][0] for number in asking.tolist()],
-                torch.from_numpy(table[places_in_table]),
-                collate([sequences[p] for p in positions]).to(self._loaded.device),
-            )
-            scores[places_in_table] = found.double().cpu().numpy()
+        lengths = np.array([len(sequence.tokens) for sequence in sequences])
+        shared = table.sum(0) > 1  # each query's own rows, then those that several want
+        for members in [np.flatnonzero(row & ~shared) for row in table] + [np.flatnonzero(shared)]:
+            asking = np.flatnonzero(table[:, members].any(1))
+            directions = _stacked([wanted[number][0] for number in asking.tolist()])
+            for places in plan_batches(lengths[members].tolist(), self._token_budget):
+                positions = members[places]
+                batch = collate([sequences[p] for p in positions.tolist()])
+                found = self._scores(directions, batch.to(self._loaded.device))
+                scores[np.ix_(asking, positions)] = found.double().cpu().numpy()
         scores[~np.isfinite(scores)] = np.nan
-        return [scores[number, place] for number, place in enumerate(places)]
+        return [scores[number, place] for number, place in enumerate(places_of)]
+
+    def _scores(self, directions: Gradients, batch: TokenBatch) -> Tensor:
+        """[query, batch]."""
+        model, layers = self._loaded.model, self._loaded.coverage.layers
+        if next(iter(directions.values())).ndim == 3:
+            return score_batch_for_queries(model, layers, directions, batch)
+        return score_batch(model, layers, directions, batch).total[None]
 
     def parts(self, directions: Gradients, row: int) -> ScoreParts:
         """The exact score of one row, split over layers and positions."""
         batch = collate([Sequence1D(tokens=self._examples.tokens(row))]).to(self._loaded.device)
         return score_batch(self._loaded.model, self._loaded.coverage.layers, directions, batch)
+
+
+def _stacked(directions: Sequence[Gradients]) -> Gradients:
+    """[query, in, out] a layer; of a single query [in, out]."""
+    if len(directions) == 1:
+        return directions[0]
+    names = directions[0] if directions else ()
+    return {name: torch.stack([own[name] for own in directions]) for name in names}

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Generator
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -76,7 +76,7 @@ class Search:
         self.scored = np.zeros(len(proxies.values), dtype=bool)
         self.rescored = 0
         self.ended = False
-        self.auditing = False
+        self.stage: Literal["calibrate", "rescore", "audit"] = "calibrate"
         self._sample = np.empty(0, dtype=np.int64)
         self._seed = seed
         self._calibration = calibration
@@ -106,6 +106,7 @@ class Search:
         everything = np.arange(len(proxies.values))
         self._sample = draw_sample(everything, query.calibration_rows, self._seed)
         yield from self._rescore(self._sample)
+        self.stage = "rescore"
         clock.stop("calibrate")
         yield from self._adapt()
         clock.stop("rescore")
@@ -293,7 +294,7 @@ class Search:
         population = np.flatnonzero(~self.scored)
         unscorable = int((self.scored & np.isnan(self.exact)).sum())
         sample = draw_sample(population, query.audit_rows, self._seed + 1)
-        self.auditing = True
+        self.stage = "audit"
         scorable = sample[~self.proxies.failed[sample]]
         done = yield from self._rescore(scorable)
         if done < len(scorable):  # ended on the way: what was drawn and not looked at is left out
