@@ -214,10 +214,10 @@ def show(answer: dict[str, Any]) -> None:
         if len({c["direction"] for c in answer["certificates"]}) > 1:
             stderr.print(Text(direction, style="bold"))
         stderr.print(_table(results))
+        stderr.print(Text("score in nats: + raised the measured value, - lowered it", style="dim"))
         _show_layers(results)
         for certificate in certificates:
             stderr.print(_certificate(certificate))
-    stderr.print(Text("score in nats: + raised the measured value, - lowered it", style="dim"))
     for document in answer["documents"]:
         stderr.print(_whole_document(document))
     stderr.print(

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from index.current import CURRENT, current_folder, point_to
 from index.editing import delete_rows
 from index.errors import IndexMissing
+from scripts import point_to as swap
 from service import batching
 from service.app import create_app
 from service.batching import Batcher, Ticket
@@ -321,3 +323,14 @@ def test_a_damaged_successor_is_not_served(workspace: Workspace, tmp_path: Path)
 def _request(**fields: Any) -> QueryRequest:
 
     return QueryRequest(**fields)
+
+
+def test_only_a_whole_index_is_pointed_to(workspace: Workspace, tmp_path: Path) -> None:
+    shutil.copytree(workspace.index, tmp_path / "v1")
+    shutil.copytree(workspace.index, tmp_path / "half", ignore=shutil.ignore_patterns("manifest*"))
+    told = CliRunner().invoke(swap.app, [str(tmp_path), "v1"])
+    assert json.loads(told.stdout) == {"current": str(tmp_path / "v1")}
+    refused = CliRunner().invoke(swap.app, [str(tmp_path), "half"])
+    assert refused.exit_code == 1
+    assert "No complete index" in refused.stderr
+    assert current_folder(tmp_path) == tmp_path / "v1"
