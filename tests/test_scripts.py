@@ -601,6 +601,8 @@ def test_what_explains_a_result_is_shown(monkeypatch: pytest.MonkeyPatch) -> Non
         (["b=true", "b=3"], {"b": {"any_of": [True, "true", 3, "3"]}}),
         (["date>=1990-05"], {"date": {"at_least": "1990-05"}}),
         (["url=http://x?y=z"], {"url": {"any_of": ["http://x?y=z"]}}),
+        (["a=NaN", "a=-Infinity", "a=null"], {"a": {"any_of": ["NaN", "-Infinity", "null"]}}),
+        (["a>=true", f"a<={'9' * 400}"], {"a": {"at_least": "true", "at_most": "9" * 400}}),
     ],
 )
 def test_filters_are_read_from_conditions(conditions: list[str], expected: Any) -> None:
