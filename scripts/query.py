@@ -223,7 +223,8 @@ def show(answer: dict[str, Any]) -> None:
         _show_layers(results)
         for certificate in certificates:
             stderr.print(_certificate(certificate))
-    stderr.print(Text("score in nats: + raised the measured value, - lowered it", style="dim"))
+    heat = "; tokens: red +, blue -" if any(r["tokens"] for r in answer["results"]) else ""
+    stderr.print(Text(f"score in nats: + raised the measured value, - lowered it{heat}", "dim"))
     for document in answer["documents"]:
         stderr.print(_whole_document(document))
     stderr.print(

@@ -144,7 +144,7 @@ def make_server(client: AsyncClient) -> "MCPServer":
 def as_text(answer: QueryResponse) -> str:
     """An answer for an assistant: what was measured, the examples, what may be missing."""
     parts = [_measured(answer.measurement), DATA]
-    sizes = Counter((r.direction, r.cluster) for r in answer.results if r.cluster is not None)
+    sizes = Counter((r.direction, r.cluster) for r in answer.results)
     for direction in ("proponents", "opponents"):
         results = [r for r in answer.results if r.direction == direction]
         if results:
@@ -171,7 +171,11 @@ def _measured(measurement: MeasurementSchema) -> str:
 
 
 def _example(result: ResultSchema, has_copies: bool) -> str:
-    copies = f"near-duplicates: group {result.cluster}, " if has_copies else ""
+    copies = (
+        f"near-duplicates: group {result.cluster}, "
+        if has_copies and result.cluster is not None
+        else ""
+    )
     return (
         f"{result.rank}. score {result.score:+.4g} nats (normalised "
         f"{result.normalised_score:+.4g}), id {result.id!r}, document {result.document!r}, "

@@ -52,9 +52,9 @@ def service(url: str) -> Iterator[Client]:
 
 def test_it_needs_no_model_and_no_torch() -> None:
     code = (
-        "import sys, service.client\n"
-        "print([m for m in ('torch', 'transformers', 'faiss', 'datasets', 'pyarrow', 'fastapi')"
-        " if m in sys.modules])"
+        "import sys, service.client, scripts.query, scripts.serve_mcp\n"
+        "heavy = 'torch', 'transformers', 'faiss', 'datasets', 'pyarrow', 'scipy', 'numpy', 'fastapi'\n"
+        "print([m for m in heavy if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
