@@ -74,7 +74,8 @@ def main(
     """Load a service with the demo's queries, as people and scripts would, and then far beyond.
 
     Needs the index of `make demo`. The service runs in a process of its own, and shares the
-    processors with the clients, which take little.
+    processors with the clients, which take little. Parts that are measured alone replace those of
+    the same day's record.
     """
     for path in (model, index, str(queries)):
         if not Path(path).exists():
@@ -85,7 +86,8 @@ def main(
         raise ValueError(f"Unknown part '{unknown[0]}'; choose of {', '.join(PARTS)}.")
     asked = [json.loads(line) for line in queries.read_text().splitlines()]
     questions = [{n: q[n] for n in ("prompt", "completion")} for q in asked]
-    report: dict[str, Any] = {"commit": revision(), "questions": len(questions)}
+    commits = dict.fromkeys(wanted, revision())
+    report: dict[str, Any] = {"questions": len(questions), "commits": commits}
     if "latency" in wanted:
         with serving(model, index, TOGETHER) as service:
             report["latency"] = latencies(service, questions, each)
@@ -106,7 +108,7 @@ def main(
             report["fuzz"] = count(found)
     show(report)
     if record:
-        stderr.print(f"Recorded in {write_record('service', report)}.")
+        stderr.print(f"Recorded in {write_record('service', report, merge=True)}.")
     print_json(report)
 
 

@@ -22,11 +22,20 @@ def hardware() -> str:
     return f"cpu{os.cpu_count()}"
 
 
-def write_record(name: str, document: dict[str, Any]) -> Path:
-    """Write ``docs/benchmarks/<name>_<hardware>_<yyyymmdd>.json``; returns its path."""
+def write_record(name: str, document: dict[str, Any], *, merge: bool = False) -> Path:
+    """Write ``docs/benchmarks/<name>_<hardware>_<yyyymmdd>.json``; returns its path.
+
+    Args:
+        name: of the benchmark.
+        document: what was measured.
+        merge: keep what a record of the same day holds besides.
+    """
     now = datetime.datetime.now(datetime.UTC)
     path = FOLDER / f"{name}_{hardware()}_{now:%Y%m%d}.json"
+    if merge and path.is_file():
+        document = {**json.loads(path.read_text()), **document}
     facts = {"commit": revision(), "date": now.isoformat(timespec="seconds")}
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-    write_whole(path, json.dumps({**facts, "machine": machine, **document}, indent=1).encode())
+    whole = {**document, **facts, "machine": machine}
+    write_whole(path, json.dumps(whole, indent=1).encode())
     return path

@@ -1,19 +1,19 @@
 """Ask a running service which training examples made the model say something."""
 
 import json
+import math
 import re
 from collections import Counter
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from scripts.console import print_json, stderr
-from service.client import Client, Connection, ServiceError, first_fault
-from service.schemas import ProgressEvent, QueryRequest, QueryResponse
+from service.client import Client, Connection, ServiceError
+from service.schemas import ProgressEvent, QueryResponse
 
 SHOWN_CHARACTERS = 240
 """So much of each example's text is shown; the JSON line has all of it."""
@@ -43,6 +43,10 @@ def main(
         str | None, typer.Option(envvar="ETYMON_KEY", help="That the service asks for.")
     ] = None,
     index: Annotated[str | None, typer.Option(help="Name of the index.")] = None,
+    estimator: Annotated[
+        str | None,
+        typer.Option(help="That the index must have been built for; any if left out."),
+    ] = None,
     k: Annotated[int | None, typer.Option(help="Training examples to return.")] = None,
     direction: Annotated[
         str | None, typer.Option(help="proponents, opponents or both; k of each.")
@@ -98,6 +102,7 @@ def main(
         "completion": completion,
         "against": against,
         "index": index,
+        "estimator": estimator,
         "k": k,
         "direction": direction,
         "ranking": ranking,
@@ -115,12 +120,11 @@ def main(
     try:
         if only:
             given["filters"] = parse_filters(only)
-        request = QueryRequest.model_validate({"prompt": prompt, **given})
         connection = Connection(url=url, key=key, timeout=timeout)
-        answer = ask(connection, request, watch=watch)
+        answer = ask(connection, {"prompt": prompt, **given}, watch=watch)
     except (ServiceError, ValueError) as error:
-        told = first_fault(error) if isinstance(error, ValidationError) else str(error)
-        stderr.print(Text.assemble(("error: ", "bold red"), printable(told)), soft_wrap=True)
+        told = printable(str(error))
+        stderr.print(Text.assemble(("error: ", "bold red"), told), soft_wrap=True)
         raise typer.Exit(1) from error
     document = answer.model_dump(mode="json")
     show(document)
@@ -152,38 +156,40 @@ def parse_filters(conditions: list[str]) -> dict[str, dict[str, Any]]:
         elif (name := {">=": "at_least", "<=": "at_most"}[sign]) in asked:
             raise ValueError(f"--filter gives '{column}{sign}' twice; give it once.")
         else:
-            asked[name] = float(value) if isinstance(value, int) else value
+            asked[name] = text if isinstance(value, bool) else value
     return found
 
 
 def _value(text: str) -> str | int | float | bool:
     try:
         value = json.loads(text)
-    except ValueError:
+        number = isinstance(value, (int, float)) and math.isfinite(value)
+    except (ValueError, OverflowError):
         return text
-    return value if isinstance(value, (int, float, bool)) else text
+    return value if number else text
 
 
-def ask(connection: Connection, request: QueryRequest, *, watch: bool) -> QueryResponse:
+def ask(connection: Connection, question: dict[str, Any], *, watch: bool) -> QueryResponse:
     """The service's answer.
 
     Raises:
         ServiceError: it cannot be reached, or refuses the question.
+        ValueError: the question is none.
     """
     with Client(connection) as client:
         if not watch:
-            return client.query(request)
-        for name, event in client.stream(request):
-            if isinstance(event, QueryResponse):
-                return event
+            return client.query(**question)
+        for name, event in client.stream(**question):
             if isinstance(event, ProgressEvent):
                 bound = event.recall_lower_bound
                 certified = "no bound yet" if not bound else f"recall at least {bound:.0%}"
                 said = f"{event.direction}: {event.rescored_rows:,} rows rescored, {certified}"
             else:
                 said = name
-            stderr.print(said, style="dim", highlight=False)
-    raise connection.broken_off()
+            if not isinstance(event, QueryResponse):
+                stderr.print(said, style="dim", highlight=False)
+        assert isinstance(event, QueryResponse)  # which ends every stream that does not fail
+        return event
 
 
 def show(answer: dict[str, Any]) -> None:
@@ -214,7 +220,9 @@ def show(answer: dict[str, Any]) -> None:
         if len({c["direction"] for c in answer["certificates"]}) > 1:
             stderr.print(Text(direction, style="bold"))
         stderr.print(_table(results))
-        stderr.print(Text("score in nats: + raised the measured value, - lowered it", style="dim"))
+        heat = "; tokens: red +, blue -" if any(r["tokens"] for r in results) else ""
+        unit = f"score in nats: + raised the measured value, - lowered it{heat}"
+        stderr.print(Text(unit, style="dim"))
         _show_layers(results)
         for certificate in certificates:
             stderr.print(_certificate(certificate))

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from index.certificates.sketch import Tail
+if TYPE_CHECKING:  # it imports scipy, which clients need not have
+    from index.certificates.sketch import Tail
 
 Ranking = Literal["score", "normalised"]
 """By influence (nats), or by influence over the whitened norm of the training gradient."""
@@ -134,7 +135,7 @@ class Query:
     audit_rows: int = 64
     damping: float | None = None
     documents: bool = False
-    tail: Tail = "gaussian"
+    tail: "Tail" = "gaussian"
     seed: int | None = None
 
     @property

@@ -589,7 +589,13 @@ def test_what_explains_a_result_is_shown(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "\x1b[2J" not in shown  # the corpus clears no screen
     assert "48;2;255;0;0" in shown  # the largest token is red, the other half as blue
     assert "48;2;128;128;255" in shown
-    for part in ("+1 near-duplicates", "h.0 75%, h.1 25%", "deadline", "difference of log p"):
+    for part in (
+        "+1 near-duplicates",
+        "h.0 75%, h.1 25%",
+        "deadline",
+        "difference of log p",
+        "red +",
+    ):
         assert part in shown
 
 
@@ -601,6 +607,8 @@ def test_what_explains_a_result_is_shown(monkeypatch: pytest.MonkeyPatch) -> Non
         (["b=true", "b=3"], {"b": {"any_of": [True, "true", 3, "3"]}}),
         (["date>=1990-05"], {"date": {"at_least": "1990-05"}}),
         (["url=http://x?y=z"], {"url": {"any_of": ["http://x?y=z"]}}),
+        (["a=NaN", "a=-Infinity", "a=null"], {"a": {"any_of": ["NaN", "-Infinity", "null"]}}),
+        (["a>=true", f"a<={'9' * 400}"], {"a": {"at_least": "true", "at_most": "9" * 400}}),
     ],
 )
 def test_filters_are_read_from_conditions(conditions: list[str], expected: Any) -> None:
@@ -686,6 +694,82 @@ def test_only_what_is_given_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         "confidence": 0.9,
         "budget": 50,
     }
+
+
+def test_every_choice_reaches_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.content))
+        assert request.headers["authorization"] == "Bearer the-key-of-the-service"
+        return httpx.Response(200, json=hostile_answer())
+
+    answered_by(monkeypatch, answer)
+    monkeypatch.setenv("ETYMON_KEY", "the-key-of-the-service")
+    texts = ("--against", " No", "--direction", "both", "--estimator", "ekfac", "--deadline", 2)
+    filters = ("--filter", "year>=1990", "--filter", "kind=fact")
+    switches = ("--tokens", "--layers", "--clusters", "--documents", "--until", "calibration")
+    assert invoke(query, "Why?", *texts, *filters, *switches).code == 0
+    assert asked == [
+        {
+            "prompt": "Why?",
+            "against": " No",
+            "direction": "both",
+            "estimator": "ekfac",
+            "deadline": 2.0,
+            "filters": {"year": {"at_least": 1990.0}, "kind": {"any_of": ["fact"]}},
+            "tokens": True,
+            "layers": True,
+            "clusters": True,
+            "documents": True,
+            "until": "calibration",
+        }
+    ]
+
+
+def test_a_key_that_is_none_is_one_sentence_without_it() -> None:
+    said = sentence(invoke(query, "x", "--key", "secret one"))
+    assert said.startswith("The key is empty or has a space")
+    assert "secret" not in said
+
+
+def test_watching_says_how_far_the_search_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = {"measurement": hostile_answer()["measurement"]}
+    progress = {"direction": "opponents", "rescored_rows": 1500, "sampled_rows": 0, "results": []}
+    progress |= {"recall_lower_bound": 0.5, "seconds": 1.0}
+    told = [
+        ("gradient", measured),
+        ("candidates", {"rows": 9, "seconds": 0.5}),
+        ("progress", progress),
+        ("progress", {**progress, "recall_lower_bound": None}),
+        ("result", hostile_answer()),
+    ]
+    text = "".join(f"event: {name}\ndata: {json.dumps(data)}\n\n" for name, data in told)
+    headers = {"content-type": "text/event-stream"}
+    answered_by(monkeypatch, lambda request: httpx.Response(200, text=text, headers=headers))
+    watched = invoke(query, "x", "--watch")
+    assert json_line(watched.stdout) == hostile_answer()
+    assert "opponents: 1,500 rows rescored, recall at least 50%" in watched.stderr
+    assert "no bound yet" in watched.stderr
+    answered_by(monkeypatch, lambda request: httpx.Response(200, text="", headers=headers))
+    assert "ended its stream without an answer" in sentence(invoke(query, "x", "--watch"))
+
+
+def test_each_direction_is_shown_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(query, "stderr", Console(file=screen, width=200, force_terminal=False))
+    answer = hostile_answer(document="the raising one")
+    for name in ("results", "certificates"):
+        answer[name].append({**answer[name][0], "direction": "opponents"})
+    answer["results"][1]["document"] = "the lowering one"
+    query.show(answer)
+    shown = screen.getvalue()
+    places = [
+        shown.index(part)
+        for part in ("proponents\n", "the raising one", "opponents\n", "the lowering one")
+    ]
+    assert places == sorted(places)
+    assert shown.count("No [b]statement[/b].") == 2
 
 
 @pytest.mark.parametrize(
