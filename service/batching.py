@@ -131,6 +131,7 @@ class Batcher:
         self._closed = False
         self._due = math.inf
         self._seconds_per_row = 0.0
+        self._passes = 0
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
 
@@ -245,7 +246,8 @@ class Batcher:
     def _round(self) -> None:
         """Score rows for one or some of the queries, for about ``ROUND_SECONDS``."""
         for together in _grouped(self._members, lambda member: member.ticket.retriever):
-            group = _next(together)
+            self._passes += 1
+            group = _next(together, oldest=self._passes % 2 == 0)
             most = ROUND_SECONDS / self._seconds_per_row if self._seconds_per_row else FIRST_ROWS
             share = max(1, int(most))
             asked = [(member.run.directions, member.next_rows(share)) for member in group]
@@ -274,12 +276,13 @@ class Batcher:
         return [self._score([m], [a])[0] for m, a in zip(group, asked, strict=True)]
 
 
-def _next(members: list[_Member]) -> list[_Member]:
+def _next(members: list[_Member], *, oldest: bool) -> list[_Member]:
     """Whose rows are scored in the next pass.
 
     Random rows of all that want some, since most of them are the same; otherwise the rows of the
-    query that has had the fewest, so that short searches do not wait for long ones. Audits wait a
-    little for those of other queries.
+    query that has had the fewest, so that short searches do not wait for long ones, or in every
+    other pass of the oldest, so that long ones do not wait for ever. Audits wait a little for those
+    of other queries.
     """
     stages: dict[str, list[_Member]] = {"calibrate": [], "rescore": [], "audit": []}
     for member in members:
@@ -290,7 +293,7 @@ def _next(members: list[_Member]) -> list[_Member]:
     if searching and all(member.held < HELD_ROUNDS for member in audits):
         for member in audits:
             member.held += 1
-        return [min(searching, key=lambda member: member.run.scored_rows)]
+        return searching[:1] if oldest else [min(searching, key=lambda m: m.run.scored_rows)]
     return audits or searching
 
 

@@ -208,6 +208,23 @@ def test_queries_together_share_their_passes_and_fail_apart(retriever: Retriever
         batcher.submit(Ticket(retriever=retriever, query=Query(prompt=PROMPT)))
 
 
+def test_a_long_search_is_served_however_many_short_ones_come() -> None:
+    class Stub:
+        def __init__(self, stage: str, rows: int) -> None:
+            self.run = type("R", (), {"stage": stage, "scored_rows": rows})()
+            self.held = 0
+
+    long, short = Stub("rescore", 900), Stub("rescore", 10)
+    audit = Stub("audit", 100)
+    members: Any = [long, short, audit]
+    assert batching._next(members, oldest=False) == [short]
+    assert batching._next(members, oldest=True) == [long]
+    while batching._next(members, oldest=False) != [audit]:
+        assert audit.held <= batching.HELD_ROUNDS
+    newcomer: Any = Stub("calibrate", 0)
+    assert batching._next([*members, newcomer], oldest=True) == [newcomer]
+
+
 def test_closing_refuses_what_waits_and_ends_what_is_under_way(
     retriever: Retriever, monkeypatch: pytest.MonkeyPatch
 ) -> None:
