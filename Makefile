@@ -2,6 +2,8 @@
 # make demo-smollm  the same with a real pretrained model, SmolLM2-135M (downloads 93 MB;
 #                   20 to 25 minutes on two cores; with DEVICE=cuda the whole corpus)
 # make test   set up, then run the tests
+# make test-page  the tests of the page alone, after installing Debian's chromium if there is none
+#                 (as root); `make test` leaves them out where there is no chromium
 # make record  time setup, test and demo in a fresh clone; keeps the figures
 # make bench-recall  recall for each index size, beside other systems' layouts; uses the model of
 #                    `make demo` if it is there; with PEERS=DIR beside Bergson too
@@ -29,7 +31,7 @@ DEVICE ?= cpu
 GPU := $(shell $(PYTHON) -c "import torch; print('yes' if torch.cuda.is_available() else '')" 2>/dev/null)
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo demo-smollm test record lint format clean bench-build bench-certificates bench-recall bench-kills bench-prediction bench-search bench-service
+.PHONY: setup demo demo-smollm test test-page record lint format clean bench-build bench-certificates bench-recall bench-kills bench-prediction bench-search bench-service
 
 setup: $(READY)
 
@@ -57,6 +59,10 @@ demo-smollm: $(SMOLLM)
 
 test: $(READY)
 	@$(BIN)/python -m pytest -q
+
+test-page: $(READY)
+	@command -v chromium > /dev/null || (apt-get -q update && apt-get -q install -y chromium)
+	@$(BIN)/python -m pytest -q tests/test_page.py tests/test_page_with_service.py
 
 record: $(READY)
 	@$(BIN)/python -m scripts.record_commands
