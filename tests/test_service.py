@@ -563,6 +563,9 @@ def test_an_unexpected_error_tells_nothing_of_itself(
 # Errors to problems
 
 
+OF_CLIENTS = ("service.client", "service.connection")
+
+
 def raised_by_us() -> list[type[Exception]]:
     """Every exception class that these packages define, but for those of clients."""
     modules = [index_errors]
@@ -570,7 +573,7 @@ def raised_by_us() -> list[type[Exception]]:
         names = (
             info.name for info in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
         )
-        modules += [importlib.import_module(name) for name in names if "client" not in name]
+        modules += [importlib.import_module(name) for name in names if name not in OF_CLIENTS]
     return sorted(
         {
             found
