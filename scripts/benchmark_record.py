@@ -28,12 +28,14 @@ def write_record(name: str, document: dict[str, Any], *, merge: bool = False) ->
     Args:
         name: of the benchmark.
         document: what was measured.
-        merge: keep what a record of the same day holds besides.
+        merge: keep what a record of the same day holds besides, each part with its commit.
     """
     now = datetime.datetime.now(datetime.UTC)
     path = FOLDER / f"{name}_{hardware()}_{now:%Y%m%d}.json"
     if merge and path.is_file():
-        document = {**json.loads(path.read_text()), **document}
+        kept = json.loads(path.read_text())
+        commits = {**kept.get("commits", {}), **document.get("commits", {})}
+        document = {**kept, **document, "commits": commits}
     facts = {"commit": revision(), "date": now.isoformat(timespec="seconds")}
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     whole = {**document, **facts, "machine": machine}
