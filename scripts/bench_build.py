@@ -18,6 +18,7 @@ from estimators.capture import freeze, visit_gradients
 from estimators.fitting import fit_estimator
 from estimators.identity import Identity
 from estimators.layers import find_layers
+from estimators.rescoring import query_gradients, score_batch
 from estimators.sketch import Sketch
 from estimators.tokens import Sequence1D, collate, plan_batches
 from index.manifest import ShardRecord
@@ -60,6 +61,7 @@ DEFINITIONS = {
     "fit": "EK-FAC: covariances, eigendecomposition, corrected eigenvalues; two passes",
     "build": "gradients to codes, written in shards; etymon: one bit x 16,384; bergson: 16 x 16 "
     "a layer",
+    "rescore": "exact scores of the same sequences for one query",
 }
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -170,8 +172,11 @@ def compare(problem: Problem, repetitions: int, fits: int, peers: bool) -> list[
         building["bergson"] = BergsonBuild(problem.model, problem.sequences, problem.batches)
     built = measure(problem, building, repetitions, warm=True)
     fitted = measure(problem, fitting, fits, warm=False)
-    fitted["training"] = built["training"]
-    return [*rows_of(problem, "fit", fitted), *rows_of(problem, "build", built)]
+    rescoring = {"floor": lambda: plain(problem), "etymon": rescore(problem)}
+    rescored = measure(problem, rescoring, repetitions, warm=True)
+    fitted["training"] = rescored["training"] = built["training"]
+    phases = (("fit", fitted), ("build", built), ("rescore", rescored))
+    return [row for phase, seconds in phases for row in rows_of(problem, phase, seconds)]
 
 
 def have(package: str, phase: str) -> bool:
@@ -187,6 +192,20 @@ def plain(problem: Problem) -> None:
     for positions in problem.batches:
         batch = collate([problem.sequences[p] for p in positions]).to(problem.device)
         visit_gradients(problem.model, [], batch, lambda *_: None)
+
+
+def rescore(problem: Problem) -> Callable[[], None]:
+    """Exact scores of all sequences for one query, whose gradient is taken before."""
+    layers = find_layers(problem.model).layers
+    gradients, _ = query_gradients(problem.model, layers, problem.sequences[:1])
+    directions = {name: gradient[0] for name, gradient in gradients.items()}
+
+    def run() -> None:
+        for positions in problem.batches:
+            batch = collate([problem.sequences[p] for p in positions]).to(problem.device)
+            score_batch(problem.model, layers, directions, batch)
+
+    return run
 
 
 def training(problem: Problem) -> None:

@@ -65,11 +65,6 @@ class Run:
         self._scored = np.zeros(len(index.examples), dtype=bool)
 
     @property
-    def value(self) -> float:
-        """The measured value, in nats."""
-        return sum(term.value for term in self.terms)
-
-    @property
     def scored_rows(self) -> int:
         """Rows scored exactly so far, for whatever reason."""
         return int(self._scored.sum())

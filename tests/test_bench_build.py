@@ -11,7 +11,7 @@ TINY = {"n_embd": 16, "n_head": 2, "n_layer": 1, "vocab_size": 30}
 SMALL = ["--examples", "3", "--length", "6", "--token-budget", "12", "--repetitions", "2"]
 
 
-def test_rows_of_both_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_every_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_build, "SHAPES", {"tiny": TINY})
     result = CliRunner().invoke(bench_build.app, [*SMALL, "--no-record", "--no-peers"])
     assert result.exit_code == 0, result.stderr
@@ -19,6 +19,7 @@ def test_rows_of_both_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(row["phase"], row["system"]) for row in rows] == [
         ("fit", "etymon"),
         ("build", "etymon"),
+        ("rescore", "etymon"),
     ]
     for row in rows:
         assert row["examples"] == 3
