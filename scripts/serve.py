@@ -26,8 +26,10 @@ from service.limits import HEAD_BYTES
 from service.settings import Settings
 from service.telemetry import log_config
 
+REFUSING_SECONDS = 1.0
+"""After SIGTERM it goes on listening for so long, so that who asks is told rather than cut off."""
 GRACE_SECONDS = 8
-"""How long a query under way may take to finish after SIGTERM; docker kills after 10 seconds."""
+"""How long a query under way may then take to finish; docker kills 10 seconds after SIGTERM."""
 DRAIN_SECONDS = 5.0
 """What is under way then answers with what it has found within so long."""
 
@@ -194,6 +196,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse what waits, have what is under way answer with what it has, then end."""
         self._drain()
+        await asyncio.sleep(REFUSING_SECONDS)
         await super().shutdown(sockets=sockets)
 
     def _prepare(self) -> None:
