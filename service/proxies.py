@@ -57,9 +57,7 @@ class Proxies:
         return scales_below(threshold, self.values, self.scales(threshold))
 
     def at(self, rows: Int[np.ndarray, "kept"]) -> "Proxies":
-        """Those of some rows."""
-        if len(rows) == len(self.values):
-            return self
+        """Those of some rows, in that order."""
         return replace(
             self,
             values=self.values[rows],

@@ -122,20 +122,19 @@ class Search:
 
     def best(self, k: int) -> Int[np.ndarray, "best"]:
         """The best k exactly scored rows by ranking value; ties go to the lower row."""
-        values = self._values()
-        rows = best_rows(values, k)
-        found: np.ndarray = rows[np.isfinite(values[rows])]
+        rows = np.flatnonzero(np.isfinite(self.exact))
+        found: np.ndarray = rows[best_rows(self._values(rows), k)]
         return found
 
-    def _values(self) -> Float[np.ndarray, "row"]:
-        values: np.ndarray = self.exact / self.proxies.divisors
-        values[~np.isfinite(values)] = -np.inf
+    def _values(self, rows: Int[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
+        """Exact ranking values; NaN for rows without a score."""
+        values: np.ndarray = self.exact[rows] / self.proxies.divisors[rows]
         return values
 
     def _threshold(self) -> float:
-        values = self._values()
-        k = self.query.k
-        return float(np.partition(values, len(values) - k)[len(values) - k])
+        """The k-th best exact ranking value found; -inf while fewer are."""
+        rows = self.best(self.query.k)
+        return float(self._values(rows[-1:])[0]) if len(rows) == self.query.k else -math.inf
 
     def _rescore(self, rows: Int[np.ndarray, "row"]) -> Steps[int]:
         """Have rows scored that are not yet; how many were."""
@@ -209,7 +208,7 @@ class Search:
     def _found_top(self, inflation: float) -> FoundTop:
         rows = self.best(self.query.k)
         return FoundTop(
-            exact=self.exact[rows] / self.proxies.divisors[rows],
+            exact=self._values(rows),
             sigmas=inflation * self.proxies.sigmas[rows],
             relative=inflation * self.proxies.relative,
         )
@@ -223,12 +222,12 @@ class Search:
         left out only if its error is extreme.
         """
         rows = self.best(max(self.query.k, FEWEST_NEIGHBOURS))
-        exact = self.exact[rows] / self.proxies.divisors[rows]
-        scales = self.proxies.scales(np.nan_to_num(self._values(), neginf=0.0))[rows]
+        exact, near = self._values(rows), self.proxies.at(rows)
+        scales = near.scales(exact)
         noisy = scales > 0
         if not noisy.any():
             return 1.0
-        residuals = (exact - self.proxies.values[rows])[noisy] / scales[noisy]
+        residuals = (exact - near.values)[noisy] / scales[noisy]
         return max(1.0, float(np.sqrt(np.mean(residuals**2))))
 
     def _unscorable(self) -> int:
@@ -238,14 +237,11 @@ class Search:
         """What the sketch's law says of the rows that are unscored at this moment."""
         query, proxies = self.query, self.proxies
         sampled = self._sample[self.scored[self._sample] & ~proxies.failed[self._sample]]
-        exact = self.exact[sampled] / proxies.divisors[sampled]
-        usable = (proxies.sigmas[sampled] > 0) & np.isfinite(exact)
+        drawn, exact = proxies.at(sampled), self._values(sampled)
+        usable = (drawn.sigmas > 0) & np.isfinite(exact)
         check = None
         if usable.any():
-            known = np.zeros(len(proxies.values))
-            known[sampled] = exact
-            scales = proxies.scales(np.nan_to_num(known))[sampled]
-            check = check_calibration(exact, proxies.values[sampled], scales)
+            check = check_calibration(exact, drawn.values, drawn.scales(np.nan_to_num(exact)))
         unscored = ~self.scored & ~proxies.failed
         inflation = self._inflation()
         reached = self._reached(proxies) / inflation
@@ -299,8 +295,7 @@ class Search:
         done = yield from self._rescore(scorable)
         if done < len(scorable):  # ended on the way: what was drawn and not looked at is left out
             sample = sample[:0]
-        values = self.exact[sample] / self.proxies.divisors[sample]
-        above, merged = count_above(values, threshold)
+        above, merged = count_above(self._values(sample), threshold)
         audit = AuditSample(
             population=len(population),
             sampled=len(sample),

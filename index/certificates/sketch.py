@@ -27,7 +27,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy import special, stats
 
 from index.certificates.statement import Certificate, allowed_misses, check_confidence
 
@@ -96,7 +96,7 @@ def _quantile(probability: float, tail: Tail) -> float:
 
 def _tail(z: Float[np.ndarray, "row"], tail: Tail) -> Float[np.ndarray, "row"]:
     tails: np.ndarray = (
-        stats.norm.sf(z) if tail == "gaussian" else np.exp(-(np.maximum(z, 0) ** 2) / 2)
+        special.ndtr(-z) if tail == "gaussian" else np.exp(-(np.maximum(z, 0) ** 2) / 2)
     )
     return tails
 
