@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 
 from index.certificates.audit import AuditSample, certify_audit, count_above, draw_sample
@@ -381,20 +381,17 @@ def usefulness(
             prompt="",
             k=k,
             until=until,
-            budget=total,
+            budget=int(budget_share * total),
             calibration_rows=64 if until == "sketch" else 0,
             audit_rows=0,
         )
-        capped = replace(asked, budget=int(budget_share * total))
-        search = Search(capped, proxies, query, calibration)
+        search = Search(asked, proxies, query, calibration)
         by_type = {c.type: c for c in search.run(Known(truth), Clock())}
         certified = by_type[until].status in ("certified", "exhaustive")
         share = search.scored.sum() / total
         shares.append(share if certified and share <= budget_share else np.inf)
         best = np.argsort(-truth, kind="stable")[:k]
-        order = np.argsort(-proxies.values, kind="stable")
-        places = np.flatnonzero(np.isin(order, best)) + 1
-        sufficient.append(places[k - allowed_misses(k, RECALL) - 1] / total)
+        sufficient.append(_sufficient_share(proxies, best))
         held.append(np.isin(best, search.best(k)).mean() >= RECALL - 1e-9)
     found = np.array(shares)
     return {
@@ -412,6 +409,13 @@ def usefulness(
         "sufficient_share_median": float(np.median(sufficient)),
         "sufficient_share_p95": float(np.quantile(sufficient, 0.95)),
     }
+
+
+def _sufficient_share(proxies: Proxies, best: Int[np.ndarray, "best"]) -> float:
+    """Share of the rows, in the proxies' order, among which enough of the best are."""
+    order = np.argsort(-proxies.values, kind="stable")
+    places = np.flatnonzero(np.isin(order, best)) + 1
+    return float(places[len(best) - allowed_misses(len(best), RECALL) - 1] / len(order))
 
 
 def _quantile(values: Float[np.ndarray, "query"], q: float) -> float | None:
