@@ -65,7 +65,9 @@ def read_event(name: str, data: str) -> Event | None:
     try:
         if name == "error":
             raise ServiceProblem(json.loads(data))
-        return (name, EVENTS[name].model_validate_json(data)) if name in EVENTS else None  # type: ignore[return-value]
+        if name not in EVENTS:
+            return None
+        return name, EVENTS[name].model_validate_json(data, extra="ignore")  # type: ignore[return-value]
     except (ValueError, KeyError, TypeError) as error:
         detail = f"the event '{name}' of the stream is none of this version's."
         document = {"status": 0, "title": "Not understood", "detail": detail}

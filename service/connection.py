@@ -117,7 +117,7 @@ def read(response: httpx.Response, model: type[M]) -> M:
     """
     check(response)
     try:
-        return model.model_validate_json(response.content)
+        return model.model_validate_json(response.content, extra="ignore")
     except ValidationError as error:
         raise _stranger(response) from error
 

@@ -24,6 +24,9 @@ APPLICATION = 0x4574796D
 LOCK_SECONDS = 2.0
 """A file that another process has open is waited for so long: that one may be about to end."""
 
+PAGE_BYTES = 2**24
+"""After so many characters of outcomes, a page of them has no more."""
+
 TABLES = """
 CREATE TABLE job (
     id TEXT PRIMARY KEY, created TEXT NOT NULL, updated TEXT NOT NULL, state TEXT NOT NULL,
@@ -209,8 +212,11 @@ class JobStore:
             rows = self._database.execute(f"{JOB} ORDER BY rowid DESC").fetchall()
             return [_as_job(row) for row in rows]
 
-    def outcomes(self, job: str, start: int, limit: int) -> list[Outcome]:
-        """Outcomes that there are, from query ``start`` on, at most ``limit``.
+    def outcomes(self, job: str, start: int, limit: int) -> tuple[list[Outcome], int | None]:
+        """Outcomes that there are, from query ``start`` on, at most ``limit`` and few large ones.
+
+        Returns:
+            The outcomes, and the number of the query whose outcome is next, if there is one.
 
         Raises:
             UnknownJob: there is no such job.
@@ -220,9 +226,16 @@ class JobStore:
             rows = self._database.execute(
                 "SELECT number, answer, problem FROM query WHERE job = ? AND number >= ? AND "
                 "(answer IS NOT NULL OR problem IS NOT NULL) ORDER BY number LIMIT ?",
-                (job, start, limit),
+                (job, start, limit + 1),
             )
-            return [Outcome(number=n, answer=a, problem=p) for n, a, p in rows.fetchall()]
+            found: list[Outcome] = []
+            size = 0
+            for number, answer, problem in rows:
+                if len(found) == limit or size > PAGE_BYTES:
+                    return found, number
+                found.append(Outcome(number=number, answer=answer, problem=problem))
+                size += len(answer or problem)
+            return found, None
 
     def open_queries(self, limit: int) -> list[OpenQuery]:
         """Queries without an outcome, oldest jobs first."""

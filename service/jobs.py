@@ -262,7 +262,7 @@ def add_job_routes(app: FastAPI) -> None:
         limit: Annotated[int, Query(ge=1, le=1000, description="Most outcomes.")] = 100,
     ) -> JobResultsResponse:
         """Outcomes that there are already, in order of their queries."""
-        found = await run_in_threadpool(jobs.store.outcomes, job_id, start, limit + 1)
+        found, following = await run_in_threadpool(jobs.store.outcomes, job_id, start, limit)
         return JobResultsResponse(
             results=[
                 JobResultSchema(
@@ -270,9 +270,9 @@ def add_job_routes(app: FastAPI) -> None:
                     answer=_parsed(QueryResponse, outcome.answer),
                     problem=_parsed(ProblemResponse, outcome.problem),
                 )
-                for outcome in found[:limit]
+                for outcome in found
             ],
-            next=found[limit].number if len(found) > limit else None,
+            next=following,
         )
 
     @app.delete("/v1/jobs/{job_id}", status_code=204, responses=errors.described(404, 422, 503))

@@ -21,7 +21,7 @@ from scripts.serve_mcp import SHOWN_CHARACTERS, as_text, make_server
 from service import client as client_module
 from service.app import create_app
 from service.client import AsyncClient, Client, Connection, ServiceProblem, ServiceUnreachable
-from service.schemas import ProgressEvent, QueryRequest, QueryResponse
+from service.schemas import CandidatesEvent, ProgressEvent, QueryRequest, QueryResponse
 from service.settings import Settings
 from tests.page_server import serving
 from tests.service_fixtures import HOSTILE_ID, HOSTILE_TEXT, make_workspace, rounded
@@ -235,6 +235,15 @@ def test_a_busy_service_is_asked_again_as_it_says(monkeypatch: pytest.MonkeyPatc
     assert slept == [5.0, 5.0, 5.0]
 
 
+JOB = {
+    "id": "a",
+    "state": "running",
+    "queries": 2,
+    "answered": 1,
+    "failed": 0,
+    "created": "",
+    "updated": "",
+}
 CANDIDATES = 'event: candidates\ndata: {"rows": 3, "seconds": 0.5}\n\n'
 PROBLEM = '{"status": 422, "title": "The query cannot be measured", "detail": "No."}'
 
@@ -273,6 +282,17 @@ def test_events_of_a_later_version_are_passed_over() -> None:
         news.close()
 
 
+def test_fields_of_a_later_version_are_passed_over() -> None:
+    later = '{"rows": 3, "seconds": 0.5, "news": {"of": "later"}}'
+    with streaming(as_stream(f"event: candidates\ndata: {later}\n\n")) as service:
+        news = service.stream(**ASKED)
+        assert next(news)[1] == CandidatesEvent(rows=3, seconds=0.5)
+        news.close()
+    listing = {"jobs": [{**JOB, "owner": "somebody"}], "more": True}
+    with streaming(httpx.Response(200, json=listing)) as service:
+        assert [job.id for job in service.jobs()] == [JOB["id"]]
+
+
 def test_a_busy_stream_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(client_module.time, "sleep", slept.append)
@@ -297,16 +317,7 @@ def test_what_is_wrong_with_a_query_is_one_sentence() -> None:
 
 
 def test_waiting_ends_when_it_is_told_to(url: str) -> None:
-    running = {
-        "id": "a",
-        "state": "running",
-        "queries": 2,
-        "answered": 1,
-        "failed": 0,
-        "created": "",
-        "updated": "",
-    }
-    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=running))
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=JOB))
     with Client(transport=transport) as service:
         start = time.monotonic()
         assert service.wait("a", every=60, most=0.03).state == "running"

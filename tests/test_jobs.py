@@ -98,7 +98,7 @@ def test_jobs_are_kept_in_order_with_what_came_of_them(store: JobStore) -> None:
     assert not store.record(first.id, 1, answer="again", problem=None)
     now = store.get(first.id)
     assert (now.state, now.answered, now.failed) == ("running", 1, 1)
-    assert [(o.number, o.answer, o.problem) for o in store.outcomes(first.id, 0, 10)] == [
+    assert [(o.number, o.answer, o.problem) for o in store.outcomes(first.id, 0, 10)[0]] == [
         (1, "B", None),
         (2, None, "C"),
     ]
@@ -110,6 +110,21 @@ def test_jobs_are_kept_in_order_with_what_came_of_them(store: JobStore) -> None:
         store.get(first.id)
     assert not store.record(first.id, 0, answer="late", problem=None)
     assert opened(store) == [(second.id, 0, "d")]
+
+
+def test_a_page_of_large_outcomes_has_few_and_says_which_is_next(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_store, "PAGE_BYTES", 100)
+    job = store.add(["a", "b", "c"], None)
+    for number in range(3):
+        store.record(job.id, number, answer="x" * 60, problem=None)
+    seen, start = [], 0
+    while start is not None:
+        found, following = store.outcomes(job.id, start, 10)
+        seen.append([outcome.number for outcome in found])
+        start = following
+    assert seen == [[0, 1], [2]]
 
 
 def test_a_key_gives_the_same_job_and_never_another(store: JobStore) -> None:
@@ -202,6 +217,19 @@ def test_bad_jobs_are_refused_at_once(
     assert response.status_code == status
     assert says in response.json()["detail"]
     assert client.get("/v1/jobs").json() == {"jobs": []}
+
+
+def test_a_full_disk_refuses_a_job_and_asks_for_patience(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> Any:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(JobStore, "add", full)
+    refused = client.request("POST", "/v1/jobs", json={"queries": queries(1)})
+    assert refused.status_code == 503
+    assert refused.headers["Retry-After"] == "60"
+    assert refused.json()["detail"] == "database or disk is full"
 
 
 def test_an_idempotency_key_makes_it_safe_to_send_a_job_again(client: Client) -> None:
@@ -413,7 +441,7 @@ def test_no_query_keeps_those_after_it_from_being_answered(
     bad = [*asks("memory", "memory", "bug"), '{"prompt":"fine","of_another_version":1}']
     job = store.add([*bad, *asks("fine")], None)
     finish(store, failing, until=99)
-    found = store.outcomes(job.id, 0, 9)
+    found, _ = store.outcomes(job.id, 0, 9)
     problems = [json.loads(outcome.problem or "{}") for outcome in found]
     assert [problem.get("status") for problem in problems] == [503, 503, 500, 422, None]
     assert "of_another_version" in problems[3]["detail"]
@@ -428,7 +456,7 @@ def test_a_query_that_ends_the_process_is_given_up(store: JobStore, failing: Fai
     for _ in range(jobs.MOST_TRIES):
         store.begin(job.id, 0)
     finish(store, failing, until=99)
-    given_up, answered = store.outcomes(job.id, 0, 9)
+    given_up, answered = store.outcomes(job.id, 0, 9)[0]
     assert json.loads(given_up.problem or "{}")["status"] == 500
     assert answered.answer is not None
 
@@ -466,12 +494,12 @@ def test_an_answer_cut_short_by_the_end_of_the_service_is_no_outcome(
     monkeypatch.setattr(failing, "_answer", cut)
     job = store.add([*asks("fine"), '{"prompt":"hurried","deadline":9}'], None)
     finish(store, failing, until=5)
-    (hurried,) = store.outcomes(job.id, 0, 9)
+    (hurried,) = store.outcomes(job.id, 0, 9)[0]
     assert hurried.number == 1
     assert json.loads(hurried.answer or "{}")["partial"] is True
     monkeypatch.setattr(failing, "_answer", whole)
     finish(store, failing, until=99)
-    assert json.loads(store.outcomes(job.id, 0, 9)[0].answer or "{}")["partial"] is False
+    assert json.loads(store.outcomes(job.id, 0, 9)[0][0].answer or "{}")["partial"] is False
 
 
 def test_a_damaged_file_is_told_before_anything_is_served(
