@@ -95,7 +95,7 @@ def visit_gradients(
     """
     with torch.enable_grad(), captured(model, layers, visit):
         logits = next_token_logits(model, batch)
-        labels = None if label_seed is None else sample_labels(logits, batch, label_seed)
+        labels = None if label_seed is None else sample_labels(logits[:, :-1], batch, label_seed)
         losses = negative_log_likelihood(logits, batch, labels)
         if losses.requires_grad:
             losses.sum().backward()  # type: ignore[no-untyped-call]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from estimators.tokens import TokenBatch
 
+_UNCOUNTED = -100
 _CHUNK = 2**23
 """Probabilities held at once while labels are drawn: 32 MB, which are reused, not mapped anew."""
 
@@ -14,12 +15,15 @@ _CHUNK = 2**23
 def next_token_logits(
     model: nn.Module, batch: TokenBatch
 ) -> Float[Tensor, "batch token vocabulary"]:
-    """The model's logits at every position but the last, which predicts nothing."""
+    """The model's logits at every position; those at the last predict nothing.
+
+    They are not cut off: a slice would cost a copy of all of them, and two in the backward pass.
+    """
     everything = torch.ones_like(batch.input_ids)  # see TokenBatch on why padding is not masked
     logits: Tensor = model(
         input_ids=batch.input_ids, attention_mask=everything, use_cache=False
     ).logits
-    return logits[:, :-1]
+    return logits
 
 
 def negative_log_likelihood(
@@ -32,15 +36,17 @@ def negative_log_likelihood(
     Args:
         logits: from ``next_token_logits``; position t predicts token t + 1.
         batch: which tokens count.
-        labels: the tokens to predict, ``[batch, token]`` aligned with ``logits``; the batch's own
-            tokens when not given.
+        labels: the tokens to predict at every position but the last, ``[batch, token - 1]``; the
+            batch's own tokens when not given.
     """
     targets = batch.input_ids[:, 1:] if labels is None else labels
     wide = logits if logits.dtype == torch.float64 else logits.float()
+    counted = targets.masked_fill(~batch.target_mask[:, 1:], _UNCOUNTED)
+    counted = nn.functional.pad(counted, (0, 1), value=_UNCOUNTED)
     losses = nn.functional.cross_entropy(
-        wide.flatten(0, 1), targets.flatten(), reduction="none"
-    ).view(targets.shape)
-    return (losses * batch.target_mask[:, 1:]).sum(1)
+        wide.flatten(0, 1), counted.flatten(), reduction="none", ignore_index=_UNCOUNTED
+    )
+    return losses.view(counted.shape).sum(1)
 
 
 @torch.no_grad()

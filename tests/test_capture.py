@@ -196,7 +196,7 @@ def test_batch_composition_changes_nothing(model, sequences):
 def test_sampled_labels_replace_the_text(model, sequences):
     layers = find_layers(model).layers
     labels = [
-        sample_labels(next_token_logits(model, collate([s])), collate([s]), 5)[0].tolist()
+        sample_labels(next_token_logits(model, collate([s]))[:, :-1], collate([s]), 5)[0].tolist()
         for s in sequences
     ]
     assert any(drawn != list(s.tokens[1:]) for drawn, s in zip(labels, sequences, strict=True))

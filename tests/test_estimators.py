@@ -42,7 +42,9 @@ DENSE_OPERATORS = {
 def drawn_labels(model: nn.Module, sequences: list[Sequence1D], seed: int) -> list[list[int]]:
     """The labels of each sequence, drawn in a batch of its own."""
     batches = [collate([sequence]) for sequence in sequences]
-    return [sample_labels(next_token_logits(model, b), b, seed)[0].tolist() for b in batches]
+    return [
+        sample_labels(next_token_logits(model, b)[:, :-1], b, seed)[0].tolist() for b in batches
+    ]
 
 
 def dense_curvature(
@@ -356,7 +358,7 @@ def test_rotation_is_the_same_by_tokens_and_by_gradients(tokens):
 def labels_by_row(model: nn.Module, batches: list[TokenBatch], seed: int) -> dict[int, list[int]]:
     drawn = {}
     for batch in batches:
-        labels = sample_labels(next_token_logits(model, batch), batch, seed)
+        labels = sample_labels(next_token_logits(model, batch)[:, :-1], batch, seed)
         for i, row in enumerate(batch.rows):
             drawn[row] = labels[i][batch.target_mask[i, 1:]].tolist()
     return drawn
