@@ -19,17 +19,13 @@ from index.certificates.calibration import SHARE
 from scripts.benchmark_record import write_record
 from scripts.certificate_data import NOISE_QUERIES, TOKEN_BUDGET, Estimates, Ground, Redraws
 from scripts.certificate_trials import (
-    EXPECTED_TO_FAIL,
-    HOSTILE,
-    Change,
     audit_coverage,
     calibration_coverage,
     depths_needed,
-    plain,
     sketch_coverage,
-    unchanged,
     usefulness,
 )
+from scripts.certificate_worlds import EXPECTED_TO_FAIL, HOSTILE, Change, plain, unchanged
 from scripts.console import one_sentence_errors, print_json, show_progress, stderr
 from service.query import Query, Until
 from service.retrieval import Retriever

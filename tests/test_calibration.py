@@ -18,7 +18,8 @@ from index.certificates.calibration import (
 )
 from index.editing import delete_rows
 from index.errors import IndexCorrupt
-from scripts.certificate_trials import Fixed, Known
+from scripts.certificate_trials import Fixed
+from scripts.certificate_worlds import Known
 from service.calibrating import calibrate_index
 from service.calibration import FILE_NAME, find_calibration
 from service.models import BadQuery

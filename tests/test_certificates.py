@@ -32,7 +32,7 @@ from index.certificates.sketch import (
     scales_below,
 )
 from index.certificates.statement import allowed_misses
-from scripts.certificate_trials import Known
+from scripts.certificate_worlds import Known
 from service.proxies import Proxies
 from service.query import Query
 from service.search import Clock, Search
