@@ -196,13 +196,15 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse what waits, have what is under way answer with what it has, then end."""
         self._drain()
-        await asyncio.sleep(REFUSING_SECONDS)
+        if not self.loading:
+            await asyncio.sleep(REFUSING_SECONDS)
         await super().shutdown(sockets=sockets)
 
     def _prepare(self) -> None:
         try:
             self._load()
-            self._when_ready()
+            if not self.should_exit:
+                self._when_ready()
         except Exception as error:  # noqa: BLE001 - raised again where the command ends
             self.failure = error
             self.should_exit = True
