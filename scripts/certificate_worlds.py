@@ -73,18 +73,7 @@ Change = Callable[[World, np.random.Generator], World]
 
 
 def _select(world: World, rows: np.ndarray) -> World:
-    proxies = world.proxies
-    return World(
-        truth=world.truth[rows],
-        scores=world.scores[rows],
-        proxies=replace(
-            proxies,
-            values=proxies.values[rows],
-            sigmas=proxies.sigmas[rows],
-            divisors=proxies.divisors[rows],
-            failed=proxies.failed[rows],
-        ),
-    )
+    return World(truth=world.truth[rows], scores=world.scores[rows], proxies=world.proxies.at(rows))
 
 
 def unchanged(world: World, generator: np.random.Generator) -> World:

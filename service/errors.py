@@ -145,7 +145,9 @@ PROBLEMS: dict[type[Exception], Problem] = {
     IndexMismatch: Problem(status=503, title="The index does not fit the model"),
     IndexCorrupt: Problem(status=503, title="The index is damaged"),
     IndexFault: Problem(status=503, title="The index cannot be used"),
-    sqlite3.Error: Problem(status=503, title="The file of jobs cannot be used", retry_after=60),
+    sqlite3.OperationalError: Problem(
+        status=503, title="The file of jobs cannot be used", retry_after=60
+    ),
     OutOfMemory: Problem(status=503, title="Not enough memory for this query"),
     NotReady: Problem(status=503, title="Not ready", retry_after=5),
     ShuttingDown: Problem(status=503, title="Shutting down", retry_after=10),

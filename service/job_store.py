@@ -24,7 +24,7 @@ APPLICATION = 0x4574796D
 LOCK_SECONDS = 2.0
 """A file that another process has open is waited for so long: that one may be about to end."""
 
-PAGE_BYTES = 2**24
+PAGE_CHARACTERS = 2**24
 """After so many characters of outcomes, a page of them has no more."""
 
 TABLES = """
@@ -231,7 +231,7 @@ class JobStore:
             found: list[Outcome] = []
             size = 0
             for number, answer, problem in rows:
-                if len(found) == limit or size > PAGE_BYTES:
+                if len(found) == limit or size > PAGE_CHARACTERS:
                     return found, number
                 found.append(Outcome(number=number, answer=answer, problem=problem))
                 size += len(answer or problem)

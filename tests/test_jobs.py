@@ -115,7 +115,7 @@ def test_jobs_are_kept_in_order_with_what_came_of_them(store: JobStore) -> None:
 def test_a_page_of_large_outcomes_has_few_and_says_which_is_next(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job_store, "PAGE_BYTES", 100)
+    monkeypatch.setattr(job_store, "PAGE_CHARACTERS", 100)
     job = store.add(["a", "b", "c"], None)
     for number in range(3):
         store.record(job.id, number, answer="x" * 60, problem=None)

@@ -588,7 +588,7 @@ def raised_by_us() -> list[type[Exception]]:
 
 def test_every_error_of_ours_has_a_problem() -> None:
     kinds = raised_by_us()
-    assert {DuplicateIds, DiskFull, IndexBusy, *PROBLEMS} - {sqlite3.Error} <= set(kinds)
+    assert {DuplicateIds, DiskFull, IndexBusy, *PROBLEMS} - {sqlite3.OperationalError} <= set(kinds)
     assert [kind.__name__ for kind in kinds if problem_for(kind()) is UNEXPECTED] == []
 
 
