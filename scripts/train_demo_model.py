@@ -30,6 +30,7 @@ from rich.progress import (
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -361,6 +362,30 @@ def _epoch(
         yield batches[number]
 
 
+class WideMuon(torch.optim.Muon):
+    """PyTorch's Muon with its iterations in the gradients' own precision.
+
+    PyTorch narrows them to bfloat16, whose products take ten times as long on processors that have
+    no instructions for them.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        """One step; see ``torch.optim.Muon``."""
+        with _NoBfloat16():
+            return super().step(closure)
+
+
+class _NoBfloat16(TorchFunctionMode):
+    """``x.bfloat16()`` is a copy of x meanwhile."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.bfloat16:
+            return args[0].clone()
+        return func(*args, **(kwargs or {}))
+
+
 def demo_optimizers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for embeddings, biases and layer norms.
 
@@ -371,7 +396,7 @@ def demo_optimizers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.
     others = [p for p in model.parameters() if id(p) not in chosen]
     rate = recipe.learning_rate
     return [
-        torch.optim.Muon(layers, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        WideMuon(layers, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=rate, betas=recipe.betas, weight_decay=0.0, fused=True),
     ]
 
