@@ -10,18 +10,20 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from estimators.layers import LinearLayer
-from estimators.measurement import negative_log_likelihood, next_token_logits, sample_labels
+from estimators.output_head import final_states, losses_and_gradient
 from estimators.tokens import TokenBatch
 from estimators.trial import embeddings_require_grad
 
 Visitor = Callable[[LinearLayer, Tensor, Tensor], None]
-"""Receives a layer, its inputs ``a`` [batch, token, in] (1 appended for the bias) and the gradients
-``d`` [batch, token, out] of the summed loss with respect to its outputs. Masked and padded tokens
-have d = 0."""
+"""Receives a layer, its inputs ``a`` [batch, token, in] (1 appended for the bias, unless asked not
+to) and the gradients ``d`` [batch, token, out] of the summed loss with respect to its outputs.
+Masked and padded tokens have d = 0."""
 
 
 @contextmanager
-def captured(model: nn.Module, layers: Sequence[LinearLayer], visit: Visitor) -> Iterator[None]:
+def captured(
+    model: nn.Module, layers: Sequence[LinearLayer], visit: Visitor, append_one: bool = True
+) -> Iterator[None]:
     """Call ``visit`` for each layer as soon as a backward pass reaches it.
 
     Blocks of one module are handed over one after another from one hook.
@@ -51,7 +53,8 @@ def captured(model: nn.Module, layers: Sequence[LinearLayer], visit: Visitor) ->
 
         def on_gradient(gradient: Tensor) -> None:
             for block in blocks:
-                a = _with_bias_coordinate(block, activations[..., block.inputs])
+                a = activations[..., block.inputs]
+                a = _with_bias_coordinate(a) if append_one and block.has_bias else a
                 visit(block, a, gradient.detach()[..., block.outputs])
 
         output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
@@ -76,6 +79,7 @@ def visit_gradients(
     batch: TokenBatch,
     visit: Visitor,
     label_seed: int | None = None,
+    append_one: bool = True,
 ) -> Float[Tensor, "batch"]:
     """One forward and one backward pass of the batch's losses, handing each layer to ``visit``.
 
@@ -89,17 +93,17 @@ def visit_gradients(
         visit: called once a layer, last layer first.
         label_seed: draw the labels from the model's own distribution (true Fisher) with this seed;
             None takes the batch's own tokens.
+        append_one: whether ``visit`` gets the inputs of layers with a bias with a 1 appended.
 
     Returns:
         The loss of each sequence in nats.
     """
-    with torch.enable_grad(), captured(model, layers, visit):
-        logits = next_token_logits(model, batch)
-        labels = None if label_seed is None else sample_labels(logits[:, :-1], batch, label_seed)
-        losses = negative_log_likelihood(logits, batch, labels)
-        if losses.requires_grad:
-            losses.sum().backward()  # type: ignore[no-untyped-call]
-    return losses.detach()
+    with torch.enable_grad(), captured(model, layers, visit, append_one):
+        head, states = final_states(model, batch)
+        losses, gradient = losses_and_gradient(head, states, batch, label_seed)
+        if gradient is not None:
+            states.backward(gradient)  # type: ignore[no-untyped-call]
+    return losses
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -122,7 +126,5 @@ def _check_shape(name: str, inputs: Tensor) -> None:
         )
 
 
-def _with_bias_coordinate(layer: LinearLayer, inputs: Tensor) -> Tensor:
-    if not layer.has_bias:
-        return inputs
+def _with_bias_coordinate(inputs: Tensor) -> Tensor:
     return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from estimators.tokens import TokenBatch
 
 _UNCOUNTED = -100
-_CHUNK = 2**23
-"""Probabilities held at once while labels are drawn: 32 MB, which are reused, not mapped anew."""
 
 
 def next_token_logits(
@@ -27,7 +25,7 @@ def next_token_logits(
 
 
 def negative_log_likelihood(
-    logits: Float[Tensor, "batch token vocabulary"], batch: TokenBatch, labels: Tensor | None = None
+    logits: Float[Tensor, "batch token vocabulary"], batch: TokenBatch
 ) -> Float[Tensor, "batch"]:
     """Sum of next-token negative log-likelihoods over the counted tokens, in nats, per sequence.
 
@@ -36,12 +34,9 @@ def negative_log_likelihood(
     Args:
         logits: from ``next_token_logits``; position t predicts token t + 1.
         batch: which tokens count.
-        labels: the tokens to predict at every position but the last, ``[batch, token - 1]``; the
-            batch's own tokens when not given.
     """
-    targets = batch.input_ids[:, 1:] if labels is None else labels
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    counted = targets.masked_fill(~batch.target_mask[:, 1:], _UNCOUNTED)
+    counted = batch.input_ids[:, 1:].masked_fill(~batch.target_mask[:, 1:], _UNCOUNTED)
     counted = nn.functional.pad(counted, (0, 1), value=_UNCOUNTED)
     losses = nn.functional.cross_entropy(
         wide.flatten(0, 1), counted.flatten(), reduction="none", ignore_index=_UNCOUNTED
@@ -49,26 +44,27 @@ def negative_log_likelihood(
     return losses.view(counted.shape).sum(1)
 
 
-@torch.no_grad()
-def sample_labels(
-    logits: Float[Tensor, "batch token vocabulary"], batch: TokenBatch, seed: int
-) -> Int[Tensor, "batch token"]:
+def label_numbers(batch: TokenBatch, seed: int) -> Float[Tensor, "batch token"]:
+    """Uniform numbers from which the labels of all positions but the last are drawn.
+
+    From a counter-based generator keyed by ``(seed, row)``: the labels of a row do not depend on
+    the batch that it is in.
+    """
+    count = batch.input_ids.shape[1] - 1
+    numbers = [
+        np.random.Generator(np.random.Philox(key=[seed, row])).random(count) for row in batch.rows
+    ]
+    return torch.from_numpy(np.stack(numbers)).to(batch.input_ids.device, torch.float32)
+
+
+def draw_labels(
+    probabilities: Float[Tensor, "position vocabulary"], numbers: Float[Tensor, "position"]
+) -> Int[Tensor, "position"]:
     """Draw next tokens from the model's own distribution, as the true Fisher needs.
 
-    By inversion of the cumulative distribution, with one uniform number per token drawn from a
-    counter-based generator keyed by ``(seed, row)``: the labels of a row do not depend on the batch
-    that it is in.
+    By inversion of the cumulative distribution at one uniform number a position.
     """
-    count = logits.shape[1]
-    uniform = np.stack(
-        [np.random.Generator(np.random.Philox(key=[seed, row])).random(count) for row in batch.rows]
-    )
-    wanted = torch.from_numpy(uniform).to(logits.device, torch.float32).unsqueeze(-1)
-    vocabulary = logits.shape[-1]
-    size = max(1, _CHUNK // vocabulary)
-    labels = []
-    for sequence, numbers in zip(logits, wanted, strict=True):
-        for chunk, u in zip(sequence.split(size), numbers.split(size), strict=True):
-            cumulative = torch.softmax(chunk.float(), dim=-1).cumsum_(dim=-1)
-            labels.append(torch.searchsorted(cumulative, u * cumulative[:, -1:]))
-    return torch.cat(labels).clamp_(max=vocabulary - 1).view(len(batch.rows), count)
+    cumulative = probabilities.cumsum(dim=-1)
+    wanted = numbers.to(cumulative)[:, None] * cumulative[:, -1:]
+    labels = torch.searchsorted(cumulative, wanted)[:, 0]
+    return labels.clamp_(max=probabilities.shape[-1] - 1)

@@ -46,7 +46,7 @@ def find_obstacles(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[s
         with torch.enable_grad(), embeddings_require_grad(model), warnings.catch_warnings():
             # What an undifferentiable kernel warns of is raised below, with the module's name.
             warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered")
-            logits = model(**_tokens(embeddings()), use_cache=False).logits
+            logits = model(**trial_tokens(embeddings()), use_cache=False).logits
             if logits.requires_grad:
                 logits.float().logsumexp(-1).sum().backward()
     except RuntimeError as error:
@@ -76,6 +76,15 @@ def embeddings_require_grad(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def trial_tokens(embeddings: nn.Module) -> dict[str, Tensor]:
+    """Arguments of a trial pass: different tokens that the embeddings know."""
+    weight: Tensor = embeddings.weight  # type: ignore[assignment]
+    count = TRIAL_SHAPE[0] * TRIAL_SHAPE[1]
+    vocabulary = int(getattr(embeddings, "num_embeddings", len(weight)))
+    ids = (torch.arange(count, device=weight.device) % vocabulary).view(TRIAL_SHAPE)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 class _Trial:
@@ -132,14 +141,6 @@ class _Trial:
         if name not in self._reached:
             return "no gradient reaches it"
         return None
-
-
-def _tokens(embeddings: nn.Module) -> dict[str, Tensor]:
-    weight: Tensor = embeddings.weight  # type: ignore[assignment]
-    count = TRIAL_SHAPE[0] * TRIAL_SHAPE[1]
-    vocabulary = int(getattr(embeddings, "num_embeddings", len(weight)))
-    ids = (torch.arange(count, device=weight.device) % vocabulary).view(TRIAL_SHAPE)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _passes_gradients(module: nn.Module, inputs: Tensor) -> bool:

@@ -14,13 +14,15 @@ from rich.table import Table
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from estimators.capture import freeze, visit_gradients
+from estimators.capture import freeze
 from estimators.fitting import fit_estimator
 from estimators.identity import Identity
 from estimators.layers import find_layers
+from estimators.measurement import negative_log_likelihood, next_token_logits
 from estimators.rescoring import query_gradients, score_batch
 from estimators.sketch import Sketch
 from estimators.tokens import Sequence1D, collate, plan_batches
+from estimators.trial import embeddings_require_grad
 from index.manifest import ShardRecord
 from index.shards import write_shard
 from scripts.benchmark_record import write_record
@@ -188,10 +190,12 @@ def have(package: str, phase: str) -> bool:
 
 
 def plain(problem: Problem) -> None:
-    """The floor: no layer is looked at."""
-    for positions in problem.batches:
-        batch = collate([problem.sequences[p] for p in positions]).to(problem.device)
-        visit_gradients(problem.model, [], batch, lambda *_: None)
+    """The floor: what anybody writes, without a look at any layer."""
+    with torch.enable_grad(), embeddings_require_grad(problem.model):
+        for positions in problem.batches:
+            batch = collate([problem.sequences[p] for p in positions]).to(problem.device)
+            logits = next_token_logits(problem.model, batch)
+            negative_log_likelihood(logits, batch).sum().backward()  # type: ignore[no-untyped-call]
 
 
 def rescore(problem: Problem) -> Callable[[], None]:

@@ -372,7 +372,7 @@ class WideMuon(torch.optim.Muon):
     def step(self, closure: Any = None) -> Any:
         """One step; see ``torch.optim.Muon``."""
         with _NoBfloat16():
-            return super().step(closure)
+            return super().step(closure)  # type: ignore[no-untyped-call]
 
 
 class _NoBfloat16(TorchFunctionMode):

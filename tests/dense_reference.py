@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from estimators.layers import LinearLayer
-from estimators.tokens import Sequence1D
+from estimators.measurement import draw_labels, label_numbers
+from estimators.tokens import Sequence1D, collate
 
 Gradient = dict[str, Tensor]
 Tokens = list[dict[str, tuple[Tensor, Tensor]]]
@@ -53,6 +54,16 @@ def loss(model: nn.Module, sequence: Sequence1D, labels: Sequence[int] | None = 
     for target in range(sequence.first_target, len(sequence.tokens)):
         total = total - logs[target - 1, int(labels[target - 1])]
     return total
+
+
+def drawn_labels(model: nn.Module, sequences: Sequence[Sequence1D], seed: int) -> list[list[int]]:
+    """Labels from the model's own distribution, each sequence by itself."""
+    return [
+        draw_labels(
+            log_probabilities(model, s).exp(), label_numbers(collate([s]), seed)[0]
+        ).tolist()
+        for s in sequences
+    ]
 
 
 def weight_gradients(model: nn.Module, layers: Sequence[LinearLayer], value: Tensor) -> Gradient:

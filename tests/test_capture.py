@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from estimators.capture import freeze, visit_gradients
 from estimators.gradients import find_non_finite, sum_over_tokens
 from estimators.layers import LayerSelection, LinearLayer, find_layers
-from estimators.measurement import next_token_logits, sample_labels
 from estimators.tokens import Sequence1D, TokenBatch, collate, plan_batches
 from tests import dense_reference as dense
 from tests.dense_reference import batched_inner_product as inner_product
@@ -195,10 +194,7 @@ def test_batch_composition_changes_nothing(model, sequences):
 
 def test_sampled_labels_replace_the_text(model, sequences):
     layers = find_layers(model).layers
-    labels = [
-        sample_labels(next_token_logits(model, collate([s]))[:, :-1], collate([s]), 5)[0].tolist()
-        for s in sequences
-    ]
+    labels = dense.drawn_labels(model, sequences, 5)
     assert any(drawn != list(s.tokens[1:]) for drawn, s in zip(labels, sequences, strict=True))
     gradients = hook_gradients(model, layers, collate(sequences), label_seed=5)
     assert_rows_equal(gradients, dense.example_gradients(model, layers, sequences, labels))

@@ -16,7 +16,7 @@ from estimators.fitting import fit_estimator
 from estimators.identity import Identity
 from estimators.kfac import KFac
 from estimators.layers import LayerSelection, LinearLayer, find_layers
-from estimators.measurement import next_token_logits, sample_labels
+from estimators.measurement import draw_labels, label_numbers, next_token_logits
 from estimators.registry import ESTIMATORS, estimator_class, rebuild_estimator
 from estimators.rescoring import query_directions, query_gradients, score_batch_for_queries
 from estimators.storage import (
@@ -39,14 +39,6 @@ DENSE_OPERATORS = {
 }
 
 
-def drawn_labels(model: nn.Module, sequences: list[Sequence1D], seed: int) -> list[list[int]]:
-    """The labels of each sequence, drawn in a batch of its own."""
-    batches = [collate([sequence]) for sequence in sequences]
-    return [
-        sample_labels(next_token_logits(model, b)[:, :-1], b, seed)[0].tolist() for b in batches
-    ]
-
-
 def dense_curvature(
     name: str,
     model: nn.Module,
@@ -61,7 +53,7 @@ def dense_curvature(
     first, second = (
         (None, None)
         if labels == "empirical"
-        else (drawn_labels(model, sequences, seed) for seed in (0, 1))
+        else (dense.drawn_labels(model, sequences, seed) for seed in (0, 1))
     )
     tokens = dense.example_tokens(model, layers, sequences, first)
     gradients = dense.example_gradients(model, layers, sequences, second)
@@ -358,9 +350,11 @@ def test_rotation_is_the_same_by_tokens_and_by_gradients(tokens):
 def labels_by_row(model: nn.Module, batches: list[TokenBatch], seed: int) -> dict[int, list[int]]:
     drawn = {}
     for batch in batches:
-        labels = sample_labels(next_token_logits(model, batch)[:, :-1], batch, seed)
+        probabilities = next_token_logits(model, batch)[:, :-1].softmax(-1)
+        numbers = label_numbers(batch, seed)
         for i, row in enumerate(batch.rows):
-            drawn[row] = labels[i][batch.target_mask[i, 1:]].tolist()
+            counted = batch.target_mask[i, 1:]
+            drawn[row] = draw_labels(probabilities[i][counted], numbers[i][counted]).tolist()
     return drawn
 
 
@@ -383,7 +377,9 @@ def test_sampled_labels_follow_the_models_distribution():
         target_mask=torch.ones(rows, 3, dtype=torch.bool),
         rows=tuple(range(rows)),
     )
-    labels = sample_labels(probabilities.log().expand(rows, 2, 5), batch, seed=0).numpy()
+    numbers = label_numbers(batch, seed=0)
+    columns = [draw_labels(p.expand(rows, 5), numbers[:, i]) for i, p in enumerate(probabilities)]
+    labels = torch.stack(columns, dim=1).numpy()
     for position in range(2):
         expected = probabilities[position].double().numpy() * rows
         counts = np.bincount(labels[:, position], minlength=5)
@@ -400,10 +396,10 @@ def test_sampled_labels_follow_the_models_distribution():
 
 
 def test_sampled_labels_of_a_peaked_distribution():
-    logits = torch.full((1, 4, 7), -200.0)
-    logits[0, torch.arange(4), torch.tensor([0, 6, 3, 6])] = 200.0
+    logits = torch.full((4, 7), -200.0)
+    logits[torch.arange(4), torch.tensor([0, 6, 3, 6])] = 200.0
     batch = collate([Sequence1D(tokens=(1, 1, 1, 1, 1))])
-    assert sample_labels(logits, batch, seed=3).tolist() == [[0, 6, 3, 6]]
+    assert draw_labels(logits.softmax(-1), label_numbers(batch, seed=3)[0]).tolist() == [0, 6, 3, 6]
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
