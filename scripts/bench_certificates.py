@@ -1,5 +1,6 @@
 """Certificates: how often they are wrong, how many rows they cost, how long rescoring takes."""
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +17,7 @@ from rich.table import Table
 from estimators.sketch import SketchPlan
 from estimators.tokens import TokenBatch, collate, plan_batches
 from index.certificates.calibration import SHARE
-from scripts.benchmark_record import write_record
+from scripts.benchmark_record import record_path, write_record
 from scripts.certificate_data import NOISE_QUERIES, TOKEN_BUDGET, Estimates, Ground, Redraws
 from scripts.certificate_trials import (
     audit_coverage,
@@ -95,8 +96,17 @@ def main(
     }
     show(rows)
     if record:
-        stderr.print(f"Recorded in {write_record('certificates', report)}.")
+        stderr.print(f"Recorded in {recorded(report, set(wanted))}.")
     print_json(report)
+
+
+def recorded(report: dict[str, Any], parts: set[str]) -> Path:
+    """Write the record; rows of other parts that were measured the same day stay."""
+    path = record_path("certificates")
+    if path.is_file():
+        others = [row for row in json.loads(path.read_text())["rows"] if row["part"] not in parts]
+        report = {**report, "rows": others + report["rows"]}
+    return write_record("certificates", report)
 
 
 def covered(ground: Ground, draws: int, redrawn_rows: int) -> list[dict[str, Any]]:
@@ -295,6 +305,7 @@ def costs(ground: Ground) -> list[dict[str, Any]]:
             "model": "the benchmark's (GPT-2 of 4 layers, width 128)",
             "device": str(ground.loaded.device),
             "threads": torch.get_num_threads(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
             "rows": len(rows),
             "seconds": rescoring,
             "forward_seconds": plain_forward,

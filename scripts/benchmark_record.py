@@ -22,6 +22,11 @@ def hardware() -> str:
     return f"cpu{os.cpu_count()}"
 
 
+def record_path(name: str) -> Path:
+    """Where today's record of a benchmark is, or would be."""
+    return FOLDER / f"{name}_{hardware()}_{datetime.datetime.now(datetime.UTC):%Y%m%d}.json"
+
+
 def write_record(name: str, document: dict[str, Any], *, merge: bool = False) -> Path:
     """Write ``docs/benchmarks/<name>_<hardware>_<yyyymmdd>.json``; returns its path.
 
@@ -31,13 +36,18 @@ def write_record(name: str, document: dict[str, Any], *, merge: bool = False) ->
         merge: keep what a record of the same day holds besides, each part with its commit.
     """
     now = datetime.datetime.now(datetime.UTC)
-    path = FOLDER / f"{name}_{hardware()}_{now:%Y%m%d}.json"
+    path = record_path(name)
     if merge and path.is_file():
         kept = json.loads(path.read_text())
         commits = {**kept.get("commits", {}), **document.get("commits", {})}
         document = {**kept, **document, "commits": commits}
     facts = {"commit": revision(), "date": now.isoformat(timespec="seconds")}
-    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+    machine = {
+        "processor": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+    }
     whole = {**document, **facts, "machine": machine}
     write_whole(path, json.dumps(whole, indent=1).encode())
     return path

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -85,8 +86,20 @@ class Ground:
             Sequence1D(tokens=self.index.examples.tokens(row)) for row in range(self.rows)
         ]
         self.norms = self.index.norms.astype(np.float64)
-        kept = self._kept("truth", self._truth)
-        self.exact, self.query_norms = kept["exact"], kept["query_norms"]
+
+    @property
+    def exact(self) -> Float[np.ndarray, "query row"]:
+        """Exact scores of all rows in nats, positive = proponent."""
+        return self._truths["exact"]
+
+    @property
+    def query_norms(self) -> Float[np.ndarray, "query"]:
+        """Norms of the queries' whitened gradients."""
+        return self._truths["query_norms"]
+
+    @cached_property
+    def _truths(self) -> dict[str, np.ndarray]:
+        return self._kept("truth", self._truth)
 
     @property
     def cosines(self) -> Float[np.ndarray, "query row"]:
