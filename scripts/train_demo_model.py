@@ -30,7 +30,6 @@ from rich.progress import (
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -42,6 +41,7 @@ from transformers.utils import logging as transformers_logging
 
 from scripts.console import one_sentence_errors, print_json, print_progress, stderr
 from scripts.demo_corpus import FactQuery, corpus_rows, fact_queries, load_profiles
+from scripts.wide_muon import WideMuon
 
 BOUNDARY = "<|endoftext|>"
 CONTEXT = 128
@@ -360,30 +360,6 @@ def _epoch(
     batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
     for number in torch.randperm(len(batches), generator=generator).tolist():
         yield batches[number]
-
-
-class WideMuon(torch.optim.Muon):
-    """PyTorch's Muon with its iterations in the gradients' own precision.
-
-    PyTorch narrows them to bfloat16, whose products take ten times as long on processors that have
-    no instructions for them.
-    """
-
-    def step(self, closure: Any = None) -> Any:
-        """One step; see ``torch.optim.Muon``."""
-        with _NoBfloat16():
-            return super().step(closure)  # type: ignore[no-untyped-call]
-
-
-class _NoBfloat16(TorchFunctionMode):
-    """``x.bfloat16()`` is a copy of x meanwhile."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is Tensor.bfloat16:
-            return args[0].clone()
-        return func(*args, **(kwargs or {}))
 
 
 def demo_optimizers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Optimizer]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from scripts.train_demo_model import WideMuon
+from scripts.wide_muon import WideMuon
 
 
 def orthogonalised(gradient: Tensor) -> Tensor:
