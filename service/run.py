@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from estimators.rescoring import ScoreParts
 from index.certificates.statement import Certificate
 from service.answer import Answer, DocumentScore, MeasuredTerm, Result
 from service.explaining import cluster, token_texts
@@ -188,21 +189,22 @@ class Run:
         query = self.query
         tokens = [self.index.examples.tokens(result.row) for result in results]
         if query.tokens or query.layers:
-            results = [self._split(r, ids) for r, ids in zip(results, tokens, strict=True)]
+            split = self.scorer.parts(self.directions, [result.row for result in results])
+            each = zip(results, tokens, split, strict=True)
+            results = [self._split(*one) for one in each]
         if query.clusters and results:
             numbers = cluster(results, tokens)
             results = [replace(r, cluster=n) for r, n in zip(results, numbers, strict=True)]
         return results
 
-    def _split(self, result: Result, ids: tuple[int, ...]) -> Result:
-        parts = self.scorer.parts(self.directions, result.row)
+    def _split(self, result: Result, ids: tuple[int, ...], parts: ScoreParts) -> Result:
         if self.query.layers:
             names = [layer.name for layer in self.index.loaded.coverage.layers]
             shares = parts.by_layer[0].double().tolist()
             result = replace(result, layers=dict(zip(names, shares, strict=True)))
         if self.query.tokens:
             texts = token_texts(self.index.loaded.tokenizer, ids)
-            positions = parts.by_position[0].double().tolist()[: len(ids)]
+            positions = parts.by_position[0].double().tolist()
             result = replace(result, tokens=tuple(zip(texts, positions, strict=True)))
         return result
 

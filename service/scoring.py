@@ -66,10 +66,22 @@ class GradientScorer:
             return score_batch_for_queries(model, layers, directions, batch)
         return score_batch(model, layers, directions, batch).total[None]
 
-    def parts(self, directions: Gradients, row: int) -> ScoreParts:
-        """The exact score of one row, split over layers and positions."""
-        batch = collate([Sequence1D(tokens=self._examples.tokens(row))]).to(self._loaded.device)
-        return score_batch(self._loaded.model, self._loaded.coverage.layers, directions, batch)
+    def parts(self, directions: Gradients, rows: Sequence[int]) -> list[ScoreParts]:
+        """The exact score of each row, split over layers and over the row's own positions."""
+        sequences = [Sequence1D(tokens=self._examples.tokens(row)) for row in rows]
+        lengths = [len(sequence.tokens) for sequence in sequences]
+        layers = self._loaded.coverage.layers
+        found: dict[int, ScoreParts] = {}
+        for places in plan_batches(lengths, self._token_budget):
+            batch = collate([sequences[place] for place in places]).to(self._loaded.device)
+            parts = score_batch(self._loaded.model, layers, directions, batch)
+            for number, place in enumerate(places):
+                one = slice(number, number + 1)
+                found[place] = ScoreParts(
+                    by_layer=parts.by_layer[one],
+                    by_position=parts.by_position[one, : lengths[place]],
+                )
+        return [found[place] for place in range(len(sequences))]
 
 
 def _stacked(directions: Sequence[Gradients]) -> Gradients:
