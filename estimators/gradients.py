@@ -23,6 +23,15 @@ def sum_over_tokens(
     return torch.bmm(a.transpose(1, 2), d)
 
 
+def apply_layer(
+    weights: Float[Tensor, "in out"], a: Float[Tensor, "batch token width"], has_bias: bool
+) -> Float[Tensor, "batch token out"]:
+    """``a`` times weights whose last row is a bias, if there is one: no 1 is appended to ``a``."""
+    if not has_bias:
+        return a @ weights
+    return torch.addmm(weights[-1], a.flatten(0, 1), weights[:-1]).view(*a.shape[:2], -1)
+
+
 def cached_parts(
     a: Float[Tensor, "batch token in"], d: Float[Tensor, "batch token out"]
 ) -> Iterator[slice]:

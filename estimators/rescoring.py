@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from estimators.capture import visit_gradients
 from estimators.contracts import Estimator
-from estimators.gradients import Gradients, cached_parts, find_non_finite, sum_over_tokens
+from estimators.gradients import (
+    Gradients,
+    apply_layer,
+    cached_parts,
+    find_non_finite,
+    sum_over_tokens,
+)
 from estimators.kronecker import widen
 from estimators.layers import LinearLayer
 from estimators.tokens import Sequence1D, TokenBatch, collate, plan_batches
@@ -196,22 +202,13 @@ def score_batch(
     by_position = torch.zeros(shape, dtype=dtype, device=batch.input_ids.device)
 
     def visit(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
-        moved = _apply(directions[layer.name], widen(a), layer.has_bias)
+        moved = apply_layer(directions[layer.name], widen(a), layer.has_bias)
         products = moved.mul_(widen(d)).sum(-1)
         by_layer[:, numbers[layer.name]] = products.sum(1)
         by_position.add_(products)
 
     visit_gradients(model, layers, batch, visit, append_one=False)
     return ScoreParts(by_layer=by_layer, by_position=by_position)
-
-
-def _apply(
-    direction: Float[Tensor, "in out"], a: Float[Tensor, "batch token width"], has_bias: bool
-) -> Float[Tensor, "batch token out"]:
-    """Outputs of a layer whose weights and bias are the direction's."""
-    if not has_bias:
-        return a @ direction
-    return torch.addmm(direction[-1], a.flatten(0, 1), direction[:-1]).view(*a.shape[:2], -1)
 
 
 def score_batch_for_queries(

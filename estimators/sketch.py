@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from estimators.capture import visit_gradients
-from estimators.gradients import Gradients
+from estimators.gradients import Gradients, apply_layer
 from estimators.kronecker import widen
 from estimators.layers import LinearLayer
 from estimators.tokens import TokenBatch
@@ -159,7 +159,8 @@ class Sketch:
 
     def _fill(self, blocks: Tensor, layer: LinearLayer, a: Tensor, d: Tensor) -> None:
         left, right = (self._near(f"{layer.name} train {s}", a) for s in ("left", "right"))
-        projected = torch.bmm((a @ left.T).transpose(1, 2), d @ right.T)
+        inputs = apply_layer(left.T, a, layer.has_bias)
+        projected = torch.bmm(inputs.transpose(1, 2), d @ right.T)
         blocks[:, self._slices[layer.name]] = projected.flatten(1).to(blocks)
 
     def query(
@@ -216,7 +217,7 @@ def training_sketches(
         for sketch, block in zip(sketches, blocks, strict=True):
             sketch._fill(block, layer, a, d)
 
-    visit_gradients(model, sketches[0]._layers, batch, visit)
+    visit_gradients(model, sketches[0]._layers, batch, visit, append_one=False)
     return [
         (sketch._folded(block), torch.linalg.vector_norm(block, dim=1))
         for sketch, block in zip(sketches, blocks, strict=True)
