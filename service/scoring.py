@@ -74,7 +74,8 @@ class GradientScorer:
         found: dict[int, ScoreParts] = {}
         for places in plan_batches(lengths, self._token_budget):
             batch = collate([sequences[place] for place in places]).to(self._loaded.device)
-            parts = score_batch(self._loaded.model, layers, directions, batch)
+            with self._loaded.turn:
+                parts = score_batch(self._loaded.model, layers, directions, batch)
             for number, place in enumerate(places):
                 one = slice(number, number + 1)
                 found[place] = ScoreParts(

@@ -1,6 +1,7 @@
 """What can be asked: contrasts, weighted batches, opponents, filters; and explanations."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,16 @@ def test_splits_by_token_and_layer_add_up_to_the_score(retriever):
         )
         assert "".join(text for text, _ in result.tokens) == result.text
         assert result.tokens[-1][1] == 0  # nothing is predicted from the last token
+
+
+def test_explanations_wait_for_whoever_runs_the_model(retriever):
+    query = Query(prompt=PROMPT, completion=" Paris", k=2, tokens=True)
+    with ThreadPoolExecutor(1) as pool:
+        with retriever.loaded.turn:
+            answer = pool.submit(retriever.answer, query)
+            with pytest.raises(TimeoutError):
+                answer.result(timeout=1)
+        assert answer.result(timeout=60).results[0].tokens is not None
 
 
 def test_tokens_that_share_a_character_tell_it_once(retriever):
