@@ -1,4 +1,4 @@
-# make demo   set up, then run the main job on real text (about ten minutes on two cores)
+# make demo   set up, then run the main job on real text (ten to fifteen minutes on two cores)
 # make demo-smollm  the same with a real pretrained model, SmolLM2-135M (downloads 93 MB;
 #                   20 to 25 minutes on two cores; with DEVICE=cuda the whole corpus)
 # make test   set up, then run the tests

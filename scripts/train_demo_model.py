@@ -316,12 +316,11 @@ def complete(
     A continuation that has no end after `longest` tokens is given as it stands.
     """
     rows, length = prompts.shape
-    tokens, past, read = prompts, None, prompts
-    texts = [""] * rows
+    read, texts = prompts, [""] * rows
     for _ in range(min(longest, CONTEXT - length)):
-        output = model(input_ids=tokens, attention_mask=torch.ones_like(read), past_key_values=past)
-        past, tokens = output.past_key_values, output.logits[:, -1:].argmax(dim=-1)
-        read = torch.cat([read, tokens], dim=1)
+        whole = torch.ones_like(read)
+        output = model(input_ids=read, attention_mask=whole, use_cache=False, logits_to_keep=1)
+        read = torch.cat([read, output.logits.argmax(dim=-1)], dim=1)
         texts = [tokenizer.decode(row) for row in read[:, length:].tolist()]
         if all(_cut(text, tokenizer) != text for text in texts):
             break
