@@ -59,8 +59,8 @@ Limit = Annotated[int | None, typer.Option(help="Read only this many rows.")]
 TokenBudget = Annotated[
     int,
     typer.Option(
-        help="Padded tokens in a batch. 1024 is best on a CPU (logits stay in its caches); a GPU "
-        "wants more, up to its memory."
+        help="Padded tokens in a batch. 1024 is best on a CPU (activations stay in its caches); a "
+        "GPU wants more, up to its memory."
     ),
 ]
 
