@@ -1,7 +1,7 @@
 """Losses of a batch without all its logits: the output head runs on some positions at a time.
 
-The logits of a batch are larger than anything else in a pass (a vocabulary a position), and most of
-their cost is moving them through memory. A slice of them stays in the caches.
+The logits of a batch are larger than anything else in a pass (a vocabulary a position), and much of
+their cost is memory that is mapped and read anew for each step from logits to gradient.
 """
 
 from collections.abc import Iterator
@@ -21,10 +21,10 @@ LOGITS_AT_ONCE = 2**21
 """Logits that are held at once on a CPU: 8 MB in float32."""
 
 LOGITS_AT_ONCE_ON_DEVICES = 2**26
-"""On any other device, whose caches are passed by anyway: 256 MB."""
+"""On any other device: 256 MB in float32; not measured."""
 
 FEWEST_POSITIONS = 128
-"""At once, however large the vocabulary: with fewer, reading the head's weights costs most."""
+"""At once, however large the vocabulary: the head's weights are read for each part."""
 
 _PLAIN: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 """Whether a model's logits are what its output head gives."""
