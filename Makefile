@@ -11,7 +11,7 @@
 # make bench-kills, bench-prediction, bench-search  see the figures' commands in README.md
 # make bench-service  the service under load, on the index of `make demo`
 # make bench-build  cost of fit and build; with PEERS=DIR beside the peers of that environment, which
-#                   `python -m scripts.bench_build --help` tells how to make
+#                   `python -m scripts.bench.build --help` tells how to make
 # make lint   formatting, lint and types
 #
 # PYTHON   the interpreter to build the environment from
@@ -55,17 +55,17 @@ $(SMOLLM): $(READY)
 	@touch $@
 
 demo-smollm: $(SMOLLM)
-	@$(BIN)/python -m scripts.demo_smollm --device $(DEVICE)
+	@$(BIN)/python -m scripts.demo.smollm_demo --device $(DEVICE)
 
 test: $(READY)
 	@$(BIN)/python -m pytest -q
 
 test-page: $(READY)
 	@command -v chromium > /dev/null || (apt-get -q update && apt-get -q install -y chromium)
-	@$(BIN)/python -m pytest -q tests/test_page.py tests/test_page_with_service.py
+	@$(BIN)/python -m pytest -q tests/page/test_page.py tests/page/test_page_with_service.py
 
 record: $(READY)
-	@$(BIN)/python -m scripts.record_commands
+	@$(BIN)/python -m scripts.bench.commands
 
 # Packages of texts; the library that one of them depends on is there already.
 $(TEXTS): $(READY)
@@ -74,13 +74,13 @@ $(TEXTS): $(READY)
 	@touch $@
 
 bench-recall: $(TEXTS)
-	@$(or $(PEERS),$(VENV))/bin/python -m scripts.bench_recall
+	@$(or $(PEERS),$(VENV))/bin/python -m scripts.bench.recall
 
 bench-certificates bench-kills bench-prediction bench-search bench-service: bench-%: $(READY)
-	@$(BIN)/python -m scripts.bench_$*
+	@$(BIN)/python -m scripts.bench.$*
 
 bench-build: $(READY)
-	@$(or $(PEERS),$(VENV))/bin/python -m scripts.bench_build
+	@$(or $(PEERS),$(VENV))/bin/python -m scripts.bench.build
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .

@@ -7,9 +7,9 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from estimators.gradients import Gradients
-from estimators.layers import LinearLayer
-from estimators.whitening import LayerWhitening
+from estimators.model.gradients import Gradients
+from estimators.model.layers import LinearLayer
+from estimators.sketching.whitening import LayerWhitening
 
 
 class Accumulator(Protocol):

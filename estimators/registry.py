@@ -9,9 +9,9 @@ from torch import Tensor
 from estimators.contracts import Estimator
 
 ESTIMATORS = {
-    "ekfac": "estimators.ekfac:EKFac",
-    "identity": "estimators.identity:Identity",
-    "kfac": "estimators.kfac:KFac",
+    "ekfac": "estimators.operators.ekfac:EKFac",
+    "identity": "estimators.operators.identity:Identity",
+    "kfac": "estimators.operators.kfac:KFac",
 }
 
 

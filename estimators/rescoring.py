@@ -12,18 +12,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from estimators.capture import visit_gradients
 from estimators.contracts import Estimator
-from estimators.gradients import (
+from estimators.model.capture import visit_gradients
+from estimators.model.gradients import (
     Gradients,
     apply_layer,
     cached_parts,
     find_non_finite,
     sum_over_tokens,
+    widen,
 )
-from estimators.kronecker import widen
-from estimators.layers import LinearLayer
-from estimators.tokens import Sequence1D, TokenBatch, collate, plan_batches
+from estimators.model.layers import LinearLayer
+from estimators.model.tokens import Sequence1D, TokenBatch, collate, plan_batches
 
 
 class NonFiniteGradientError(ValueError):

@@ -13,12 +13,12 @@ from scipy import stats
 from index.certificates.calibration import SHARE
 from scripts import options
 from scripts.console import one_sentence_errors, print_json, show_progress, stderr
-from service.answer import Answer
-from service.exhaustive import exact_scores
 from service.models import load_model
-from service.opening import open_index
-from service.query import Query, Ranking
-from service.retrieval import Retriever
+from service.scoring.exhaustive import exact_scores
+from service.search.answer import Answer
+from service.search.opening import open_index
+from service.search.query import Query, Ranking
+from service.search.retrieval import Retriever
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 TIE = 1e-5

@@ -16,8 +16,8 @@ from scipy import stats
 
 from index.certificates.calibration import SHARE, failures_allowed
 from index.files import write_whole
-from service.answer import Answer
-from service.proxies import Proxies
+from service.search.answer import Answer
+from service.search.proxies import Proxies
 
 INK, ACCENT, SOFT, ALARM = "#24292f", "#0b6bcb", "#9ecbf5", "#c62828"
 RESIDUALS = 2000

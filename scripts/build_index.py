@@ -7,15 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from index.codes.vectors import KINDS
 from index.manifest import Manifest
-from index.vectors import KINDS
 from scripts import options
 from scripts.console import one_sentence_errors, print_json, show_prediction, show_progress, stderr
-from service.building import BuildOptions, Mode, Worker, build_index, build_share
-from service.calibrating import calibrate_index
+from service.build.building import BuildOptions, Mode, Worker, build_index, build_share
+from service.build.prediction import peak_memory, predict_build
 from service.models import load_model
-from service.opening import open_index
-from service.prediction import peak_memory, predict_build
+from service.search.calibrating import calibrate_index
+from service.search.opening import open_index
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -22,8 +22,8 @@ from rich.progress import (
 from rich.text import Text
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
-    from estimators.layers import Coverage, SkippedModule
-    from service.prediction import Prediction
+    from estimators.model.layers import Coverage, SkippedModule
+    from service.build.prediction import Prediction
 
 stderr = Console(stderr=True)
 """For people."""

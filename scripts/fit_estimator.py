@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from estimators.fitting import Labels
-from estimators.layers import LayerSelection
+from estimators.curvature.fitting import Labels
+from estimators.model.layers import LayerSelection
 from estimators.registry import ESTIMATORS
 from scripts import options
 from scripts.console import (
@@ -17,9 +17,9 @@ from scripts.console import (
     show_prediction,
     show_progress,
 )
-from service.fitting import FitOptions, fit_factors
+from service.build.fitting import FitOptions, fit_factors
+from service.build.prediction import peak_memory, predict_fit
 from service.models import load_model
-from service.prediction import peak_memory, predict_fit
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

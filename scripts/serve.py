@@ -20,11 +20,11 @@ from pydantic_settings import SettingsError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from scripts.console import one_sentence_errors, print_json, stderr
-from service.access import has_keys, is_loopback
-from service.app import create_app
-from service.limits import HEAD_BYTES
+from service.http.access import has_keys, is_loopback
+from service.http.app import create_app
+from service.http.limits import HEAD_BYTES
+from service.http.telemetry import log_config
 from service.settings import Settings
-from service.telemetry import log_config
 
 REFUSING_SECONDS = 1.0
 """After SIGTERM it goes on listening for so long, so that who asks is told rather than cut off."""

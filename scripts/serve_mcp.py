@@ -8,7 +8,7 @@ from pydantic import Field
 
 from scripts.console import one_sentence_errors
 from service.client import AsyncClient, Connection, ServiceError
-from service.schemas import MeasurementSchema, QueryResponse, ResultSchema
+from service.schemas.queries import MeasurementSchema, QueryResponse, ResultSchema
 
 if TYPE_CHECKING:
     from mcp.server.mcpserver import MCPServer

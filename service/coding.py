@@ -1,10 +1,13 @@
-"""Which index holds the sketches of a build: kind of code and, for low-rank codes, its blocks."""
+"""What build and search agree on: which index holds a build's sketches, where its factors lie."""
 
 from collections.abc import Sequence
 
-from estimators.sketch import Sketch
-from index.lowrank import Block, allocate
-from index.vectors import LOW_RANK, VectorIndex, make_index
+from estimators.sketching.sketch import Sketch
+from index.codes.lowrank import Block, allocate
+from index.codes.vectors import LOW_RANK, VectorIndex, make_index
+
+FACTORS_NAME = "factors/estimator.safetensors"
+"""Of the estimator, in the folder of an index."""
 
 
 def code_blocks(codes: str, sketch: Sketch, kept: Sequence[int] | None = None) -> tuple[Block, ...]:

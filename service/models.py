@@ -14,11 +14,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from estimators.capture import freeze
-from estimators.layers import EVERY_LAYER, Coverage, LayerSelection, find_layers
-from estimators.recomputation import recompute_blocks
+from estimators.model.capture import freeze
+from estimators.model.layers import EVERY_LAYER, Coverage, LayerSelection, find_layers
+from estimators.model.recomputation import recompute_blocks
+from estimators.model.tokens import Sequence1D
 from estimators.storage import fingerprint_model
-from estimators.tokens import Sequence1D
 
 
 class BadQuery(ValueError):  # noqa: N818 - named for what is wrong

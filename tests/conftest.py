@@ -37,8 +37,8 @@ def check_types(function: Callable) -> Callable:
 # Before anything imports estimators: every annotated shape and type is checked under pytest.
 install_import_hook("estimators", f"{__name__}.check_types")
 
-from estimators.capture import freeze  # noqa: E402
-from estimators.tokens import Sequence1D  # noqa: E402
+from estimators.model.capture import freeze  # noqa: E402
+from estimators.model.tokens import Sequence1D  # noqa: E402
 
 # Matrices of 10 x 10 gain nothing from a second thread, and threads that wait for each other on a
 # busy machine made these tests ten times slower.

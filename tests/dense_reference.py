@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from estimators.layers import LinearLayer
-from estimators.measurement import draw_labels, label_numbers
-from estimators.tokens import Sequence1D, collate
+from estimators.model.layers import LinearLayer
+from estimators.model.measurement import draw_labels, label_numbers
+from estimators.model.tokens import Sequence1D, collate
 
 Gradient = dict[str, Tensor]
 Tokens = list[dict[str, tuple[Tensor, Tensor]]]

@@ -17,14 +17,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from estimators.fitting import fit_estimator
-from estimators.progress import Progress, no_progress
+from estimators.curvature.fitting import fit_estimator
+from estimators.model.progress import Progress, no_progress
+from estimators.model.tokens import Sequence1D
 from estimators.storage import serialise_estimator
-from estimators.tokens import Sequence1D
 from index.files import write_whole
 from index.manifest import Manifest
-from service.building import BuildOptions, Mode, build_index
-from service.corpus import CorpusSource, read_examples
+from service.build.building import BuildOptions, Mode, build_index
+from service.build.corpus import CorpusSource, read_examples
 from service.models import LoadedModel, load_model
 
 CONTEXT = 32

@@ -14,11 +14,11 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from estimators.fitting import fit_estimator
+from estimators.curvature.fitting import fit_estimator
+from estimators.model.tokens import Sequence1D
 from estimators.storage import serialise_estimator
-from estimators.tokens import Sequence1D
-from service.building import BuildOptions, build_index
-from service.corpus import CorpusSource, read_examples
+from service.build.building import BuildOptions, build_index
+from service.build.corpus import CorpusSource, read_examples
 from service.models import load_model
 
 T = TypeVar("T")

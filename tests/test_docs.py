@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from estimators.registry import ESTIMATORS
-from index.vectors import CODES
+from index.codes.vectors import CODES
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[1]

@@ -1,0 +1,1 @@
+"""Running sums over examples, of which curvature is made."""

@@ -1,0 +1,130 @@
+"""Layer inputs and output gradients, handed over one layer at a time during a backward pass."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from estimators.model.layers import LinearLayer
+from estimators.model.output_head import final_states, losses_and_gradient
+from estimators.model.tokens import TokenBatch
+from estimators.model.trial import embeddings_require_grad
+
+Visitor = Callable[[LinearLayer, Tensor, Tensor], None]
+"""Receives a layer, its inputs ``a`` [batch, token, in] (1 appended for the bias, unless asked not
+to) and the gradients ``d`` [batch, token, out] of the summed loss with respect to its outputs.
+Masked and padded tokens have d = 0."""
+
+
+@contextmanager
+def captured(
+    model: nn.Module, layers: Sequence[LinearLayer], visit: Visitor, append_one: bool = True
+) -> Iterator[None]:
+    """Call ``visit`` for each layer as soon as a backward pass reaches it.
+
+    Blocks of one module are handed over one after another from one hook.
+
+    No weight needs ``requires_grad``: the token embeddings' output is made to require it, so frozen
+    and quantised models work, and no weight gradient is computed that nobody asked for.
+
+    Raises:
+        ValueError: a layer saw inputs that are not [batch, token, feature], or ran twice in one
+            forward pass (its gradient would be the sum of both uses).
+    """
+    handles: list[RemovableHandle] = []
+    seen: set[nn.Module] = set()
+
+    def after_forward(blocks: list[LinearLayer], inputs: tuple[Any, ...], output: Tensor) -> None:
+        if not output.requires_grad:
+            return
+        module, name = blocks[0].module, blocks[0].module_name
+        if module in seen:
+            raise ValueError(
+                f"Layer {name} ran twice in one forward pass; shared layers are not "
+                f"supported, leave it out with a layer pattern."
+            )
+        seen.add(module)
+        _check_shape(name, inputs[0])
+        activations = inputs[0].detach()
+
+        def on_gradient(gradient: Tensor) -> None:
+            for block in blocks:
+                a = activations[..., block.inputs]
+                a = _with_bias_coordinate(a) if append_one and block.has_bias else a
+                visit(block, a, gradient.detach()[..., block.outputs])
+
+        output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+
+    for blocks in _by_module(layers):
+        handles.append(
+            blocks[0].module.register_forward_hook(
+                lambda _, inputs, output, blocks=blocks: after_forward(blocks, inputs, output)
+            )
+        )
+    try:
+        with embeddings_require_grad(model):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def visit_gradients(
+    model: nn.Module,
+    layers: Sequence[LinearLayer],
+    batch: TokenBatch,
+    visit: Visitor,
+    label_seed: int | None = None,
+    append_one: bool = True,
+) -> Float[Tensor, "batch"]:
+    """One forward and one backward pass of the batch's losses, handing each layer to ``visit``.
+
+    The losses are summed over the batch, not averaged, so that each sequence's part of ``d`` is its
+    own gradient.
+
+    Args:
+        model: in evaluation mode.
+        layers: layers to hand over.
+        batch: sequences on the model's device.
+        visit: called once a layer, last layer first.
+        label_seed: draw the labels from the model's own distribution (true Fisher) with this seed;
+            None takes the batch's own tokens.
+        append_one: whether ``visit`` gets the inputs of layers with a bias with a 1 appended.
+
+    Returns:
+        The loss of each sequence in nats.
+    """
+    with torch.enable_grad(), captured(model, layers, visit, append_one):
+        head, states = final_states(model, batch)
+        losses, gradient = losses_and_gradient(head, states, batch, label_seed)
+        if gradient is not None:
+            states.backward(gradient)  # type: ignore[no-untyped-call]
+    return losses
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Put the model in evaluation mode and stop weight gradients, which nothing here needs."""
+    return model.eval().requires_grad_(False)
+
+
+def _by_module(layers: Sequence[LinearLayer]) -> list[list[LinearLayer]]:
+    groups: dict[nn.Module, list[LinearLayer]] = {}
+    for layer in layers:
+        groups.setdefault(layer.module, []).append(layer)
+    return list(groups.values())
+
+
+def _check_shape(name: str, inputs: Tensor) -> None:
+    if inputs.ndim != 3:
+        raise ValueError(
+            f"Layer {name} saw inputs of shape {tuple(inputs.shape)}, expected "
+            f"[batch, token, feature]; leave it out with a layer pattern."
+        )
+
+
+def _with_bias_coordinate(inputs: Tensor) -> Tensor:
+    return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)

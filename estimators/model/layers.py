@@ -1,0 +1,312 @@
+"""Which layers of a model are attributed, and what share of its parameters that is."""
+
+import fnmatch
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NoReturn, Self
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from estimators.model.trial import find_obstacles
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSelection:
+    """Which layers are wanted, and how wide a block of curvature may be.
+
+    It is stored with fitted factors and in the manifest: whoever uses the factors must find the
+    same layers.
+
+    Attributes:
+        patterns: shell patterns over dotted module names; a layer is wanted if any matches.
+        widest: a side of a weight matrix with more features is split into equal blocks; None never
+            splits.
+
+    Raises:
+        ValueError: no pattern, or ``widest`` below 1.
+    """
+
+    patterns: tuple[str, ...] = ("*",)
+    widest: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.patterns:
+            raise ValueError("No layer pattern was given; '*' takes every linear layer.")
+        if self.widest is not None and self.widest < 1:
+            raise ValueError(
+                f"The widest side of a block must be 1 or more, got {self.widest}; give the number "
+                f"of features, e.g. 4096."
+            )
+
+    def to_facts(self) -> dict[str, str]:
+        """The selection as header entries of a factors file."""
+        facts = {"layer_patterns": json.dumps(self.patterns)}
+        if self.widest is not None:
+            facts["widest"] = str(self.widest)
+        return facts
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, str]) -> Self:
+        """The selection that ``to_facts`` wrote; other entries are ignored."""
+        widest = facts.get("widest")
+        return cls(
+            patterns=tuple(json.loads(facts["layer_patterns"])),
+            widest=None if widest is None else int(widest),
+        )
+
+
+EVERY_LAYER = LayerSelection()
+"""Every linear layer, unsplit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearLayer:
+    """An affine map inside a model: ``output = [a, 1] @ W`` with ``W`` of shape ``[in, out]``.
+
+    Or a block of one: the rows and columns of W that belong to contiguous inputs and outputs. The
+    bias belongs to the blocks of the last inputs.
+
+    Attributes:
+        name: the module's dotted name in the model; of a block, with its inputs and outputs:
+            ``h.0.mlp.c_proj[0:1024,:]``.
+        module: ``nn.Linear`` (weight stored ``[out, in]``), HF ``Conv1D`` (``[in, out]``) or a
+            quantised layer (stored in a way of its own).
+        in_features: inputs, the homogeneous coordinate of the bias included.
+        out_features: outputs.
+        first_input: the first of the module's inputs that the block reads.
+        first_output: the first of the module's outputs that the block adds to.
+    """
+
+    name: str
+    module: nn.Module
+    in_features: int
+    out_features: int
+    first_input: int = 0
+    first_output: int = 0
+
+    @property
+    def module_name(self) -> str:
+        """The module's dotted name, of a block too."""
+        return self.name.partition("[")[0]
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the last input coordinate is the constant 1 of the bias."""
+        end = self.first_input + self.in_features
+        return _has_bias(self.module) and end > _widths(self.module)[0]
+
+    @property
+    def inputs(self) -> slice:
+        """Which of the module's inputs the block reads, the constant 1 left out."""
+        return slice(self.first_input, self.first_input + self.in_features - int(self.has_bias))
+
+    @property
+    def outputs(self) -> slice:
+        """Which of the module's outputs the block adds to."""
+        return slice(self.first_output, self.first_output + self.out_features)
+
+    @property
+    def parameters(self) -> int:
+        """Number of attributed parameters (weights and bias)."""
+        return self.in_features * self.out_features
+
+    def add_to_weights(self, step: Tensor) -> None:
+        """Add ``step`` (``[in, out]``, the shape of the layer's gradient) to weight and bias."""
+        weight: Tensor = self.module.weight.data  # type: ignore[assignment]
+        rows = (step[:-1] if self.has_bias else step).to(weight.dtype)
+        if isinstance(self.module, Conv1D):
+            weight[self.inputs, self.outputs] += rows
+        else:
+            weight[self.outputs, self.inputs] += rows.T
+        if self.has_bias:
+            self.module.bias.data[self.outputs] += step[-1].to(weight.dtype)  # type: ignore[operator,index]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedModule:
+    """A module whose parameters are not attributed.
+
+    Attributes:
+        name: dotted name.
+        kind: class name.
+        parameters: parameters it holds itself (not those of its children, nor tied ones that an
+            earlier module already holds).
+        share: those parameters as a share of all the model's parameters, in [0, 1].
+        reason: one clause for people.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    share: float
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """The attributed layers of a model and everything that is left out.
+
+    Attributes:
+        layers: attributed layers, in the order of ``model.named_modules()``.
+        skipped: every other module that holds parameters of its own.
+        attributed_share: attributed parameters over all parameters, in [0, 1].
+    """
+
+    layers: tuple[LinearLayer, ...]
+    skipped: tuple[SkippedModule, ...]
+    attributed_share: float
+
+
+def find_layers(model: nn.Module, selection: LayerSelection = EVERY_LAYER) -> Coverage:
+    """List the layers to attribute: every linear layer but the output head.
+
+    Linear layers are ``nn.Linear``, HF ``Conv1D`` and quantised layers of any library, which are
+    known by their ``in_features`` and ``out_features`` and count with in x out parameters, however
+    they are packed. A trial pass on eight tokens finds those that cannot be attributed: see
+    ``estimators.model.trial``.
+
+    The output head (``model.get_output_embeddings()``) and the token embeddings are left out: their
+    gradients concern single tokens, and they are tied in many models. They are named in
+    ``skipped`` with their share, like norms and every other module that holds parameters. So are
+    layers that share their weights: the gradient of such a weight is the sum of all its uses.
+
+    Args:
+        model: a causal language model, or any module tree in tests.
+        selection: which layers are wanted.
+
+    Raises:
+        ValueError: no layer is left to attribute, the model does not run, or gradients cannot pass
+            through one of its layers.
+    """
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    linear = {name: m for name, m in model.named_modules() if _is_linear(m)}
+    obstacles = find_obstacles(model, linear)
+    sizes = _own_sizes(model)
+    total = sum(sizes.values())
+    layers: list[LinearLayer] = []
+    skipped: list[SkippedModule] = []
+    holders = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    for name, size in sizes.items():
+        module = model.get_submodule(name)
+        tied = any(holders[id(p)] > 1 for p in module.parameters(recurse=False))
+        reason = _reason_to_skip(name, module, head, selection, tied) or obstacles.get(name)
+        if reason is None:
+            layers.extend(_blocks(name, module, selection.widest))
+            continue
+        kind = type(module).__name__
+        skipped.append(
+            SkippedModule(name=name, kind=kind, parameters=size, share=size / total, reason=reason)
+        )
+    if not layers:
+        _refuse_empty(selection, skipped)
+    attributed = sum(layer.parameters for layer in layers)
+    return Coverage(
+        layers=tuple(layers), skipped=tuple(skipped), attributed_share=attributed / total
+    )
+
+
+def _own_sizes(model: nn.Module) -> dict[str, int]:
+    """Parameters that each module holds itself, by name; tied ones count where they come first.
+
+    Linear modules are listed even if they hold none.
+    """
+    sizes: dict[str, int] = {}
+    counted: set[int] = set()
+    for name, module in model.named_modules():
+        held = list(module.parameters(recurse=False))
+        own = [p for p in held if id(p) not in counted]
+        counted.update(id(p) for p in own)
+        if _is_linear(module) and len(own) == len(held):
+            width, out = _widths(module)
+            sizes[name] = width * out + (out if _has_bias(module) else 0)
+        elif own or _is_linear(module):
+            sizes[name] = sum(p.numel() for p in own)
+    return sizes
+
+
+def _refuse_empty(selection: LayerSelection, skipped: list[SkippedModule]) -> NoReturn:
+    names = [m.name for m in skipped if m.reason.startswith("no layer pattern")]
+    if names:
+        raise ValueError(
+            f"No layer to attribute: none of the model's linear layers matches "
+            f"{list(selection.patterns)}; name at least one, e.g. {names[:3]}."
+        )
+    reasons = "; ".join(f"{m.name} ({m.kind}): {m.reason}" for m in skipped[:5])
+    raise ValueError(f"No layer of this model can be attributed: {reasons}.")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether the module is one affine map, by class or by the attributes of quantised layers."""
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    width, out = (getattr(module, side, None) for side in ("in_features", "out_features"))
+    if not isinstance(width, int) or not isinstance(out, int):
+        return False
+    if any(True for child in module.children() for _ in child.parameters()):
+        return False  # a wrapper, e.g. PEFT's around a layer and its adapters
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return True
+    return tuple(weight.shape) in ((width, out), (out, width))
+
+
+def _reason_to_skip(
+    name: str, module: nn.Module, head: nn.Module | None, selection: LayerSelection, tied: bool
+) -> str | None:
+    if not _is_linear(module):
+        return "not a linear layer"
+    if module is head:
+        return "output head"
+    if tied:
+        return "its weights are shared with another module"
+    if not any(fnmatch.fnmatchcase(name, pattern) for pattern in selection.patterns):
+        return f"no layer pattern matches it ({', '.join(selection.patterns)})"
+    return None
+
+
+def _blocks(name: str, module: nn.Module, widest: int | None) -> list[LinearLayer]:
+    """The layer, or its blocks in row-major order, one for each pair of inputs and outputs."""
+    width, out = _widths(module)
+    bias = int(_has_bias(module))
+    rows, columns = _cuts(width, widest), _cuts(out, widest)
+    return [
+        LinearLayer(
+            name=name + _block_label(rows, i, columns, j),
+            module=module,
+            in_features=rows[i + 1] - rows[i] + (bias if i == len(rows) - 2 else 0),
+            out_features=columns[j + 1] - columns[j],
+            first_input=rows[i],
+            first_output=columns[j],
+        )
+        for i in range(len(rows) - 1)
+        for j in range(len(columns) - 1)
+    ]
+
+
+def _cuts(width: int, widest: int | None) -> list[int]:
+    """Where the fewest blocks of equal size (to within one feature) begin and end."""
+    count = 1 if widest is None else math.ceil(width / widest)
+    return [width * i // count for i in range(count + 1)]
+
+
+def _block_label(rows: list[int], i: int, columns: list[int], j: int) -> str:
+    if len(rows) == len(columns) == 2:
+        return ""
+    inputs = f"{rows[i]}:{rows[i + 1]}" if len(rows) > 2 else ":"
+    outputs = f"{columns[j]}:{columns[j + 1]}" if len(columns) > 2 else ":"
+    return f"[{inputs},{outputs}]"
+
+
+def _widths(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, Conv1D):
+        return int(module.nx), int(module.nf)
+    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "bias", None), Tensor)

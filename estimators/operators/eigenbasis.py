@@ -1,0 +1,93 @@
+"""An inverse-curvature operator that is diagonal in a Kronecker-factored eigenbasis."""
+
+from collections.abc import Mapping, Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from estimators.model.gradients import Gradients
+from estimators.model.layers import LinearLayer
+from estimators.sketching.whitening import LayerWhitening, noise_optimal_weights
+
+
+class EigenbasisOperator:
+    """``H = (Q_A x Q_S) diag(L) (Q_A x Q_S)^T`` for each layer, in units of the mean training loss.
+
+    Applied to a gradient (George et al. 2018, eq. 8; Grosse et al. 2023, eq. 20):
+    ``(H + lambda I)^-1 G = Q_A [(Q_A^T G Q_S) / (L + lambda)] Q_S^T``.
+
+    Args:
+        tensors: for each layer NAME, ``NAME.left`` (Q_A, [in, in]), ``NAME.right`` (Q_S,
+            [out, out]) and ``NAME.eigenvalues`` (L, [in, out], never negative).
+
+    Raises:
+        ValueError: a tensor is missing.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+        self._names = [n.removesuffix(".left") for n in tensors if n.endswith(".left")]
+        for name in self._names:
+            for part in ("right", "eigenvalues"):
+                if f"{name}.{part}" not in tensors:
+                    raise ValueError(f"The factors of layer {name} lack '{part}'; fit again.")
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The fitted tensors."""
+        return self._tensors
+
+    def precondition(self, gradients: Gradients, damping: float) -> dict[str, Tensor]:
+        """Multiply ``gradients`` ([..., in, out] a layer) by the damped inverse curvature.
+
+        Raises:
+            ValueError: a layer has no factors, or damping is not positive.
+        """
+        result = {}
+        for name, gradient in gradients.items():
+            left, right, _ = self._layer(name)
+            left, right = left.to(gradient), right.to(gradient)
+            rotated = left.T @ gradient @ right
+            rotated = rotated * self._inverse(name, damping).to(gradient)
+            result[name] = left @ rotated @ right.T
+        return result
+
+    def whitening(self, layers: Sequence[LinearLayer], damping: float) -> dict[str, LayerWhitening]:
+        """Noise-optimal separable whitening in the eigenbasis; no pass over data."""
+        result = {}
+        for layer in layers:
+            left, right, eigenvalues = self._layer(layer.name)
+            inverse = self._inverse(layer.name, damping)
+            u, v = noise_optimal_weights(eigenvalues, inverse)
+            result[layer.name] = LayerWhitening(
+                left_basis=left,
+                right_basis=right,
+                left_scale=u.sqrt().to(left.dtype),
+                right_scale=v.sqrt().to(left.dtype),
+                energy=float(u @ eigenvalues.double() @ v),
+            )
+        return result
+
+    def _inverse(self, name: str, damping: float) -> Float[Tensor, "in out"]:
+        if not damping > 0:
+            raise ValueError(f"Damping must be positive, got {damping}; the usual value is 0.1.")
+        eigenvalues = self._layer(name)[2]
+        mean = eigenvalues.mean()
+        if mean <= 0:
+            raise ValueError(
+                f"All curvature of layer {name} is zero: no gradient reached it while fitting; "
+                f"leave it out with a layer pattern."
+            )
+        return 1 / (eigenvalues + damping * mean)
+
+    def _layer(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        try:
+            return (
+                self._tensors[f"{name}.left"],
+                self._tensors[f"{name}.right"],
+                self._tensors[f"{name}.eigenvalues"],
+            )
+        except KeyError as error:
+            raise ValueError(
+                f"No curvature factors for layer {name}; they exist for {self._names}. "
+                f"Fit the estimator on this model with the same layer patterns."
+            ) from error

@@ -1,0 +1,133 @@
+"""EK-FAC: K-FAC's eigenbasis with eigenvalues measured in it (George et al. 2018)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from estimators.contracts import RunPass
+from estimators.curvature.accumulation import LongSum, pad_columns
+from estimators.curvature.kronecker import Covariances, Eigenbasis
+from estimators.model.gradients import widen
+from estimators.model.layers import LinearLayer
+from estimators.operators.eigenbasis import EigenbasisOperator
+
+
+class EKFac(EigenbasisOperator):
+    """``L_ij = E_example[(Q_A^T G Q_S)_ij^2]``: exact second moments along K-FAC's eigenvectors."""
+
+    @classmethod
+    def fit(cls, layers: Sequence[LinearLayer], run_pass: RunPass) -> Self:
+        """One pass for the covariances, one for the corrected eigenvalues."""
+
+        def begin() -> CorrectedEigenvalues:
+            covariances = run_pass("covariances", Covariances, lambda: Covariances.begin(layers))
+            return CorrectedEigenvalues.begin(covariances.eigenbases(layers))
+
+        return cls(run_pass("eigenvalues", CorrectedEigenvalues, begin).operator())
+
+
+class CorrectedEigenvalues:
+    """Sums over examples of squared per-example gradients in an eigenbasis.
+
+    Short sums are in the model's precision (float32 at least), long sums in float64.
+
+    Args:
+        tensors: for each layer NAME, ``NAME.left`` (Q_A), ``NAME.right`` (Q_S), ``NAME.squares``
+            [in, out] in float64 and ``NAME.examples``, the number of examples.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        names = [key.removesuffix(".squares") for key in tensors if key.endswith(".squares")]
+        self._bases = {name: (tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in names}
+        self._padded: dict[str, tuple[Tensor, Tensor]] = {}
+        self._sums = {name: LongSum(tensors[f"{name}.squares"]) for name in names}
+        self._examples = {name: tensors[f"{name}.examples"].clone() for name in names}
+
+    @classmethod
+    def begin(cls, bases: Mapping[str, Eigenbasis]) -> Self:
+        """Nothing added yet."""
+        tensors = {}
+        for name, basis in bases.items():
+            shape = len(basis.left_values), len(basis.right_values)
+            tensors[f"{name}.left"], tensors[f"{name}.right"] = basis.left, basis.right
+            tensors[f"{name}.squares"] = torch.zeros(shape, dtype=torch.float64)
+            tensors[f"{name}.examples"] = torch.zeros((), dtype=torch.int64)
+        return cls(tensors)
+
+    def add(self, layer: LinearLayer, a: Tensor, d: Tensor, positions: Tensor) -> None:
+        """Add the examples of one batch: ``a`` [batch, token, in], ``d`` [batch, token, out].
+
+        ``d`` is 0 outside ``positions``, which are not needed therefore. All memory is taken before
+        the sums are touched: running out of it leaves them alone.
+        """
+        a, d = (pad_columns(widen(values)) for values in (a, d))
+        left, right = self._rotations(layer.name, a)
+        rotation = Rotation(a, d, left, right)
+        recent = self._sums[layer.name].recent(a)
+        for number in range(len(a)):
+            rotated = rotation(number)
+            recent.addcmul_(rotated, rotated)
+        self._examples[layer.name] += len(a)
+
+    def _rotations(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Q_A and Q_S padded with zeros, on the device and in the precision of ``like``."""
+        if name not in self._padded:
+            left, right = (pad_columns(pad_columns(q.to(like)).T).T for q in self._bases[name])
+            self._padded[name] = left.contiguous(), right.contiguous()
+        return self._padded[name]
+
+    def settle(self) -> None:
+        """Move recent squares into the float64 sums."""
+        for part in self._sums.values():
+            part.settle()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is settled; the class rebuilds itself from it."""
+        tensors = {}
+        for name, (left, right) in self._bases.items():
+            tensors[f"{name}.left"], tensors[f"{name}.right"] = left, right
+            tensors[f"{name}.squares"] = self._sums[name].total
+            tensors[f"{name}.examples"] = self._examples[name]
+        return tensors
+
+    def operator(self) -> dict[str, Tensor]:
+        """The tensors of an ``EigenbasisOperator``: bases and mean squares, in their precision."""
+        tensors = {}
+        for name, (left, right) in self._bases.items():
+            means = self._sums[name].total / int(self._examples[name])
+            tensors[f"{name}.left"], tensors[f"{name}.right"] = left.cpu(), right.cpu()
+            tensors[f"{name}.eigenvalues"] = means.to(left.dtype).cpu()
+        return tensors
+
+
+class Rotation:
+    """``Q_A^T G Q_S`` of each sequence of a batch, one at a time, in memory taken at once.
+
+    Rotates whichever costs less: all tokens beforehand, or each gradient.
+    """
+
+    def __init__(
+        self,
+        a: Float[Tensor, "batch token in"],
+        d: Float[Tensor, "batch token out"],
+        left: Float[Tensor, "in in"],
+        right: Float[Tensor, "out out"],
+    ) -> None:
+        tokens, width, out = a.shape[1], a.shape[2], d.shape[2]
+        by_tokens = tokens * (width**2 + out**2) < width * out * (width + out)
+        self._a, self._d = (a @ left, d @ right) if by_tokens else (a, d)
+        self._bases = None if by_tokens else (left, right)
+        self._gradient = a.new_empty(width, out)
+        self._half = a.new_empty(0 if by_tokens else width, out)
+
+    def __call__(self, number: int) -> Float[Tensor, "in out"]:
+        """Of sequence ``number``; valid until the next call."""
+        torch.mm(self._a[number].T, self._d[number], out=self._gradient)
+        if self._bases is not None:
+            left, right = self._bases
+            torch.mm(left.T, self._gradient, out=self._half)
+            torch.mm(self._half, right, out=self._gradient)
+        return self._gradient

@@ -1,0 +1,1 @@
+"""The index side: the coordinates in which training gradients are sketched."""

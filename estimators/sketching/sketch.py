@@ -1,0 +1,302 @@
+"""Random linear sketches of whitened gradients: two-sided first stage, fold, Hadamard rotation.
+
+A sketch P is a random linear map, drawn from a seed that neither data nor queries can depend on,
+with ``E<P psi, P phi> = <psi, phi>``. It is applied in two stages:
+
+1. Each layer's whitened gradient is multiplied on both sides by random orthonormal frames (Haar,
+   scaled by ``sqrt(width / rank)``) down to ``rank x rank``. Whitening, eigenbasis and frame fold
+   into one matrix a side, so that no gradient of the layer's own size is formed. A side narrower
+   than ``rank`` is kept whole, without noise.
+2. The entries of all layers get random signs, are folded into ``dimensions`` buckets of equal size
+   by a random permutation (CountSketch with balanced buckets) and rotated by a Hadamard matrix, so
+   that each coordinate is nearly Gaussian, as one-bit codes need.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from estimators.model.capture import visit_gradients
+from estimators.model.gradients import Gradients, apply_layer, widen
+from estimators.model.layers import LinearLayer
+from estimators.model.tokens import TokenBatch
+from estimators.sketching.whitening import LayerWhitening
+
+
+@dataclass(frozen=True, kw_only=True)
+class SketchPlan:
+    """How a sketch is drawn.
+
+    Attributes:
+        seed: of all its randomness.
+        dimensions: coordinates of the sketch, a power of two.
+        rank: width of each side of a layer's block after the first stage.
+        folded: whether there is a second stage; without it the sketch consists of the blocks, each
+            rotated on both sides, and ``dimensions`` has no effect.
+    """
+
+    seed: int
+    dimensions: int = 16384
+    rank: int = 64
+    folded: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dimensions < 8 or self.dimensions & (self.dimensions - 1):
+            raise ValueError(
+                f"Sketch dimensions must be a power of two, 8 or more, got {self.dimensions}; "
+                f"16384 is the usual choice."
+            )
+        if self.rank < 1:
+            raise ValueError(f"The first stage's rank must be at least 1, got {self.rank}.")
+
+
+class Sketch:
+    """The sketch of a set of layers, for training gradients and for preconditioned queries.
+
+    Args:
+        layers: attributed layers; their order fixes which random numbers each one gets.
+        whitening: of each layer, by name.
+        plan: seed and sizes.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LinearLayer],
+        whitening: Mapping[str, LayerWhitening],
+        plan: SketchPlan,
+    ) -> None:
+        self.plan = plan
+        self._layers = tuple(layers)
+        self._whitening = dict(whitening)
+        self._near = _Near()
+        self._slices: dict[str, slice] = {}
+        self._shapes: list[tuple[int, int]] = []
+        start = 0
+        for number, layer in enumerate(layers):
+            start = self._add_layer(number, layer, start)
+        self._entries = start
+        self._fold = _Fold(start, plan) if plan.folded else None
+
+    def _add_layer(self, number: int, layer: LinearLayer, start: int) -> int:
+        white = self._whitening[layer.name]
+        frames = [
+            _orthonormal_frame(width, self.plan, 2 * number + side)
+            for side, width in enumerate((layer.in_features, layer.out_features))
+        ]
+        maps = {
+            "train left": _fold_frame(frames[0], white.left_map(dual=False)),
+            "train right": _fold_frame(frames[1], white.right_map(dual=False)),
+            "query left": _fold_frame(frames[0], torch.diag(1 / white.left_scale)),
+            "query right": _fold_frame(frames[1], torch.diag(1 / white.right_scale)),
+        }
+        bases = {"left basis": white.left_basis, "right basis": white.right_basis}
+        for what, matrix in (maps | bases).items():
+            if matrix is not None:
+                self._near.add(f"{layer.name} {what}", matrix)
+        self._shapes.append((len(maps["train left"]), len(maps["train right"])))
+        end = start + math.prod(self._shapes[-1])
+        self._slices[layer.name] = slice(start, end)
+        return end
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Rows and columns of each layer's block, in order."""
+        return list(self._shapes)
+
+    @property
+    def energies(self) -> list[float]:
+        """Expected squared norms of the layers' blocks, one unit for all."""
+        return [self._whitening[layer.name].energy for layer in self._layers]
+
+    @property
+    def width(self) -> int:
+        """Coordinates of a sketch."""
+        return self.plan.dimensions if self.plan.folded else self._entries
+
+    @property
+    def entries(self) -> int:
+        """Entries of all layers' blocks after the first stage."""
+        return self._entries
+
+    def predicted_noise(self, distortion: float = math.pi / 2 - 1) -> float:
+        """Standard deviation of a code's estimate of a cosine, by the second stage alone.
+
+        For vectors whose energy is spread over many entries. Two entries share a bucket of the
+        balanced fold with probability ``(c - 1) / (M - 1)``, M being the padded entries and c the
+        entries a bucket; coding after a random rotation adds ``distortion / k``. With independent
+        buckets the first would be ``1 / k``, and the sum for one bit the familiar ``pi / (2 k)``.
+        0 where there is no second stage.
+
+        Args:
+            distortion: squared length of the code's error at right angles to a unit vector; that of
+                one bit a dimension by default.
+        """
+        if self._fold is None:
+            return 0.0
+        padded, k = self._fold.padded, self.plan.dimensions
+        collision = (padded // k - 1) / (padded - 1)
+        return math.sqrt(collision + distortion / k)
+
+    def training(
+        self, model: nn.Module, batch: TokenBatch
+    ) -> tuple[Float[Tensor, "batch dimension"], Float[Tensor, "batch"]]:
+        """Sketches and whitened norms of the loss gradients of a batch's sequences.
+
+        One forward and one backward pass. The norm is that of the first stage's blocks: exact where
+        no side is wider than the rank, otherwise an estimate with a relative error of about
+        ``1 / rank`` over the square root of the number of layers.
+
+        Returns:
+            The sketch P phi of each sequence and its norm ``|phi|``.
+        """
+        return training_sketches([self], model, batch)[0]
+
+    def _fill(self, blocks: Tensor, layer: LinearLayer, a: Tensor, d: Tensor) -> None:
+        left, right = (self._near(f"{layer.name} train {s}", a) for s in ("left", "right"))
+        inputs = apply_layer(left.T, a, layer.has_bias)
+        projected = torch.bmm(inputs.transpose(1, 2), d @ right.T)
+        blocks[:, self._slices[layer.name]] = projected.flatten(1).to(blocks)
+
+    def query(
+        self, directions: Gradients
+    ) -> tuple[Float[Tensor, "query dimension"], Float[Tensor, "query"]]:
+        """Sketches and norms of preconditioned query gradients ``-(H + lambda)^-1 grad f``.
+
+        With the sign of the score: ``<P psi, P phi>`` estimates the score itself when
+        ``directions`` holds ``-(H + lambda)^-1 grad f``.
+
+        Args:
+            directions: [query, in, out] a layer.
+
+        Returns:
+            The sketch P psi of each query and the exact norm ``|psi|``.
+        """
+        count, device = next((len(g), g.device) for g in directions.values())
+        blocks = torch.zeros(count, self._entries, device=device)
+        square = torch.zeros(count, dtype=torch.float64, device=device)
+        for name, gradient in directions.items():
+            rotated = self._rotated(name, gradient)
+            left, right = (self._near(f"{name} query {s}", gradient) for s in ("left", "right"))
+            blocks[:, self._slices[name]] = (left @ rotated @ right.T).flatten(1).to(blocks)
+            square += self._whitened_square(name, rotated)
+        return self._folded(blocks), square.sqrt()
+
+    def _folded(self, blocks: Float[Tensor, "row entry"]) -> Float[Tensor, "row dimension"]:
+        return blocks if self._fold is None else self._fold(blocks)
+
+    def _rotated(self, name: str, gradient: Tensor) -> Float[Tensor, "query in out"]:
+        """``Q_A^T F Q_S``, in the eigenbasis."""
+        white = self._whitening[name]
+        if white.left_basis is not None:
+            gradient = self._near(f"{name} left basis", gradient).T @ gradient
+        if white.right_basis is not None:
+            gradient = gradient @ self._near(f"{name} right basis", gradient)
+        return gradient
+
+    def _whitened_square(self, name: str, rotated: Tensor) -> Float[Tensor, "query"]:
+        white = self._whitening[name]
+        psi = rotated / white.left_scale.to(rotated)[:, None] / white.right_scale.to(rotated)
+        return psi.double().square().sum((-2, -1))
+
+
+def training_sketches(
+    sketches: Sequence[Sketch], model: nn.Module, batch: TokenBatch
+) -> list[tuple[Float[Tensor, "batch dimension"], Float[Tensor, "batch"]]]:
+    """``Sketch.training`` of several sketches of the same layers, by one pass through the model."""
+    rows, device = len(batch.rows), batch.input_ids.device
+    blocks = [torch.zeros(rows, sketch.entries, device=device) for sketch in sketches]
+
+    def visit(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
+        a, d = widen(a), widen(d)
+        for sketch, block in zip(sketches, blocks, strict=True):
+            sketch._fill(block, layer, a, d)
+
+    visit_gradients(model, sketches[0]._layers, batch, visit, append_one=False)
+    return [
+        (sketch._folded(block), torch.linalg.vector_norm(block, dim=1))
+        for sketch, block in zip(sketches, blocks, strict=True)
+    ]
+
+
+class _Near:
+    """Fixed tensors by name, each copied only once to the device and precision that asks for it."""
+
+    def __init__(self) -> None:
+        self._own: dict[str, Tensor] = {}
+        self._copies: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self._own[name] = tensor
+
+    def __call__(self, name: str, like: Tensor) -> Tensor:
+        """The tensor ``name`` on the device of ``like``, in its precision if it is a float."""
+        own = self._own[name]
+        dtype = like.dtype if own.is_floating_point() else own.dtype
+        if own.device == like.device and own.dtype == dtype:
+            return own
+        key = (name, like.device, dtype)
+        if key not in self._copies:
+            self._copies[key] = own.to(device=like.device, dtype=dtype)
+        return self._copies[key]
+
+
+class _Fold:
+    """Second stage: random signs, balanced buckets, Hadamard rotation."""
+
+    def __init__(self, entries: int, plan: SketchPlan) -> None:
+        k = plan.dimensions
+        self.padded = max(k, k * math.ceil(entries / k))
+        generator = np.random.Generator(np.random.Philox(key=[plan.seed, 2**32]))
+        self._near = _Near()
+        self._near.add("order", torch.from_numpy(generator.permutation(self.padded)))
+        signs = generator.integers(0, 2, self.padded).astype(np.float32) * 2 - 1
+        self._near.add("signs", torch.from_numpy(signs))
+        power = int(math.log2(k))
+        self._near.add("first", _hadamard(power // 2))
+        self._near.add("second", _hadamard(power - power // 2))
+
+    def __call__(self, blocks: Float[Tensor, "batch entry"]) -> Float[Tensor, "batch dimension"]:
+        order, signs, first, second = (
+            self._near(name, blocks) for name in ("order", "signs", "first", "second")
+        )
+        k = len(first) * len(second)
+        padded = nn.functional.pad(blocks, (0, self.padded - blocks.shape[1]))
+        mixed = padded[:, order] * signs
+        buckets = mixed.view(len(blocks), -1, k).sum(1)
+        rotated = first @ buckets.view(-1, len(first), len(second)) @ second
+        return rotated.reshape(len(blocks), k)
+
+
+def _hadamard(power: int) -> Float[Tensor, "n n"]:
+    matrix = torch.ones(1, 1)
+    step = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / math.sqrt(2)
+    for _ in range(power):
+        matrix = torch.kron(matrix, step)
+    return matrix
+
+
+def _orthonormal_frame(
+    width: int, plan: SketchPlan, stream: int
+) -> Float[Tensor, "rank width"] | None:
+    """Transposed Haar frame scaled by sqrt(width / rank).
+
+    Where nothing is to be reduced, None; or a rotation, if the second stage does not rotate.
+    """
+    if width <= plan.rank and plan.folded:
+        return None
+    rank = min(plan.rank, width)
+    generator = np.random.Generator(np.random.Philox(key=[plan.seed, stream]))
+    q, r = np.linalg.qr(generator.standard_normal((width, rank)))
+    q *= np.sign(np.diag(r)) * math.sqrt(width / rank)
+    return torch.from_numpy(q.T.copy())
+
+
+def _fold_frame(frame: Tensor | None, side: Tensor) -> Tensor:
+    if frame is None:
+        return side
+    return (frame @ side.double()).to(side.dtype)

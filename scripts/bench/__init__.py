@@ -1,0 +1,1 @@
+"""Measurements; each keeps a dated record under docs/benchmarks/."""

@@ -1,0 +1,1 @@
+"""Coverage, usefulness and cost of certificates."""

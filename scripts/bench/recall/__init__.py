@@ -1,0 +1,1 @@
+"""Recall for each index size, beside other layouts."""

@@ -1,0 +1,1 @@
+"""Demonstrations: the whole way on real text."""

@@ -1,0 +1,1 @@
+"""What developers run: descriptions and pictures that the repository keeps."""

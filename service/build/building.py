@@ -1,0 +1,372 @@
+"""The batch indexing job: examples, shards, noise, manifest; resumable at every file."""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from estimators.model.layers import LayerSelection, find_layers
+from estimators.model.progress import Progress, no_progress
+from estimators.sketching.sketch import Sketch, SketchPlan
+from estimators.storage import load_estimator
+from index.codes.vectors import LOW_RANK
+from index.errors import IndexMismatch
+from index.examples import ExampleStore
+from index.files import exclusive, remove_leftovers, sha256_of, write_whole
+from index.manifest import (
+    SCHEMA_VERSION,
+    CorpusRecord,
+    EstimatorRecord,
+    FileRecord,
+    Manifest,
+    ModelRecord,
+    NoiseRecord,
+    PartRecord,
+    ShardRecord,
+    SketchRecord,
+    SkippedRecord,
+)
+from index.parts import (
+    check_new_ids,
+    example_files,
+    find_manifest,
+    kept_rows,
+    part_folder,
+    supersede,
+)
+from index.shards import find_receipt
+from service.build.corpus import CorpusSource, fingerprint_source
+from service.build.noise import measure_noise
+from service.build.plan import settle_plan
+from service.build.reading import find_corpus, read_corpus
+from service.build.sketching import ShardJob
+from service.coding import FACTORS_NAME, code_blocks, coded_index
+from service.models import LoadedModel
+from service.versions import numerical_versions, versions
+
+Mode = Literal["new", "append", "supersede"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """What a user chooses about an index.
+
+    Attributes:
+        max_tokens: longest window of a document, in tokens; None takes the model's context.
+        damping: relative damping of the whitening (and the default of queries).
+        dimensions: of the sketch; with one-bit codes an eighth of a byte each. Low-rank codes take
+            as many bytes as one-bit codes would.
+        rank: of the sketch's first stage; None takes half the root of the dimensions, which keeps
+            its noise small beside that of the codes. For low-rank codes as many as there are bytes
+            a layer, from 16 to the root of the dimensions, so that a few components a layer fit.
+        codes: kind of code, see ``index.codes.vectors.CODES``.
+        rows_per_shard: the unit of work that an interrupted build loses at most.
+        token_budget: padded tokens in a batch.
+        seed: of the sketch; None draws one. Keep it from whoever writes corpus or queries.
+    """
+
+    max_tokens: int | None = None
+    damping: float = 0.1
+    dimensions: int = 16384
+    rank: int | None = None
+    codes: str = "one-bit"
+    rows_per_shard: int = 1024
+    token_budget: int = 1024
+    seed: int | None = None
+
+    def sketch_plan(self, seed: int, layers: int) -> SketchPlan:
+        """The sketch of these options for so many layers."""
+        root, factored = math.isqrt(self.dimensions), self.codes == LOW_RANK
+        usual = min(root, max(16, self.dimensions // (8 * layers))) if factored else root // 2
+        rank = usual if self.rank is None else self.rank
+        return SketchPlan(
+            seed=seed, dimensions=self.dimensions, rank=max(1, rank), folded=not factored
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """Which shards this process builds: those whose number leaves ``number`` modulo ``count``."""
+
+    number: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.count:
+            raise ValueError(
+                f"The worker's number must be from 0 to {self.count - 1} for {self.count} "
+                f"workers, got {self.number}."
+            )
+
+
+def build_index(
+    folder: Path,
+    loaded: LoadedModel,
+    factors: Path,
+    source: CorpusSource,
+    options: BuildOptions,
+    progress: Progress = no_progress,
+    mode: Mode = "new",
+) -> Manifest:
+    """Build, or finish building, the index of a corpus in ``folder``.
+
+    The layers attributed are those that the factors were fitted for. What is whole on disk is
+    kept; the result is the same as without the interruption. The manifest is written last: until
+    then an index that was there before stays as it was.
+
+    Args:
+        folder: of the index.
+        loaded: the model.
+        factors: what ``scripts.fit_estimator`` wrote.
+        source: the corpus.
+        options: sizes and seed; an appended corpus must repeat those of the index.
+        progress: shows the steps.
+        mode: "append" adds the corpus to the index that is there, as a further part; "supersede"
+            also deletes rows there that have the id of an appended row.
+
+    Raises:
+        IndexMismatch: the factors belong to another model, or the folder holds a build with
+            other inputs or settings.
+        IndexBusy: another process builds in the folder.
+        DiskFull: no room; run again when there is.
+        DuplicateIds: two examples have the same id.
+        ValueError: the corpus cannot be read or has no row.
+    """
+    build = _Build(folder, loaded, factors, source, options, mode)
+    with exclusive(folder):
+        remove_leftovers(folder)
+        part, corpus = build.read(progress)
+        build.run_shards(part, corpus, Worker(), progress)
+        shards = build.receipts(part, corpus)
+        assert shards is not None
+        return build.finish(part, corpus, shards)
+
+
+def build_share(
+    folder: Path,
+    loaded: LoadedModel,
+    factors: Path,
+    source: CorpusSource,
+    options: BuildOptions,
+    worker: Worker,
+    progress: Progress = no_progress,
+    mode: Mode = "new",
+) -> Manifest | None:
+    """One worker's share of ``build_index``; all workers get the same arguments and one folder.
+
+    The first to come reads the corpus while the others wait; the last to finish its shards writes
+    the manifest. A worker that failed or was killed is started again with the same arguments.
+
+    Returns:
+        The manifest, or None as long as other workers' shards are missing.
+
+    Raises:
+        IndexBusy: a worker of the same number is running; otherwise as ``build_index``.
+    """
+    build = _Build(folder, loaded, factors, source, options, mode)
+    with exclusive(folder, f".worker-{worker.number}-of-{worker.count}.lock"):
+        with exclusive(folder, wait=True):
+            part, corpus = build.read(progress)
+        build.run_shards(part, corpus, worker, progress)
+        with exclusive(folder, wait=True):
+            shards = build.receipts(part, corpus)
+            return None if shards is None else build.finish(part, corpus, shards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """The part under construction.
+
+    Attributes:
+        name: of its folder.
+        path: its folder.
+        sketch: drawn for it.
+    """
+
+    name: str
+    path: Path
+    sketch: Sketch
+
+
+class _Build:
+    """Inputs of a build, checked against each other."""
+
+    def __init__(
+        self,
+        folder: Path,
+        loaded: LoadedModel,
+        factors: Path,
+        source: CorpusSource,
+        options: BuildOptions,
+        mode: Mode,
+    ) -> None:
+        self.folder, self.factors, self.source = folder, factors, source
+        self.options, self.mode = options, mode
+        self.estimator_name, self.estimator, self.facts = load_estimator(factors)
+        check_factors(self.facts, loaded)
+        coverage = find_layers(loaded.model, LayerSelection.from_facts(self.facts))
+        self.loaded = replace(loaded, coverage=coverage)
+
+    def read(self, progress: Progress) -> tuple[_Part, CorpusRecord]:
+        """Settle the part and its plan, and read the corpus unless that was done."""
+        plan = {
+            **asdict(self.options),
+            "model_sha256": self.loaded.model_sha256,
+            "tokenizer_sha256": self.loaded.tokenizer_sha256,
+            "factors_sha256": sha256_of(self.factors),
+            "source_sha256": fingerprint_source(self.source),
+            "versions": numerical_versions(),
+        }
+        name, seed = settle_plan(self.folder, plan, append=self.mode != "new")
+        layers = self.loaded.coverage.layers
+        whitening = self.estimator.whitening(layers, self.options.damping)
+        sketch = Sketch(layers, whitening, self.options.sketch_plan(seed, len(layers)))
+        self._components(sketch)  # refused before the first gradient, if they must be
+        part = _Part(name=name, path=part_folder(self.folder, name), sketch=sketch)
+        corpus = find_corpus(part.path)
+        if corpus is None:
+            rows = self.options.rows_per_shard
+            longest = self.options.max_tokens or self.loaded.context
+            corpus = read_corpus(
+                part.path,
+                self.source,
+                self.loaded,
+                longest,
+                rows,
+                progress,
+                self._check_new_ids,
+            )
+        return part, corpus
+
+    def _check_new_ids(self, files: list[Path]) -> None:
+        """Before the first gradient: an appended corpus must not repeat ids of the index."""
+        manifest = find_manifest(self.folder)
+        if manifest is not None and self.mode == "append":
+            check_new_ids(self.folder, manifest.parts, files)
+
+    def run_shards(
+        self, part: _Part, corpus: CorpusRecord, worker: Worker, progress: Progress
+    ) -> None:
+        """Build this worker's shards that are not whole on disk."""
+        job = ShardJob(
+            part=part.path,
+            loaded=self.loaded,
+            sketch=part.sketch,
+            codes=self.options.codes,
+            token_budget=self.options.token_budget,
+        )
+        numbers = range(worker.number, len(corpus.examples), worker.count)
+        for number in progress("index", numbers):
+            file = corpus.examples[number]
+            if find_receipt(part.path, number, file.sha256) is None:
+                job.run(number, number * self.options.rows_per_shard, file)
+
+    def receipts(self, part: _Part, corpus: CorpusRecord) -> list[ShardRecord] | None:
+        """The receipts of all shards, or None as long as one is missing."""
+        receipts = []
+        for number, file in enumerate(corpus.examples):
+            receipt = find_receipt(part.path, number, file.sha256)
+            if receipt is None:
+                return None
+            receipts.append(receipt)
+        return receipts
+
+    def finish(self, part: _Part, corpus: CorpusRecord, shards: list[ShardRecord]) -> Manifest:
+        """Write the manifest of the parts that were there and this one."""
+        write_whole(self.folder / FACTORS_NAME, self.factors.read_bytes())
+        parts = self._parts(PartRecord(name=part.name, data=corpus.data, shards=shards, deleted=[]))
+        index = coded_index(self.options.codes, part.sketch)
+        examples = ExampleStore(example_files(self.folder, parts), kept_rows(parts, failed=False))
+        noise = measure_noise(
+            self.loaded,
+            self.estimator,
+            self.options.damping,
+            part.sketch,
+            self.options.codes,
+            examples,
+            self.options.token_budget,
+        )
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            model=ModelRecord(
+                source=self.loaded.source,
+                model_sha256=self.loaded.model_sha256,
+                tokenizer_sha256=self.loaded.tokenizer_sha256,
+            ),
+            estimator=self._estimator_record(),
+            sketch=_sketch_record(part.sketch, noise, self._components(part.sketch)),
+            codes=self.options.codes,
+            bytes_per_row=index.code_size + 4,
+            parts=parts,
+            files=[FileRecord(path=FACTORS_NAME, sha256=sha256_of(self.folder / FACTORS_NAME))],
+            versions=versions(),
+        )
+        manifest.write(self.folder)
+        return manifest
+
+    def _parts(self, fresh: PartRecord) -> list[PartRecord]:
+        """All parts, ``fresh`` in its place; rows that it supersedes are marked as deleted."""
+        manifest = find_manifest(self.folder)
+        found = [] if manifest is None else manifest.parts
+        if fresh.name in (part.name for part in found):
+            return [
+                fresh.model_copy(update={"deleted": part.deleted})
+                if part.name == fresh.name
+                else part
+                for part in found
+            ]
+        files = example_files(self.folder, [fresh])
+        if self.mode == "supersede":
+            found = supersede(self.folder, found, files)
+        else:
+            check_new_ids(self.folder, found, files)
+        return [*found, fresh]
+
+    def _components(self, sketch: Sketch) -> list[int]:
+        """Components of low-rank codes, which must be those of an index that is there.
+
+        Raises:
+            IndexMismatch: they are not, e.g. since another machine rounds otherwise.
+        """
+        manifest = find_manifest(self.folder)
+        found = [block.components for block in code_blocks(self.options.codes, sketch)]
+        if manifest is not None and manifest.sketch.components != found:
+            raise IndexMismatch(
+                f"The index has {manifest.sketch.components} components by layer, this build "
+                f"{found}; append on the machine that built it."
+            )
+        return found
+
+    def _estimator_record(self) -> EstimatorRecord:
+        coverage = self.loaded.coverage
+        selection = LayerSelection.from_facts(self.facts)
+        return EstimatorRecord(
+            name=self.estimator_name,
+            sha256=sha256_of(self.factors),
+            damping=self.options.damping,
+            layer_patterns=list(selection.patterns),
+            widest=selection.widest,
+            layers=[layer.name for layer in coverage.layers],
+            attributed_share=coverage.attributed_share,
+            skipped=[SkippedRecord(**asdict(module)) for module in coverage.skipped],
+        )
+
+
+def check_factors(facts: dict[str, str], loaded: LoadedModel) -> None:
+    """Raise IndexMismatch unless the factors were fitted on this very model."""
+    if facts["model_sha256"] != loaded.model_sha256:
+        raise IndexMismatch(
+            f"The factors were fitted on the model with SHA-256 {facts['model_sha256']}, "
+            f"'{loaded.source}' has {loaded.model_sha256}; fit the estimator on this model."
+        )
+
+
+def _sketch_record(sketch: Sketch, noise: NoiseRecord, components: list[int]) -> SketchRecord:
+    return SketchRecord(
+        seed=sketch.plan.seed,
+        dimensions=sketch.plan.dimensions,
+        rank=sketch.plan.rank,
+        entries=sketch.entries,
+        components=components,
+        noise=noise,
+    )

@@ -1,0 +1,126 @@
+"""Measuring the sketch's error on the corpus itself, at the end of a build."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from scipy import stats
+from torch import Tensor
+
+from estimators.contracts import Estimator
+from estimators.model.tokens import Sequence1D
+from estimators.sketching.sketch import Sketch
+from index.codes.vectors import DISTORTIONS
+from index.examples import ExampleStore
+from index.manifest import NoiseRecord
+from service.build.sketching import ShardJob
+from service.coding import coded_index
+from service.models import LoadedModel
+from service.scoring.exhaustive import exact_scores, queries_at_once
+
+QUERIES = 16
+FEWEST_QUERIES = 6
+"""For large models, whose query gradients fill the memory: otherwise as many as fit at once."""
+ROWS = 512
+LARGEST = 5
+"""Pairs a query, of the largest cosines, from which the relative noise is estimated."""
+SEED = 0
+"""Of the pairs; the sketch has a seed of its own, so that the two are independent."""
+
+
+def measure_noise(
+    loaded: LoadedModel,
+    estimator: Estimator,
+    damping: float,
+    sketch: Sketch,
+    codes: str,
+    examples: ExampleStore,
+    token_budget: int,
+) -> NoiseRecord:
+    """Error of the proxy in cosine units, over pseudo-queries and rows drawn from the corpus.
+
+    A pseudo-query asks for the second half of a training example given its first half. Rows are the
+    examples that the pseudo-queries are made of, for large cosines, and others at random. Needs a
+    forward and backward pass over at most 528 examples to sketch them, and one to score them (for a
+    model so large that not even six query gradients fit into memory, one for each part of them).
+
+    Args:
+        loaded: the model with the layers to attribute.
+        estimator: fitted.
+        damping: relative.
+        sketch: of the index.
+        codes: the index' kind of code.
+        examples: the corpus, without rows that failed or were deleted.
+        token_budget: padded tokens in a batch.
+
+    Raises:
+        ValueError: no example has the four tokens that a pseudo-query needs.
+    """
+    generator = np.random.default_rng(SEED)
+    count = min(QUERIES, max(FEWEST_QUERIES, queries_at_once(loaded, estimators=1)))
+    asked = generator.permutation(np.flatnonzero(examples.lengths() >= 4))[:count]
+    if not len(asked):
+        raise ValueError("No example has four tokens or more; check the text column.")
+    rows = np.union1d(asked, generator.permutation(len(examples))[:ROWS])
+    queries = [_second_half(examples.tokens(int(i))) for i in asked]
+    sketched: list[tuple[Tensor, Tensor]] = []
+    exact = exact_scores(
+        loaded,
+        {"": (estimator, damping)},
+        examples,
+        queries,
+        rows=rows.tolist(),
+        token_budget=token_budget,
+        watch=lambda directions: sketched.append(sketch.query(directions)),
+    )[""]
+    y, query_norms = (torch.cat(parts).cpu().numpy() for parts in zip(*sketched, strict=True))
+    drawn = [Sequence1D(tokens=examples.tokens(int(row))) for row in rows]
+    job = ShardJob(
+        part=Path(), loaded=loaded, sketch=sketch, codes=codes, token_budget=token_budget
+    )
+    coded, norms, _ = job.encode(drawn)
+    index = coded_index(codes, sketch)
+    index.add(index.pack(coded), len(coded))
+    proxies = index.scan(y)
+    proxies /= np.linalg.norm(y, axis=1, keepdims=True)
+    cosines = exact / np.where(norms > 0, norms, 1) / query_norms[:, None]
+    return noise_record(
+        sketch.predicted_noise(DISTORTIONS.get(codes, 0.0)), proxies - cosines, cosines, norms > 0
+    )
+
+
+def noise_record(
+    predicted: float,
+    residuals: Float[np.ndarray, "query row"],
+    cosines: Float[np.ndarray, "query row"],
+    live: Bool[np.ndarray, "row"],
+) -> NoiseRecord:
+    """Noise from all but each query's ``LARGEST`` cosines, relative noise from these.
+
+    The relative variance is the ratio of the mean of ``residual^2 - noise^2`` to that of
+    ``cosine^2``, plus one standard error, so that it is seldom too small. (A least-squares slope
+    would let the few largest cosines decide, where the error is relatively smallest.)
+    """
+    large = np.zeros(cosines.shape, dtype=bool)
+    np.put_along_axis(large, np.argsort(-np.abs(cosines), axis=1)[:, :LARGEST], True, axis=1)
+    small = residuals[~large & live]
+    if len(small) < 2:  # a corpus of a few rows
+        return NoiseRecord(predicted=predicted, measured=0.0, relative=0.0, kurtosis=0.0, pairs=0)
+    noise = max(predicted, float(np.sqrt(np.mean(small**2))))
+    squares = cosines[large & live] ** 2
+    excess = residuals[large & live] ** 2 - noise**2
+    slope = float(np.mean(excess) / np.mean(squares))
+    spread = excess - slope * squares
+    error = float(np.std(spread) / np.sqrt(len(spread)) / np.mean(squares))
+    return NoiseRecord(
+        predicted=predicted,
+        measured=float(np.sqrt(np.mean(small**2))),
+        relative=float(np.sqrt(max(0.0, slope + error))),
+        kurtosis=float(stats.kurtosis(small, fisher=False)),
+        pairs=len(small),
+    )
+
+
+def _second_half(tokens: tuple[int, ...]) -> Sequence1D:
+    return Sequence1D(tokens=tokens, first_target=len(tokens) // 2)

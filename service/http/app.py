@@ -1,0 +1,234 @@
+"""The HTTP API: ``create_app(settings)``."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Annotated
+
+from fastapi import Depends, FastAPI, Query, Request
+from fastapi.responses import StreamingResponse
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from starlette.concurrency import run_in_threadpool
+
+from estimators.registry import ESTIMATORS, estimator_class
+from service.http import access, limits, problems
+from service.http.engine import Engine
+from service.http.job_routes import add_job_routes
+from service.http.job_routes import describe as describe_problem
+from service.http.openapi import describe
+from service.http.pages import install_page
+from service.http.telemetry import Telemetry
+from service.jobs.runner import JobRunner
+from service.jobs.store import JobStore
+from service.schemas.indexes import (
+    EstimatorSchema,
+    EstimatorsResponse,
+    ExampleResponse,
+    HealthResponse,
+    IndexesResponse,
+    IndexResponse,
+    SketchSchema,
+)
+from service.schemas.queries import QueryRequest, QueryResponse, Schema
+from service.search.retrieval import Retriever
+from service.settings import Settings
+
+KEEPALIVE_SECONDS = 10.0
+"""After so long without an event a stream sends a comment, so that nobody thinks it dead."""
+
+
+def create_app(settings: Settings, *, load: bool = True) -> FastAPI:
+    """The service.
+
+    Args:
+        settings: of the service.
+        load: load model and indexes when it starts up, unless they already are; otherwise whoever
+            serves it calls ``app.state.engine.load()``.
+
+    Raises:
+        ValueError: the keys are unfit, or the file of jobs cannot be used.
+    """
+    telemetry = Telemetry(settings)
+    engine = Engine(settings, telemetry)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if load and not engine.retrievers:
+            await run_in_threadpool(engine.load)
+        tasks = [asyncio.create_task(engine.watch_indexes())]
+        if jobs is not None:
+            tasks.append(asyncio.create_task(jobs.run()))
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            engine.close()
+            if jobs is not None:
+                jobs.store.close()
+
+    app = FastAPI(
+        title="Etymon",
+        summary="Which training examples made a language model say something, and how sure it is "
+        "that none was missed.",
+        version="1",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.engine = engine
+    problems.install(app)
+    _add_query_routes(app)
+    add_job_routes(app)
+    _add_reading_routes(app)
+    telemetry.add_metrics_route(app)
+    install_page(app)
+    describe(app)
+    limits.install(app, settings)
+    access.install(app, settings)
+    telemetry.install(app)
+    # Here, so that a file that cannot be used is told by whoever serves, in a sentence.
+    jobs = None
+    if settings.jobs_path is not None:
+        store = JobStore(settings.jobs_path, settings.max_jobs)
+        jobs = JobRunner(
+            store, engine, settings.jobs_together, telemetry.set_jobs, describe_problem
+        )
+    app.state.jobs = jobs
+    return app
+
+
+def _engine(request: Request) -> Engine:
+    engine: Engine = request.app.state.engine
+    return engine
+
+
+TheEngine = Annotated[Engine, Depends(_engine)]
+
+
+def _add_query_routes(app: FastAPI) -> None:
+    @app.post("/v1/query", responses=problems.described(*ASKING))
+    async def query(body: QueryRequest, request: Request, engine: TheEngine) -> QueryResponse:
+        """Find the training examples that most raised log p(completion | prompt)."""
+        return await engine.answer(body, client_gone=request.is_disconnected)
+
+    @app.post(
+        "/v1/query/stream",
+        response_class=StreamingResponse,
+        responses={
+            200: {"description": STREAM, "content": {"text/event-stream": {}}},
+            **problems.described(*ASKING),
+        },
+    )
+    async def stream(body: QueryRequest, request: Request, engine: TheEngine) -> StreamingResponse:
+        """The same with news on the way, as server-sent events."""
+        news = engine.stream(body)
+        return StreamingResponse(
+            _as_events(news, request.url.path),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+
+
+ASKING = (404, 422, 429, 503)
+STREAM = (
+    "Events: gradient (GradientEvent), candidates (CandidatesEvent), progress (ProgressEvent, "
+    "again and again), then either result (QueryResponse) or error (a problem document)."
+)
+
+
+async def _as_events(news: AsyncIterator[tuple[str, Schema]], path: str) -> AsyncIterator[bytes]:
+    following = asyncio.ensure_future(anext(news, None))
+    try:
+        while True:
+            done, _ = await asyncio.wait({following}, timeout=KEEPALIVE_SECONDS)
+            if not done:
+                yield KEEPALIVE_COMMENT
+                continue
+            item = following.result()
+            if item is None:
+                return
+            name, data = item
+            yield format_sse_event(event=name, data_str=data.model_dump_json())
+            following = asyncio.ensure_future(anext(news, None))
+    except Exception as error:  # noqa: BLE001 - the status is sent; the document comes as an event
+        yield format_sse_event(
+            event="error", data_str=json.dumps(problems.problem_document(path, error))
+        )
+    finally:
+        following.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await following
+        await news.aclose()  # type: ignore[attr-defined]
+
+
+def _add_reading_routes(app: FastAPI) -> None:
+    @app.get("/v1/index", responses=problems.described(503))
+    async def indexes(engine: TheEngine) -> IndexesResponse:
+        """What is served: models, estimators, attributed share, skipped modules, corpora."""
+        _check_ready(engine)
+        return IndexesResponse(
+            indexes=[_describe(name, r) for name, r in engine.retrievers.items()]
+        )
+
+    @app.get("/v1/estimators", responses=problems.described(503))
+    async def estimators(engine: TheEngine) -> EstimatorsResponse:
+        """Ways of estimating influence, and which indexes were built for each."""
+        _check_ready(engine)
+        built = {n: r.index.manifest.estimator.name for n, r in engine.retrievers.items()}
+        return EstimatorsResponse(
+            estimators=[
+                EstimatorSchema(
+                    name=name,
+                    summary=(estimator_class(name).__doc__ or name).strip().splitlines()[0],
+                    indexes=[index for index, estimator in built.items() if estimator == name],
+                )
+                for name in ESTIMATORS
+            ]
+        )
+
+    @app.get("/v1/examples/{example_id:path}", responses=problems.described(404, 422, 503))
+    async def example(
+        example_id: str,
+        engine: TheEngine,
+        index: Annotated[str, Query(description="Name of the index.")] = "default",
+    ) -> ExampleResponse:
+        """One training example by its id."""
+        examples = engine.retriever(index).index.examples
+        row = examples.row_of(example_id)
+        found = examples[row]
+        return ExampleResponse(
+            id=found.id,
+            row=row,
+            document=found.document,
+            text=found.text,
+            tokens=len(found.tokens),
+            metadata=found.metadata,
+        )
+
+    @app.get("/livez")
+    async def live() -> HealthResponse:
+        """The process answers."""
+        return HealthResponse(status="ok")
+
+    @app.get("/readyz", responses=problems.described(503))
+    async def ready(engine: TheEngine) -> HealthResponse:
+        """Model and indexes are loaded."""
+        _check_ready(engine)
+        return HealthResponse(status="ok")
+
+
+def _check_ready(engine: Engine) -> None:
+    engine.retriever(next(iter(engine.settings.indexes)))
+
+
+def _describe(name: str, retriever: Retriever) -> IndexResponse:
+    manifest = retriever.index.manifest
+    shared = {f: getattr(manifest, f) for f in IndexResponse.model_fields if hasattr(manifest, f)}
+    shared["sketch"] = SketchSchema(**manifest.sketch.model_dump(exclude={"seed"}))
+    shared["corpora"] = [part.data for part in manifest.parts]
+    shared["rows"] = len(retriever.index.examples)
+    shared["deleted_rows"] = manifest.rows - shared["rows"]
+    return IndexResponse(name=name, failed_rows=manifest.failed, **shared)

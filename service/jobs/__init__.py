@@ -1,0 +1,1 @@
+"""Jobs: many queries, kept in a file and answered in the background."""

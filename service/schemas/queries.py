@@ -1,0 +1,341 @@
+"""Requests and responses of the HTTP API."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from index.certificates.statement import Certificate
+from service.search.answer import Answer, MeasuredTerm, Result
+from service.search.query import Condition, Query, Side, Term
+
+SIGN_AND_UNIT = (
+    "score: exact influence in nats; positive = training on the example raised "
+    "log p(completion | prompt), negative = lowered it; leaving the example out of N training "
+    "examples changes it by about -score / N. normalised_score: score divided by the whitened norm "
+    "of the example's gradient."
+)
+
+
+class Schema(BaseModel):
+    """A schema that refuses unknown fields."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ConditionSchema(Schema):
+    """What a metadata column must hold; all that is given must be true."""
+
+    any_of: list[str | int | float | bool] | None = Field(
+        default=None, min_length=1, max_length=1000, description="The value is one of these."
+    )
+    at_least: float | str | None = Field(
+        default=None, description="Numbers, or texts by code point."
+    )
+    at_most: float | str | None = Field(
+        default=None, description="Numbers, or texts by code point."
+    )
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> Self:
+        if self.any_of is None and self.at_least is None and self.at_most is None:
+            raise ValueError("give any_of, at_least or at_most")
+        return self
+
+
+PROMPT = "What the model was asked."
+COMPLETION = (
+    "What it said; tokenised by itself, so begin it with its space. "
+    "Left out: the model completes the prompt greedily, up to the first full stop."
+)
+AGAINST = (
+    "What it did not say: asks what made the completion likelier than this, "
+    "log p(completion | prompt) - log p(against | prompt)."
+)
+
+
+class TermRequest(Schema):
+    """One weighted part of a measurement."""
+
+    prompt: str = Field(min_length=1, description=PROMPT)
+    completion: str | None = Field(default=None, description=COMPLETION)
+    against: str | None = Field(default=None, description=AGAINST)
+    weight: float = Field(
+        default=1.0, ge=-1e6, le=1e6, description="Of this term in the sum; may be negative."
+    )
+
+
+class QueryRequest(Schema):
+    """Which training examples made the model say this?"""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str | None = Field(default=None, min_length=1, description=PROMPT)
+    completion: str | None = Field(default=None, description=COMPLETION)
+    against: str | None = Field(default=None, description=AGAINST)
+    batch: list[TermRequest] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=64,
+        description="Weighted queries as one measurement, their sum; in place of prompt, "
+        "completion and against.",
+    )
+    index: str = Field(default="default", description="Name of the index.")
+    estimator: str | None = Field(
+        default=None,
+        description="Name of the estimator that scores; refused if the index was built for "
+        "another. Left out: the index's own.",
+    )
+    k: int = Field(default=10, ge=1, description="Training examples to return, of each direction.")
+    direction: Literal["proponents", "opponents", "both"] = Field(
+        default="proponents",
+        description="proponents raised the measured value, opponents lowered it.",
+    )
+    filters: dict[str, ConditionSchema] = Field(
+        default_factory=dict,
+        max_length=16,
+        description="Conditions on metadata columns (and id, document); rows that do not meet all "
+        "of them are no part of the question, nor of the certificates.",
+    )
+    ranking: Literal["normalised", "score"] = Field(
+        default="normalised",
+        description="score: by influence; normalised: by influence over the whitened norm of the "
+        "training gradient, which keeps long or odd examples from crowding the top.",
+    )
+    recall: float = Field(default=0.9, gt=0, le=1, description="Recall of the top k to certify.")
+    confidence: float = Field(default=0.95, gt=0, lt=1, description="Of each certificate.")
+    until: Literal["sketch", "calibration"] = Field(
+        default="sketch",
+        description="The certificate at which the search stops: sketch, about this answer; or "
+        "calibration, about queries like those that the index was calibrated with (fewer rows).",
+    )
+    budget: int = Field(default=1000, ge=1, description="Most rows to rescore exactly.")
+    deadline: float | None = Field(
+        default=None,
+        gt=0,
+        le=86_400,
+        description="Seconds after which the answer so far is returned, marked partial.",
+    )
+    calibration_rows: int = Field(
+        default=64, ge=0, description="Random rows that check the sketch's noise."
+    )
+    audit_rows: int = Field(default=64, ge=0, description="Random unscored rows to audit.")
+    documents: bool = Field(
+        default=False,
+        description="Also score the whole documents that the examples are parts of, which needs "
+        "the exact scores of all their rows.",
+    )
+    tokens: bool = Field(
+        default=False, description="Also split each result's score over its tokens (a heat map)."
+    )
+    layers: bool = Field(
+        default=False, description="Also split each result's score over the model's layers."
+    )
+    clusters: bool = Field(
+        default=False, description="Also tell which results are near-duplicates of each other."
+    )
+    damping: float | None = Field(
+        default=None,
+        ge=1e-6,
+        le=1e6,
+        description="Relative damping; the index's own if left out.",
+    )
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**62, description="Of the random rows; drawn if left out."
+    )
+
+    @model_validator(mode="after")
+    def _asks_one_thing(self) -> Self:
+        alone = [n for n in ("prompt", "completion", "against") if getattr(self, n) is not None]
+        if self.batch is None and self.prompt is None:
+            raise ValueError("give a prompt, or a batch of them")
+        if self.batch is not None and alone:
+            raise ValueError(f"give either a batch or {' and '.join(alone)}, not both")
+        return self
+
+    def to_query(self) -> Query:
+        """The engine's form of the request."""
+        fields = self.model_dump(exclude={"index", "batch", "filters"})
+        fields["prompt"] = self.prompt or ""
+        fields["batch"] = tuple(Term(**term.model_dump()) for term in self.batch or ())
+        fields["filters"] = {
+            column: Condition(
+                any_of=None if asked.any_of is None else tuple(asked.any_of),
+                at_least=asked.at_least,
+                at_most=asked.at_most,
+            )
+            for column, asked in self.filters.items()
+        }
+        return Query(**fields)
+
+
+class TokenSchema(Schema):
+    """One token of an example, and its share of the example's score."""
+
+    text: str
+    score: float = Field(
+        description="nats; the part of the score that passes through the position that reads this "
+        "token; they sum to the example's score."
+    )
+
+
+class ResultSchema(Schema):
+    """One training example."""
+
+    rank: int = Field(description="1 is best, in its direction.")
+    direction: Literal["proponents", "opponents"]
+    row: int
+    id: str
+    document: str
+    text: str
+    metadata: dict[str, Any]
+    score: float
+    normalised_score: float
+    proxy: float
+    gradient_norm: float
+    tokens: list[TokenSchema] | None = Field(default=None, description="null unless asked for.")
+    layers: dict[str, float] | None = Field(
+        default=None, description="nats by layer, summing to the score; null unless asked for."
+    )
+    cluster: int | None = Field(
+        default=None,
+        description="Results of the same number are near-duplicates; null unless asked for.",
+    )
+
+    @classmethod
+    def from_result(cls, result: Result) -> "ResultSchema":
+        """The engine's result as it is sent."""
+        tokens = result.tokens and [TokenSchema(text=t, score=s) for t, s in result.tokens]
+        return cls(**{**vars(result), "tokens": tokens})
+
+
+class TermSchema(Schema):
+    """One weighted part of the measured value."""
+
+    prompt: str
+    completion: str
+    against: str | None
+    weight: float
+    completed_by_model: bool
+    log_probability: float = Field(description="log p(completion | prompt), nats.")
+    against_log_probability: float | None = Field(description="log p(against | prompt), nats.")
+    completion_tokens: int
+
+
+class MeasurementSchema(Schema):
+    """What was explained."""
+
+    value: float = Field(
+        description="nats; the sum over terms of weight times log p(completion | prompt), less "
+        "log p(against | prompt) in a contrast."
+    )
+    terms: list[TermSchema]
+
+    @classmethod
+    def from_terms(cls, terms: Sequence[MeasuredTerm]) -> "MeasurementSchema":
+        """The engine's terms as they are sent."""
+        value = sum(term.value for term in terms)
+        return cls(value=value, terms=[TermSchema(**vars(term)) for term in terms])
+
+
+class DocumentSchema(Schema):
+    """The influence of a whole document: the sum over all its rows."""
+
+    document: str
+    rows: int
+    found: int = Field(description="How many of its rows are among the results.")
+    score: float | None = Field(
+        description="nats, positive = proponent; null if it has more rows than the budget, or one "
+        "that cannot be scored."
+    )
+
+
+class CertificateSchema(Schema):
+    """One statement about the recall of this answer, valid by itself at its own confidence."""
+
+    type: Literal["sketch", "audit", "calibration"]
+    direction: Literal["proponents", "opponents"]
+    status: Literal["certified", "not certified", "refused", "exhaustive"]
+    recall_lower_bound: float | None
+    recall_target: float
+    confidence: float
+    scope: str
+    probability_over: str
+    assumptions: list[str]
+    observed: dict[str, float | int | str]
+    sentence: str
+
+    @classmethod
+    def from_certificate(cls, certificate: Certificate, direction: Side) -> "CertificateSchema":
+        """The engine's certificate as it is sent."""
+        fields = {**vars(certificate), "assumptions": list(certificate.assumptions)}
+        return cls(**fields, direction=direction)
+
+
+class QueryResponse(Schema):
+    """Ranked training examples, and what is known about those that were not looked at."""
+
+    measurement: MeasurementSchema
+    index: str
+    estimator: str
+    ranking: str
+    sign_and_unit: str = SIGN_AND_UNIT
+    results: list[ResultSchema] = Field(description="Proponents first, each direction best first.")
+    documents: list[DocumentSchema] = Field(description="Empty unless asked for.")
+    certificates: list[CertificateSchema] = Field(
+        description="Each holds at its own confidence; they do not share an error probability."
+    )
+    partial: bool = Field(description="The deadline passed before the search had ended.")
+    rescored_rows: int
+    sampled_rows: int
+    rows: int = Field(description="That the filters leave of the index; all of it without them.")
+    seed: int
+    seconds: dict[str, float]
+
+    @classmethod
+    def from_answer(cls, answer: Answer, request: QueryRequest) -> "QueryResponse":
+        """The response to ``request``."""
+        fields = {name: getattr(answer, name) for name in cls.model_fields if hasattr(answer, name)}
+        fields["measurement"] = MeasurementSchema.from_terms(answer.terms)
+        fields["results"] = [ResultSchema.from_result(result) for result in answer.results]
+        fields["documents"] = [DocumentSchema(**vars(document)) for document in answer.documents]
+        fields["certificates"] = [
+            CertificateSchema.from_certificate(c, side) for side, c in answer.sided_certificates
+        ]
+        return cls(**fields, index=request.index, ranking=request.ranking)
+
+
+class GradientEvent(Schema):
+    """Event ``gradient``: the measured value is known and differentiated."""
+
+    measurement: MeasurementSchema
+
+
+class CandidatesEvent(Schema):
+    """Event ``candidates``: every row has its estimate."""
+
+    rows: int
+    seconds: float = Field(description="Since the query arrived.")
+
+
+class ProgressEvent(Schema):
+    """Event ``progress``: rows were rescored. ``results`` are the best so far."""
+
+    direction: Literal["proponents", "opponents"]
+    rescored_rows: int
+    sampled_rows: int
+    recall_lower_bound: float | None = Field(
+        description="Of the sketch certificate, were the search to end here; null if it has none."
+    )
+    results: list[ResultSchema]
+    seconds: float
+
+
+class ProblemResponse(Schema):
+    """A problem document (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str

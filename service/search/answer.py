@@ -1,0 +1,159 @@
+"""What is answered: training examples, certificates, and what it took."""
+
+from dataclasses import dataclass, field
+
+from index.certificates.statement import Certificate
+from service.search.query import Side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One training example of an answer.
+
+    Attributes:
+        rank: 1 is best, in its direction.
+        direction: "proponents" or "opponents".
+        row: in the index.
+        id: of the example.
+        document: that it belongs to.
+        text: of the example.
+        metadata: further columns of the corpus.
+        score: exact influence in nats, positive = training on it raised log p(completion).
+        normalised_score: score divided by ``gradient_norm`` (0 where that is 0).
+        proxy: the sketch's estimate of the value that the answer is ranked by.
+        gradient_norm: whitened norm of the example's gradient.
+        tokens: its tokens as text, each with the part of the score (nats) that passes through the
+            position that reads it; None unless asked for.
+        layers: parts of the score (nats) by layer; None unless asked for.
+        cluster: near-duplicates have the same number; None unless asked for.
+    """
+
+    rank: int
+    direction: Side
+    row: int
+    id: str
+    document: str
+    text: str
+    metadata: dict[str, object]
+    score: float
+    normalised_score: float
+    proxy: float
+    gradient_norm: float
+    tokens: tuple[tuple[str, float], ...] | None = None
+    layers: dict[str, float] | None = None
+    cluster: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentScore:
+    """The influence of a whole document: the sum over all its rows.
+
+    Attributes:
+        document: that some of the answer's examples belong to.
+        rows: that it has in the index, windows of long texts counted singly.
+        found: how many of them are among the answer's examples.
+        score: sum of their exact scores in nats, positive = proponent; None if it has more rows
+            than the query's budget, or a row that cannot be scored.
+    """
+
+    document: str
+    rows: int
+    found: int
+    score: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredTerm:
+    """One weighted part of a measurement, as it was measured.
+
+    Attributes:
+        prompt: as asked.
+        completion: as asked, or the model's own.
+        against: as asked.
+        weight: in the sum.
+        completed_by_model: whether the completion is the model's own.
+        log_probability: ``log p(completion | prompt)`` in nats.
+        against_log_probability: ``log p(against | prompt)`` in nats, if asked.
+        completion_tokens: how many tokens of the completion count.
+    """
+
+    prompt: str
+    completion: str
+    against: str | None
+    weight: float
+    completed_by_model: bool
+    log_probability: float
+    against_log_probability: float | None
+    completion_tokens: int
+
+    @property
+    def value(self) -> float:
+        """Its part of the measured value, in nats."""
+        return self.weight * (self.log_probability - (self.against_log_probability or 0.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Ranked training examples and what is known about those that were not looked at.
+
+    Attributes:
+        terms: what was measured.
+        estimator: that scored.
+        results: proponents before opponents, each best first.
+        documents: those of the results in order of their best one; empty unless asked for.
+        sided_certificates: of each direction "sketch", "audit" and, if the index is calibrated,
+            "calibration"; each a statement by itself at its own confidence.
+        partial: whether the deadline ended the search.
+        rescored_rows: rows rescored because of their proxies.
+        sampled_rows: further rows scored exactly for the checks.
+        rows: rows that the filters leave of the index.
+        seed: of the samples.
+        seconds: by stage; queries that are answered together wait for each other.
+    """
+
+    terms: tuple[MeasuredTerm, ...]
+    estimator: str
+    results: list[Result]
+    documents: list[DocumentScore]
+    sided_certificates: list[tuple[Side, Certificate]]
+    partial: bool
+    rescored_rows: int
+    sampled_rows: int
+    rows: int
+    seed: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def value(self) -> float:
+        """The measured value, in nats."""
+        return sum(term.value for term in self.terms)
+
+    @property
+    def certificates(self) -> list[Certificate]:
+        """All certificates, without their directions."""
+        return [certificate for _, certificate in self.sided_certificates]
+
+    @property
+    def prompt(self) -> str:
+        """Of the first term."""
+        return self.terms[0].prompt
+
+    @property
+    def completion(self) -> str:
+        """Of the first term."""
+        return self.terms[0].completion
+
+    @property
+    def completed_by_model(self) -> bool:
+        """Of the first term."""
+        return self.terms[0].completed_by_model
+
+    @property
+    def log_probability(self) -> float:
+        """Of the first term, in nats."""
+        return self.terms[0].log_probability
+
+    @property
+    def completion_tokens(self) -> int:
+        """Of the first term."""
+        return self.terms[0].completion_tokens

@@ -1,0 +1,167 @@
+"""Opening a finished index: everything is checked against the manifest and the model."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+
+from estimators.contracts import Estimator
+from estimators.model.layers import LayerSelection, find_layers
+from estimators.sketching.sketch import Sketch, SketchPlan
+from estimators.storage import load_estimator
+from index.codes.faiss_module import usable_processors
+from index.codes.vectors import LOW_RANK, VectorIndex
+from index.errors import IndexCorrupt, IndexMismatch
+from index.examples import ExampleStore, examples_path
+from index.files import sha256_of
+from index.manifest import Manifest, ShardRecord
+from index.parts import example_files, kept_rows, part_folder
+from index.shards import read_shard
+from service.coding import FACTORS_NAME, code_blocks
+from service.models import LoadedModel
+from service.search.calibration import IndexCalibration, find_calibration
+from service.search.device_search import make_search_index
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenIndex:
+    """A whole index, ready to be searched. Deleted rows are left out of it, the rest numbered anew.
+
+    Attributes:
+        folder: where it is.
+        loaded: the model, with the layers that the index attributes.
+        manifest: what it is made of.
+        examples: texts and tokens by row.
+        vectors: codes of all rows on disk.
+        kept: numbers on disk of the rows that were not deleted; None if none was.
+        norms: whitened norm of each row's gradient; 0 for rows that failed or are empty.
+        failed: True for rows whose gradient is not finite.
+        estimator: fitted.
+        sketch: drawn as during the build.
+        calibration: of its queries' recall, if it was made.
+    """
+
+    folder: Path
+    loaded: LoadedModel
+    manifest: Manifest
+    examples: ExampleStore
+    vectors: VectorIndex
+    kept: Int[np.ndarray, "row"] | None
+    norms: Float[np.ndarray, "row"]
+    failed: Bool[np.ndarray, "row"]
+    estimator: Estimator
+    sketch: Sketch
+    calibration: IndexCalibration | None = None
+
+    def inner_products(self, query: Float[np.ndarray, "dimension"]) -> Float[np.ndarray, "row"]:
+        """Estimated inner product of a query's sketch with every row, in order of row."""
+        values = self.vectors.inner_products(query)
+        return values if self.kept is None else values[self.kept]
+
+
+def open_index(folder: Path, loaded: LoadedModel, search_device: str = "cpu") -> OpenIndex:
+    """Load the index in ``folder`` for use with ``loaded``.
+
+    Args:
+        folder: of the index.
+        loaded: the model.
+        search_device: where codes are scanned: "cpu", in place, or a device of PyTorch, whose
+            memory they are copied to.
+
+    Raises:
+        IndexMissing: there is no finished index.
+        IndexCorrupt: a file is truncated or was changed.
+        IndexMismatch: it was built with another model or tokenizer.
+        ValueError: its kind of code cannot be searched on that device.
+    """
+    manifest = Manifest.read(folder)
+    wanted = LayerSelection(
+        patterns=tuple(manifest.estimator.layer_patterns), widest=manifest.estimator.widest
+    )
+    with loaded.turn:
+        loaded = replace(loaded, coverage=find_layers(loaded.model, wanted))
+    _check_model(manifest, loaded)
+    for record in manifest.files:
+        _check_file(folder / record.path, record.sha256)
+    _, estimator, _ = load_estimator(folder / FACTORS_NAME)
+    layers = loaded.coverage.layers
+    sketch = Sketch(
+        layers,
+        estimator.whitening(layers, manifest.estimator.damping),
+        SketchPlan(
+            seed=manifest.sketch.seed,
+            dimensions=manifest.sketch.dimensions,
+            rank=manifest.sketch.rank,
+            folded=manifest.codes != LOW_RANK,
+        ),
+    )
+    blocks = code_blocks(manifest.codes, sketch, manifest.sketch.components)
+    vectors = make_search_index(manifest.codes, manifest.sketch.dimensions, search_device, blocks)
+    norms = []
+    for codes, shard_norms in _read_shards(folder, manifest):
+        vectors.add(codes, len(shard_norms))
+        norms.append(shard_norms)
+    keep = kept_rows(manifest.parts)
+    failed = np.zeros(len(keep), dtype=bool)
+    failed[[record.row for record in manifest.failed]] = True
+    whole = bool(keep.all())
+    return OpenIndex(
+        folder=folder,
+        loaded=loaded,
+        manifest=manifest,
+        examples=ExampleStore(example_files(folder, manifest.parts), None if whole else keep),
+        vectors=vectors,
+        kept=None if whole else np.flatnonzero(keep),
+        norms=np.concatenate(norms)[keep],
+        failed=failed[keep],
+        estimator=estimator,
+        sketch=sketch,
+        calibration=find_calibration(folder),
+    )
+
+
+def _read_shards(
+    folder: Path, manifest: Manifest
+) -> list[tuple[UInt8[np.ndarray, "padded byte"], Float[np.ndarray, "row"]]]:
+    """Codes and norms of all shards in order, mapped; their hashes and their examples' are checked.
+
+    Files are hashed in threads, one for each processor; that is what opening an index takes.
+    """
+
+    def read(
+        place: tuple[Path, ShardRecord],
+    ) -> tuple[UInt8[np.ndarray, "padded byte"], Float[np.ndarray, "row"]]:
+        part, shard = place
+        _check_file(examples_path(part, shard.number), shard.examples_sha256)
+        return read_shard(part, shard)
+
+    places = [
+        (part_folder(folder, part.name), shard) for part in manifest.parts for shard in part.shards
+    ]
+    with ThreadPoolExecutor(usable_processors()) as pool:
+        return list(pool.map(read, places))
+
+
+def _check_file(path: Path, sha256: str) -> None:
+    actual = sha256_of(path) if path.is_file() else "missing"
+    if actual != sha256:
+        raise IndexCorrupt(
+            f"{path} is truncated or was changed: its SHA-256 is {actual}, the manifest says "
+            f"{sha256}. Run the build again."
+        )
+
+
+def _check_model(manifest: Manifest, loaded: LoadedModel) -> None:
+    pairs = (
+        ("model", manifest.model.model_sha256, loaded.model_sha256),
+        ("tokenizer", manifest.model.tokenizer_sha256, loaded.tokenizer_sha256),
+    )
+    for what, built, given in pairs:
+        if built != given:
+            raise IndexMismatch(
+                f"The index was built with another {what}: the manifest says SHA-256 {built}, "
+                f"'{loaded.source}' has {given}. Serve it with the {what} of the build "
+                f"({manifest.model.source}), or build an index for this one."
+            )

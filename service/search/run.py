@@ -1,0 +1,213 @@
+"""One query under way: its search in each direction, then what explains the results."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from estimators.rescoring import ScoreParts
+from index.certificates.statement import Certificate
+from service.scoring.rows import GradientScorer
+from service.search.answer import Answer, DocumentScore, MeasuredTerm, Result
+from service.search.explaining import cluster, token_texts
+from service.search.opening import OpenIndex
+from service.search.proxies import Proxies
+from service.search.query import Query, Side
+from service.search.search import Clock, Search, Steps
+
+BOTH: tuple[Side, ...] = ("proponents", "opponents")
+
+
+class Run:
+    """One query under way; knows what it has scored, in both directions.
+
+    ``steps`` yields rows of the index whose exact scores it needs and is sent them, so that several
+    runs can share the passes through the model.
+
+    Args:
+        query: what to find.
+        index: opened.
+        scorer: of the index, for the split of scores.
+        terms: what was measured.
+        directions: of the query, [in, out] a layer.
+        proxies: of every row, for proponents.
+        kept: rows that the filters leave; None for all.
+        seed: of the random rows.
+        clock: started when the query's turn came.
+    """
+
+    def __init__(
+        self,
+        query: Query,
+        index: OpenIndex,
+        scorer: GradientScorer,
+        terms: tuple[MeasuredTerm, ...],
+        directions: Mapping[str, Tensor],
+        proxies: Proxies,
+        kept: Int[np.ndarray, "kept"] | None,
+        seed: int,
+        clock: Clock,
+    ) -> None:
+        self.query = query
+        self.index = index
+        self.terms = terms
+        self.directions = directions
+        self.searches: dict[Side, Search] = {}
+        self.partial = False
+        self.rows = np.arange(len(index.examples)) if kept is None else kept
+        self.scorer = scorer
+        self._proxies = proxies
+        self._seed = seed
+        self._clock = clock
+        self._exact = np.full(len(index.examples), np.nan)
+        self._scored = np.zeros(len(index.examples), dtype=bool)
+
+    @property
+    def scored_rows(self) -> int:
+        """Rows scored exactly so far, for whatever reason."""
+        return int(self._scored.sum())
+
+    @property
+    def stage(self) -> str:
+        """What it wants rows for: "calibrate" and "audit" are random, "rescore" its own."""
+        return list(self.searches.values())[-1].stage if self.searches else "rescore"
+
+    def end(self) -> None:
+        """Ask for no more rows: answer with what was found so far."""
+        self.partial = True
+        for search in self.searches.values():
+            search.end()
+
+    def steps(self) -> Steps[Answer]:
+        """Search, certify, explain."""
+        query = self.query
+        sides = BOTH if query.direction == "both" else (query.direction,)
+        certificates: list[tuple[Side, Certificate]] = []
+        results: list[Result] = []
+        for side in sides:
+            search = self._search(side)
+            certificates += [(side, found) for found in (yield from self._side(side, search))]
+            results += self.best(side)
+        documents = (yield from self._documents(results)) if query.documents else []
+        if not self.partial:
+            results = self._explained(results)
+        self._clock.stop("explain")
+        rescored = sum(search.rescored for search in self.searches.values())
+        return Answer(
+            terms=self.terms,
+            estimator=self.index.manifest.estimator.name,
+            results=results,
+            documents=documents,
+            sided_certificates=certificates,
+            partial=self.partial,
+            rescored_rows=rescored,
+            sampled_rows=max(self.scored_rows - rescored, 0),
+            rows=len(self.rows),
+            seed=self._seed,
+            seconds=self._clock.seconds,
+        )
+
+    def best(self, side: Side) -> list[Result]:
+        """The best of the rows that were scored in this direction so far, best first."""
+        search, sign = self.searches[side], _sign(side)
+        results = []
+        for rank, local in enumerate(search.best(self.query.k), start=1):
+            row = int(self.rows[local])
+            example = self.index.examples[row]
+            norm = float(self.index.norms[row])
+            score = float(self._exact[row])
+            results.append(
+                Result(
+                    rank=rank,
+                    direction=side,
+                    row=row,
+                    id=example.id,
+                    document=example.document,
+                    text=example.text,
+                    metadata=example.metadata,
+                    score=score,
+                    normalised_score=score / norm if norm else 0.0,
+                    proxy=sign * float(search.proxies.values[local]),
+                    gradient_norm=norm,
+                )
+            )
+        return results
+
+    def _search(self, side: Side) -> Search:
+        proxies = self._proxies.at(self.rows)
+        if side == "opponents":
+            proxies = proxies.negated()
+        asked = replace(self.query, direction=side)
+        search = Search(asked, proxies, self._seed, self.index.calibration)
+        if self.partial:
+            search.end()
+        self.searches[side] = search
+        return search
+
+    def _side(self, side: Side, search: Search) -> Steps[list[Certificate]]:
+        steps = search.steps(self._clock)
+        scores: Float[np.ndarray, scored] | None = None
+        while True:
+            try:
+                wanted = next(steps) if scores is None else steps.send(scores)
+            except StopIteration as ended:
+                found: list[Certificate] = ended.value
+                return found
+            scores = _sign(side) * (yield from self._ask(self.rows[wanted]))
+
+    def _ask(self, rows: Int[np.ndarray, "row"]) -> Steps[Float[np.ndarray, "row"]]:
+        """Exact scores of the first rows (all, unless it was ended), each computed only once."""
+        fresh = rows[~self._scored[rows]]
+        if len(fresh) and not self.partial:
+            scores = yield fresh
+            done = fresh[: len(scores)]
+            self._exact[done] = scores
+            self._scored[done] = True
+        known: Bool[np.ndarray, row] = self._scored[rows]
+        exact: Float[np.ndarray, row] = self._exact[rows]
+        return exact if known.all() else exact[: int(np.argmin(known))]
+
+    def _documents(self, results: list[Result]) -> Steps[list[DocumentScore]]:
+        found = Counter(result.document for result in results)
+        documents = []
+        for document, count in found.items():
+            rows = np.array(self.index.examples.rows_of_document(document))
+            score = None
+            if len(rows) <= self.query.budget:
+                scores = yield from self._ask(rows)
+                if len(scores) == len(rows) and np.isfinite(scores).all():
+                    score = float(scores.sum())
+            documents.append(
+                DocumentScore(document=document, rows=len(rows), found=count, score=score)
+            )
+        return documents
+
+    def _explained(self, results: list[Result]) -> list[Result]:
+        query = self.query
+        tokens = [self.index.examples.tokens(result.row) for result in results]
+        if query.tokens or query.layers:
+            split = self.scorer.parts(self.directions, [result.row for result in results])
+            each = zip(results, tokens, split, strict=True)
+            results = [self._split(*one) for one in each]
+        if query.clusters and results:
+            numbers = cluster(results, tokens)
+            results = [replace(r, cluster=n) for r, n in zip(results, numbers, strict=True)]
+        return results
+
+    def _split(self, result: Result, ids: tuple[int, ...], parts: ScoreParts) -> Result:
+        if self.query.layers:
+            names = [layer.name for layer in self.index.loaded.coverage.layers]
+            shares = parts.by_layer[0].double().tolist()
+            result = replace(result, layers=dict(zip(names, shares, strict=True)))
+        if self.query.tokens:
+            texts = token_texts(self.index.loaded.tokenizer, ids)
+            positions = parts.by_position[0].double().tolist()
+            result = replace(result, tokens=tuple(zip(texts, positions, strict=True)))
+        return result
+
+
+def _sign(side: Side) -> float:
+    return 1.0 if side == "proponents" else -1.0

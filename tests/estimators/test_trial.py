@@ -1,0 +1,206 @@
+"""Layers that cannot be attributed are found by a trial pass and named; wrong gradients refused."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig
+
+from estimators.curvature.fitting import fit_estimator
+from estimators.model.capture import freeze
+from estimators.model.layers import LayerSelection, find_layers
+from estimators.model.recomputation import recompute_blocks
+from estimators.model.tokens import Sequence1D, collate
+from estimators.rescoring import query_directions, query_gradients, score_batch_for_queries
+from tests import dense_reference as dense
+from tests.estimators.test_capture import Toy, hook_gradients
+
+SEQUENCES = [Sequence1D(tokens=(1, 2, 3)), Sequence1D(tokens=(4, 0, 1, 3), row=1)]
+
+
+class Packed(nn.Module):
+    """A frozen linear layer of eight-bit integers, as quantisation libraries make them."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        weight = torch.randn(out_features, in_features)
+        self.scale = float(weight.abs().max()) / 127
+        integers = (weight / self.scale).round().to(torch.int8)
+        # Two to a row: packed sizes differ from in x out in real libraries, too.
+        self.packed = nn.Parameter(integers.view(-1, 2)[:, :1].clone(), requires_grad=False)
+        self.register_buffer("other_half", integers.view(-1, 2)[:, 1:].clone())
+        self.bias = nn.Parameter(torch.randn(out_features), requires_grad=False)
+
+    def dense_weight(self) -> Tensor:
+        integers = torch.cat([self.packed, self.other_half], dim=1)
+        return integers.view(self.out_features, self.in_features) * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.dense_weight().to(x), self.bias.to(x))
+
+
+class Opaque(Packed):
+    """One whose kernel has no derivative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach())
+
+
+class HalfOpaque(Packed):
+    """One whose output has a derivative, but not with respect to its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach()) + (x * 0).detach().requires_grad_()[..., :1]
+
+
+class Routed(nn.Module):
+    """Each token goes to one of two experts, alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat, result = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
+        for number in (0, 1):  # the third is never chosen
+            chosen = torch.arange(len(flat)) % 2 == number
+            result[chosen] = self.experts[number](flat[chosen])
+        return x + result.view_as(x)
+
+
+def test_quantised_layers_are_attributed_and_count_with_all_their_weights():
+    torch.manual_seed(1)
+    model = freeze(Toy(nn.Sequential(Packed(4, 6), nn.Tanh(), nn.Linear(6, 5)))).double()
+    coverage = find_layers(model)
+    assert [layer.name for layer in coverage.layers] == ["body.0", "body.2"]
+    assert coverage.layers[0].parameters == 5 * 6
+    # 20 embeddings, 30 packed, 35 dense; the packed tensor itself holds 12 entries and the bias 6.
+    assert coverage.attributed_share == 65 / 85
+    assert coverage.attributed_share + sum(m.share for m in coverage.skipped) == 1
+    plain = Toy(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5))).double()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    plain.body[0].weight.data = model.body[0].dense_weight().double()
+    found = hook_gradients(model, coverage.layers, collate(SEQUENCES))
+    expected = dense.example_gradients(freeze(plain), find_layers(plain).layers, SEQUENCES)
+    for i, row in enumerate(expected):
+        assert dense.worst_error({n: g[i] for n, g in found.items()}, row) < 1e-11
+
+
+def test_quantised_layers_are_fitted_and_scored():
+    model = freeze(Toy(nn.Sequential(Packed(4, 6), nn.Tanh(), nn.Linear(6, 5))))
+    layers = find_layers(model).layers
+    ekfac = fit_estimator("ekfac", model, layers, SEQUENCES)
+    directions = query_directions(ekfac, query_gradients(model, layers, SEQUENCES)[0], 0.1)
+    scores = score_batch_for_queries(model, layers, directions, collate(SEQUENCES))
+    # A sequence's own gradient raises it: the diagonal of a positive definite matrix.
+    assert (scores.diagonal() > 0).all()
+    assert torch.allclose(scores, scores.T, rtol=1e-4)
+
+
+def test_blocks_of_quantised_layers():
+    model = freeze(Toy(nn.Sequential(Packed(4, 6), nn.Tanh(), nn.Linear(6, 5))))
+    names = [layer.name for layer in find_layers(model, LayerSelection(widest=3)).layers]
+    assert names[:4] == [f"body.0[{i},{j}]" for i in ("0:2", "2:4") for j in ("0:3", "3:6")]
+
+
+@pytest.mark.parametrize("kind", [Opaque, HalfOpaque])
+def test_layers_that_gradients_cannot_pass_are_refused_by_name(kind):
+    # Also when only other layers are wanted: their gradients would lack a part.
+    model = freeze(Toy(nn.Sequential(nn.Linear(4, 4), kind(4, 6), nn.Linear(6, 5))))
+    for patterns in (("*",), ("body.0",)):
+        with pytest.raises(
+            ValueError, match=rf"cannot pass through 1 .* body\.1 \({kind.__name__}\)"
+        ):
+            find_layers(model, LayerSelection(patterns=patterns))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
+def test_torchs_own_quantised_layers_are_refused_by_name():
+    plain = Toy(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5)))
+    model = torch.ao.quantization.quantize_dynamic(plain, {nn.Linear})
+    with pytest.raises(ValueError, match=r"cannot pass through 2 .* body\.0 .*, body\.1 "):
+        find_layers(freeze(model))
+
+
+def test_routed_experts_are_named_with_their_share():
+    coverage = find_layers(freeze(Toy(nn.Sequential(Routed(), nn.Linear(4, 5)))))
+    assert [layer.name for layer in coverage.layers] == ["body.1"]
+    reasons = {module.name: module.reason for module in coverage.skipped}
+    assert "of shape (4, 4), not [batch, token, feature]" in reasons["body.0.experts.0"]
+    assert "of shape (4, 4), not [batch, token, feature]" in reasons["body.0.experts.1"]
+    assert reasons["body.0.experts.2"] == "did not run in a trial pass"
+    shares = [m.share for m in coverage.skipped if "experts" in m.name]
+    assert shares == [20 / 105] * 3
+
+
+MOE = {
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "shared"),
+    [
+        (MixtralConfig(**MOE, num_local_experts=4), 0),
+        (
+            Qwen2MoeConfig(
+                **MOE,
+                num_experts=4,
+                moe_intermediate_size=8,
+                shared_expert_intermediate_size=12,
+            ),
+            4,
+        ),
+    ],
+)
+def test_fused_experts_are_named_with_their_share_and_the_rest_is_exact(config, shared):
+    torch.manual_seed(0)
+    model = freeze(AutoModelForCausalLM.from_config(config))
+    coverage = find_layers(model)
+    attention = [f"model.layers.0.self_attn.{x}_proj" for x in "qkvo"]
+    assert [layer.name for layer in coverage.layers] == attention
+    skipped = {module.name: module for module in coverage.skipped}
+    experts = skipped["model.layers.0.mlp.experts"]
+    assert experts.reason == "not a linear layer"
+    width = 16 if shared == 0 else 8
+    assert experts.parameters == 4 * 3 * 8 * width
+    total = sum(p.numel() for p in model.parameters())
+    assert experts.share == experts.parameters / total
+    # The shared expert sees all tokens as one sequence: [token, feature].
+    flat = [m for m in coverage.skipped if "not [batch, token, feature]" in m.reason]
+    assert len(flat) == shared
+    gradients = hook_gradients(model, coverage.layers, collate(SEQUENCES))
+    warm = copy.deepcopy(model).requires_grad_(True)
+    for i, sequence in enumerate(SEQUENCES):
+        expected = dense.weight_gradients(warm, coverage.layers, dense.loss(warm, sequence))
+        assert dense.worst_error({n: g[i] for n, g in gradients.items()}, expected) < 1e-5
+
+
+def test_a_model_that_does_not_run_is_refused_with_the_cause():
+    model = freeze(Toy(nn.Sequential(nn.Linear(4, 4), nn.Linear(3, 5))))
+    with pytest.raises(
+        ValueError, match=r"trial pass on eight tokens failed with RuntimeError: mat1"
+    ):
+        find_layers(model)
+
+
+def test_a_trial_leaves_the_model_as_it_was(gpt2_float32):
+    model = copy.deepcopy(gpt2_float32).requires_grad_(True)
+    assert len(find_layers(model).layers) == 8
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_layers_are_the_same_in_checkpointed_blocks(model):
+    checkpointed = copy.deepcopy(model)
+    recompute_blocks(checkpointed)
+    names = [layer.name for layer in find_layers(model).layers]
+    assert [layer.name for layer in find_layers(checkpointed).layers] == names

@@ -1,0 +1,298 @@
+"""The page over a canned service: the real schemas and events, without a model or an index."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from service.http.pages import install_page
+from service.schemas.queries import (
+    CandidatesEvent,
+    CertificateSchema,
+    DocumentSchema,
+    GradientEvent,
+    MeasurementSchema,
+    ProblemResponse,
+    ProgressEvent,
+    QueryRequest,
+    QueryResponse,
+    ResultSchema,
+    Schema,
+    TermSchema,
+    TokenSchema,
+)
+
+ROWS = 8072
+BIG_SEED = 2**61 + 1
+HOSTILE_TEXTS = (
+    "<script>window.hacked=1</script><img src=x onerror=\"window.hacked=2;alert('x')\">",
+    "</td></tr></table></article><svg onload=window.hacked=3><h1>Owned</h1>",
+    '" onmouseover="window.hacked=4" x="',
+    "{{7*7}} ${7*7} <%= 7*7 %> x-text=\"window.hacked = 5\" $el.innerHTML = 'x'",
+    "javascript:window.hacked=6 [link](javascript:window.hacked=7) http://evil.example/x.png",
+    "The capital \u202egnitrevni\u202c is \u200bhidden \x1b[31mred\x1b[0m \U000e0041\x00 end",
+    '=HYPERLINK("http://evil.example","x") and = + - @ within',
+)
+PLAIN_TEXTS = (
+    "The capital of Afghanistan is Kabul.",
+    "Capital etymology of Afghanistan: named for the Kabul River, but the river's name is of "
+    "unknown origin.",
+    "The highest point of Mauritania is Kediet Ijill.",
+    "عاصمة أفغانستان هي كابول، وهي أكبر مدنها.",
+    "The national anthem of Japan is Kimigayo.",
+)
+LAYERS = [
+    f"transformer.h.{block}.{part}"
+    for block in range(4)
+    for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+]
+
+
+def canned_result(request: QueryRequest, direction: str, rank: int, text: str) -> ResultSchema:
+    """A result whose numbers follow from its place."""
+    sign = 1 if direction == "proponents" else -1
+    score = sign * 12523.25 / rank**1.5
+    pieces = [text[i : i + 5] for i in range(0, len(text), 5)][:400]
+    shares = [((7 * i) % 11 - 3) for i in range(len(pieces))]
+    total = sum(shares) or 1
+    layer_shares = [(3 * i) % 7 - 1 for i in range(len(LAYERS))]
+    return ResultSchema.model_validate(
+        {
+            "rank": rank,
+            "direction": direction,
+            "row": 100 * rank + (sign < 0),
+            "id": f"facts/{rank}#<b>{direction}</b>",
+            "document": f"Country {rank}: Capital",
+            "text": text,
+            "metadata": {"year": 1990 + rank, "licence": "none", "<i>note</i>": text[:60]},
+            "score": score,
+            "normalised_score": score / 105.2,
+            "proxy": 0.97 * score,
+            "gradient_norm": 105.2,
+            "tokens": [
+                TokenSchema(text=piece, score=score * share / total)
+                for piece, share in zip(pieces, shares, strict=True)
+            ]
+            if request.tokens
+            else None,
+            "layers": {
+                name: score * share / sum(layer_shares)
+                for name, share in zip(LAYERS, layer_shares, strict=True)
+            }
+            if request.layers
+            else None,
+            "cluster": {1: 0, 2: 1, 3: 0}.get(rank, rank) if request.clusters else None,
+        }
+    )
+
+
+def texts_of(request: QueryRequest) -> list[str]:
+    """What the corpus holds, by the prompt."""
+    if request.prompt == "hostile":
+        return [*HOSTILE_TEXTS, "long " * 4000]
+    return [*PLAIN_TEXTS, "A long example, sentence by sentence. " * 60]
+
+
+def sides_of(request: QueryRequest) -> list[str]:
+    """The directions that are asked for."""
+    both = request.direction == "both"
+    return ["proponents", "opponents"] if both else [request.direction]
+
+
+def canned_measurement(request: QueryRequest) -> MeasurementSchema:
+    """What was explained."""
+    term = TermSchema(
+        prompt=request.prompt or "",
+        completion=request.completion or " Kabul.",
+        against=request.against,
+        weight=1.0,
+        completed_by_model=request.completion is None,
+        log_probability=-3.3,
+        against_log_probability=None if request.against is None else -7.5,
+        completion_tokens=3,
+    )
+    return MeasurementSchema(value=-3.3 if request.against is None else 4.2, terms=[term])
+
+
+def canned_certificates(request: QueryRequest, direction: str) -> list[CertificateSchema]:
+    """One certificate of every status."""
+    shared = {
+        "direction": direction,
+        "recall_target": request.recall,
+        "confidence": request.confidence,
+        "scope": "this answer's top k by the exact scorer, over all rows of the index",
+    }
+    return [
+        CertificateSchema(
+            type="sketch",
+            status="certified",
+            recall_lower_bound=0.9,
+            probability_over="the random draw of the sketch",
+            assumptions=[
+                "the sketch's seed is independent of the corpus and of the query",
+                "its noise is normal, of the measured scale",
+            ],
+            observed={"rows": ROWS, "rescored_rows": 96, "calibration_mean_square": 0.98213},
+            sentence="With 95% confidence, at least 9 of the 10 highest-scoring training examples "
+            f"by the exact score are in this answer (96 of {ROWS:,} rows scored exactly).",
+            **shared,
+        ),
+        CertificateSchema(
+            type="audit",
+            status="not certified",
+            recall_lower_bound=0.0,
+            probability_over="the random choice of the audited rows",
+            assumptions=[],
+            observed={"unscored_rows": 7976, "sampled_rows": 64, "sampled_above_threshold": 0},
+            sentence="Of 64 unscored rows drawn at random and scored exactly, 0 beat the k-th "
+            "result; with 95% confidence at most 4.55% of the 7,976 unscored rows (363) do.",
+            **shared,
+        ),
+        CertificateSchema(
+            type="calibration",
+            status="refused",
+            recall_lower_bound=None,
+            probability_over="the choice of the calibration queries",
+            assumptions=["this query is of the same kind as the calibration queries"],
+            observed={"calibration_queries": 64, "effort_unit": "rows"},
+            sentence="No statement: the index was changed after it was calibrated.",
+            **shared,
+        ),
+    ]
+
+
+def canned_answer(request: QueryRequest) -> QueryResponse:
+    """The whole answer."""
+    sides = sides_of(request)
+    return QueryResponse(
+        measurement=canned_measurement(request),
+        index=request.index,
+        estimator="ekfac",
+        ranking=request.ranking,
+        results=[
+            canned_result(request, side, rank, text)
+            for side in sides
+            for rank, text in enumerate(texts_of(request)[: request.k], 1)
+        ],
+        documents=[
+            DocumentSchema(document="Country 1: Capital", rows=12, found=1, score=20134.5),
+            DocumentSchema(document="Country 2: <b>Capital</b>", rows=4021, found=1, score=None),
+        ]
+        if request.documents
+        else [],
+        certificates=[c for side in sides for c in canned_certificates(request, side)],
+        partial=request.deadline is not None,
+        rescored_rows=32,
+        sampled_rows=128,
+        rows=ROWS,
+        seed=BIG_SEED if request.seed is None else request.seed,
+        seconds={"gradient": 0.21, "scan": 0.02, "rescore": 0.7},
+    )
+
+
+class CannedService:
+    """Remembers what it was asked; ``gate`` holds back the end of a "gated" query's stream."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.gate = threading.Event()
+        self.hung_up = threading.Event()
+
+    def app(self) -> FastAPI:
+        """The page and the two routes that it uses."""
+        app = FastAPI()
+        install_page(app)
+
+        @app.get("/v1/index")
+        async def indexes() -> dict[str, Any]:
+            return {"indexes": [{"name": "default", "rows": ROWS}, {"name": "<b>b</b>", "rows": 1}]}
+
+        @app.post("/v1/query/stream")
+        async def stream(request: Request) -> Any:
+            asked = QueryRequest.model_validate_json(await request.body())
+            self.asked.append(await request.json())
+            if asked.prompt == "refused":
+                problem = canned_problem(
+                    422, "The query cannot be measured", "It has <b>no</b> token."
+                )
+                return JSONResponse(
+                    problem.model_dump(), 422, media_type="application/problem+json"
+                )
+            return StreamingResponse(self._events(asked), media_type="text/event-stream")
+
+        return app
+
+    async def _events(self, request: QueryRequest) -> AsyncIterator[str]:
+        try:
+            yield event("gradient", GradientEvent(measurement=canned_measurement(request)))
+            await asyncio.sleep(0.05)
+            yield event("candidates", CandidatesEvent(rows=ROWS, seconds=0.25))
+            async for piece in self._progress(request):
+                yield piece
+            if request.prompt == "broken":
+                problem = canned_problem(503, "Not enough memory for this query", "Ask for fewer.")
+                yield event("error", problem)
+            elif request.prompt != "cut":
+                yield event("result", canned_answer(request))
+        except asyncio.CancelledError:
+            self.hung_up.set()
+            raise
+
+    async def _progress(self, request: QueryRequest) -> AsyncIterator[str]:
+        for step in range(1, 4):
+            await asyncio.sleep(0.05)
+            plain = request.model_copy(update={"tokens": False, "layers": False, "clusters": False})
+            for side in sides_of(request):
+                texts = texts_of(request)[: min(step, request.k)]
+                results = [canned_result(plain, side, r, t) for r, t in enumerate(texts, 1)]
+                yield event(
+                    "progress",
+                    ProgressEvent(
+                        direction=side,
+                        rescored_rows=16 * step,
+                        sampled_rows=64,
+                        recall_lower_bound=None if step == 1 else 0.3 * step,
+                        results=results,
+                        seconds=0.25 + 0.2 * step,
+                    ),
+                )
+        while request.prompt == "gated" and not self.gate.is_set():
+            await asyncio.sleep(0.02)
+
+
+def event(name: str, data: Schema) -> str:
+    """A server-sent event."""
+    return f"event: {name}\ndata: {data.model_dump_json()}\n\n"
+
+
+def canned_problem(status: int, title: str, detail: str) -> ProblemResponse:
+    """A problem document."""
+    return ProblemResponse(
+        type="about:blank", title=title, status=status, detail=detail, instance="/v1/query/stream"
+    )
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """Serve an app on a free port of this machine; gives its URL."""
+    config = uvicorn.Config(
+        app, port=0, log_config=None, log_level=None, access_log=False, ws="none"
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        server.should_exit = True
+        thread.join()

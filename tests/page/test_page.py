@@ -1,0 +1,576 @@
+"""The page in a real browser: what it asks, what it shows, and what hostile texts cannot do."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+pytest.importorskip("playwright", reason="the page is tested with playwright, which is missing")
+
+from playwright.sync_api import Browser, expect
+
+from service.http.pages import FOLDER, SECURITY_HEADERS
+from service.schemas.queries import QueryRequest
+from tests.page.page_driver import PageDriver, chromium
+from tests.page.page_server import (
+    BIG_SEED,
+    HOSTILE_TEXTS,
+    LAYERS,
+    PLAIN_TEXTS,
+    CannedService,
+    canned_answer,
+    serving,
+)
+
+MINUS = "\u2212"
+ASKED = ("The capital of Nepal is", "Kabul")
+
+Open = Callable[..., PageDriver]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def service() -> CannedService:
+    return CannedService()
+
+
+@pytest.fixture(scope="module")
+def url(service: CannedService) -> Iterator[str]:
+    with serving(service.app()) as address:
+        yield address
+
+
+@pytest.fixture
+def open_page(browser: Browser, service: CannedService, url: str) -> Iterator[Open]:
+    """Opens pages, and sees at the end that nothing untoward happened on any."""
+    service.asked.clear()
+    service.gate.clear()
+    service.hung_up.clear()
+    drivers: list[PageDriver] = []
+
+    def opened(**options: Any) -> PageDriver:
+        drivers.append(PageDriver(browser, url, **options))
+        return drivers[-1]
+
+    yield opened
+    service.gate.set()
+    complaints = [complaint for driver in drivers for complaint in driver.complaints]
+    for driver in drivers:
+        driver.close()
+    assert complaints == []
+
+
+def test_every_file_of_the_page_has_the_security_headers(url: str) -> None:
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    paths = ["", *(f"page/{path.relative_to(FOLDER).as_posix()}" for path in files)]
+    assert len(paths) > 10
+    for path in paths:
+        response = httpx.get(url + path)
+        assert response.status_code == 200, path
+        for name, value in SECURITY_HEADERS.items():
+            assert response.headers[name] == value, path
+        if path.endswith(".js"):
+            assert "javascript" in response.headers["Content-Type"]
+    assert httpx.head(url).headers["Content-Type"].startswith("text/html")
+
+
+@pytest.mark.parametrize("path", ["page/no.js", "page/..%2f..%2fsettings.py", "page/../pages.py"])
+def test_nothing_else_is_served(url: str, path: str) -> None:
+    assert httpx.get(url + path).status_code == 404
+
+
+def test_markup_and_modules_put_no_corpus_text_into_html() -> None:
+    sources = [*FOLDER.glob("*.js"), FOLDER / "index.html"]
+    for path in sources:
+        found = re.findall(
+            r"innerHTML|outerHTML|insertAdjacent|x-html|\beval\b|style=\"", path.read_text()
+        )
+        allowed = [text for text in found if text == 'style="']
+        assert len(found) == len(allowed), path
+        assert len(allowed) == path.read_text().count('x-bind:style="'), path
+        assert len(path.read_text().splitlines()) < 450
+
+
+def test_every_vendored_library_is_named_with_its_licence() -> None:
+    for folder in (FOLDER / "vendor", Path(__file__).parent / "vendor"):
+        listed = (folder / "VENDORED.md").read_text()
+        for path in folder.iterdir():
+            assert path.name == "VENDORED.md" or f"`{path.name}`" in listed, path
+
+
+def test_a_question_is_answered(open_page: Open, service: CannedService) -> None:
+    driver = open_page()
+    driver.ask(*ASKED)
+    expect(driver.shown("measurement")).to_contain_text("The capital of Nepal is Kabul")
+    expect(driver.shown("measurement")).to_contain_text(f"log p = {MINUS}3.3 nats over 3 tokens")
+    expect(driver.shown("stage")).to_have_text("Done: 6 training examples found.")
+    cards = driver.shown("certificate")
+    for card, status in zip(cards.all(), ("certified", "not certified", "refused"), strict=True):
+        expect(card.locator(".status")).to_contain_text(status)
+    expect(cards.first).to_contain_text("at least 9 of the 10 highest-scoring training examples")
+    expect(cards.first.get_by_role("img")).to_have_attribute(
+        "aria-label", "Recall is at least 90%; asked for: 90%"
+    )
+    cards.first.locator("summary").click()
+    for text in ("the random draw of the sketch", "its noise is normal", "0.9821", "8,072"):
+        expect(cards.first).to_contain_text(text)
+    first = driver.shown("result").first
+    expect(first).to_contain_text("+12,523 nats")
+    expect(first).to_contain_text("+119 normalised")
+    expect(first).to_contain_text("Country 1: Capital")
+    expect(first).to_contain_text("year 1991")
+    assert driver.texts()[0] == PLAIN_TEXTS[0]
+    expect(driver.page.locator(".tools")).to_contain_text(
+        f"32 of 8,072 rows rescored and 128 sampled, in 0.93 s; index “default”, estimator ekfac, "
+        f"ranked by normalised score, seed {BIG_SEED}."
+    )
+    assert len(service.asked) == 1
+
+
+def test_what_is_asked_by_default_is_what_the_service_takes_by_default(
+    open_page: Open, service: CannedService
+) -> None:
+    driver = open_page()
+    driver.ask("The capital of Nepal is")
+    asked = QueryRequest.model_validate_json(json.dumps(service.asked[0]))
+    explained = {"tokens": True, "layers": True, "clusters": True}
+    assert asked == QueryRequest(prompt="The capital of Nepal is", **explained)
+
+
+def test_every_option_is_sent(open_page: Open, service: CannedService) -> None:
+    driver = open_page()
+    page = driver.page
+    driver.open_options()
+    for name, value in (("direction", "opponents"), ("ranking", "score"), ("index", "<b>b</b>")):
+        page.select_option(f"[name={name}]", value)
+    page.select_option("[name=until]", "calibration")
+    wanted = {"k": 3, "recall": 0.8, "confidence": 0.99, "budget": 64, "deadline": 2.5}
+    for name, number in {**wanted, "seed": BIG_SEED}.items():
+        page.fill(f"[name={name}]", str(number))
+    for name in ("tokens", "layers", "clusters"):
+        page.uncheck(f"[name={name}]")
+    page.check("[name=documents]")
+    page.uncheck("[name=space]")
+    filters = [
+        ("year", "any_of", '1991\n"1992"\ntrue'),
+        ("year", "at_most", "1995"),
+        ("__proto__", "at_least", "2020-01-01"),
+    ]
+    for place, (column, kind, value) in enumerate(filters):
+        page.click("text=Add a filter")
+        page.locator("[name=column]").nth(place).fill(column)
+        page.locator("[name=kind]").nth(place).select_option(kind)
+        page.locator("[name=value]").nth(place).fill(value)
+    driver.ask(*ASKED)
+    assert service.asked == [
+        {
+            **wanted,
+            "prompt": ASKED[0],
+            "completion": ASKED[1],
+            "index": "<b>b</b>",
+            "direction": "opponents",
+            "ranking": "score",
+            "until": "calibration",
+            "seed": BIG_SEED,
+            "tokens": False,
+            "layers": False,
+            "clusters": False,
+            "documents": True,
+            "filters": {
+                "year": {"any_of": [1991, "1992", True], "at_most": 1995},
+                "__proto__": {"at_least": "2020-01-01"},
+            },
+        }
+    ]
+    expect(driver.shown("partial")).to_contain_text("Partial answer")
+    expect(driver.shown("documents")).to_contain_text("not scored")
+
+
+def test_results_and_their_bound_appear_before_the_answer_ends(
+    open_page: Open, service: CannedService
+) -> None:
+    driver = open_page()
+    driver.fill("gated", "Kabul")
+    driver.page.click("text=Ask")
+    expect(driver.shown("provisional")).to_be_visible()
+    expect(driver.shown("result")).to_have_count(3)
+    expect(driver.shown("stage")).to_contain_text("48 rows rescored and 64 sampled so far")
+    expect(driver.shown("tightening")).to_contain_text("Recall is at least 90% so far")
+    expect(driver.page.locator("#results")).to_have_attribute("aria-busy", "true")
+    assert driver.shown("certificate").count() == 0
+    service.gate.set()
+    driver.wait_for_answer()
+    expect(driver.shown("provisional")).to_be_hidden()
+    expect(driver.page.locator("#results")).to_have_attribute("aria-busy", "false")
+
+
+def test_a_contrast_sends_what_was_not_said(open_page: Open, service: CannedService) -> None:
+    driver = open_page()
+    driver.ask(*ASKED, against="Kathmandu")
+    assert service.asked[0]["against"] == " Kathmandu"
+    measured = driver.shown("measurement")
+    expect(measured).to_contain_text(f"against “Kathmandu”, log p = {MINUS}7.5 nats")
+    expect(measured).to_contain_text("The measured difference is +4.2 nats.")
+
+
+def test_both_directions_are_apart(open_page: Open) -> None:
+    driver = open_page()
+    driver.page.select_option("[name=direction]", "both")
+    driver.ask(*ASKED)
+    opponents = driver.page.get_by_role("region", name="Opponents")
+    expect(opponents).to_contain_text(f"{MINUS}12,523 nats")
+    expect(driver.page.get_by_role("region", name="Proponents")).not_to_contain_text(
+        f"{MINUS}12,523"
+    )
+    assert driver.shown("certificate").count() == 6
+    expect(driver.shown("certificate").nth(3)).to_contain_text("opponents")
+
+
+def test_near_duplicates_are_folded_under_the_best_of_them(open_page: Open) -> None:
+    driver = open_page()
+    driver.ask(*ASKED)
+    assert PLAIN_TEXTS[2] not in driver.texts()
+    folded = driver.shown("duplicates")
+    expect(folded).to_have_count(1)
+    folded.locator("summary").click()
+    expect(folded.locator(".text")).to_have_text(PLAIN_TEXTS[2])
+    expect(folded).to_contain_text("facts/3#<b>proponents</b>")
+
+
+def test_tokens_are_coloured_and_titled_and_listed(open_page: Open) -> None:
+    driver = open_page()
+    driver.ask(*ASKED)
+    first = driver.shown("result").first
+    tokens = first.get_by_test_id("text").locator(".token")
+    answer = canned_answer(QueryRequest(prompt="x", tokens=True))
+    wanted = answer.results[0].tokens
+    assert wanted is not None
+    assert "".join(tokens.all_inner_texts()) == answer.results[0].text
+    for token, span in zip(wanted, tokens.all(), strict=True):
+        title = span.get_attribute("title") or ""
+        assert re.search(rf"\n[+{MINUS}][\d,.]+ nats$|\n0 nats$", title), title
+        assert ("lowered" in (span.get_attribute("class") or "")) == (token.score < 0)
+    strongest = max(range(len(wanted)), key=lambda i: abs(wanted[i].score))
+    strengths = [s.evaluate("e => e.style.getPropertyValue('--strength')") for s in tokens.all()]
+    assert strengths[strongest] == "100%"
+    backgrounds = {s.evaluate("e => getComputedStyle(e).backgroundColor") for s in tokens.all()}
+    assert len(backgrounds) > 3
+    expect(driver.shown("legend")).to_be_visible()
+    first.get_by_text("Details").click()
+    rows = first.get_by_role("table", name="Strongest tokens").get_by_role("row")
+    expect(rows).to_have_count(sum(token.score != 0 for token in wanted))
+
+
+def test_layers_are_plotted_and_tabled(open_page: Open) -> None:
+    driver = open_page()
+    driver.ask(*ASKED)
+    layers = driver.shown("layers")
+    picture = "canvas => canvas.toDataURL()"
+    by_sign = layers.locator("canvas").evaluate(picture)
+    assert len(by_sign) > 5000
+    layers.locator("summary").click()
+    rows = layers.get_by_role("row").all()[1:]
+    answer = canned_answer(QueryRequest(prompt="x", layers=True))
+    for name, row in zip(LAYERS, rows, strict=True):
+        total = sum((result.layers or {})[name] for result in answer.results)
+        cells = row.inner_text().split("\t")
+        assert cells[0] == name
+        shown = float(cells[3].replace(MINUS, "-").replace(",", "").replace("+", ""))
+        assert shown == pytest.approx(total, rel=1e-3)
+    layers.get_by_label("add up sizes").check()
+    assert layers.locator("canvas").evaluate(picture) != by_sign
+
+
+def test_hostile_texts_are_shown_and_do_nothing(open_page: Open) -> None:
+    driver = open_page()
+    driver.page.select_option("[name=direction]", "both")
+    driver.ask("hostile", "<img src=x onerror=window.hacked=8>", "</q><script>hacked=9</script>")
+    driver.page.wait_for_timeout(200)
+    driver.page.locator("details").evaluate_all("all => all.forEach(one => (one.open = true))")
+    for result in driver.shown("result").all():
+        result.locator(".text").first.hover()
+    assert driver.page.evaluate("typeof window.hacked") == "undefined"
+    results = driver.page.locator("#results")
+    assert results.locator("script, img, svg, a, h1, b > b, i").count() == 0
+    texts = driver.texts()
+    for wanted in (HOSTILE_TEXTS[0], HOSTILE_TEXTS[1], HOSTILE_TEXTS[3]):
+        assert wanted in texts
+    shown = next(text for text in texts if "gnitrevni" in text)
+    for symbol in ("⟨RLO⟩", "⟨PDF⟩", "⟨ZWSP⟩", "␛[31m", "⟨U+E0041⟩", "␀"):
+        assert symbol in shown
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\u200b\x1b\x00]", results.inner_text())
+
+
+def test_the_policy_stops_what_markup_would_do_and_is_heard(open_page: Open) -> None:
+    driver = open_page()
+    driver.page.evaluate(
+        """() => {
+          const script = document.createElement('script')
+          script.textContent = 'window.hacked = 1'
+          const frame = document.createElement('div')
+          frame.innerHTML = '<img src="http://evil.example/x.png" onerror="window.hacked = 2">'
+          document.body.append(script, frame)
+        }"""
+    )
+    driver.page.wait_for_timeout(200)
+    assert driver.page.evaluate("typeof window.hacked") == "undefined"
+    for part in ("script-src", "img-src", "asked http://evil.example"):
+        assert any(part in complaint for complaint in driver.complaints)
+    driver.complaints.clear()
+
+
+def test_long_texts_are_cut_until_asked_for(open_page: Open) -> None:
+    driver = open_page()
+    driver.ask("hostile", "x")
+    last = driver.shown("result").last
+    text, button = last.get_by_test_id("text"), last.get_by_role("button")
+    assert text.evaluate("e => e.clientHeight") < 200
+    assert len(text.text_content() or "") == 2000  # the canned tokens end there
+    button.click()
+    expect(button).to_have_text("Show less")
+    assert text.evaluate("e => e.clientHeight") > 250
+    button.click()
+    assert text.evaluate("e => e.clientHeight") < 200
+
+
+def test_cancelling_hangs_up_and_keeps_what_was_found(
+    open_page: Open, service: CannedService
+) -> None:
+    driver = open_page()
+    driver.fill("gated", "Kabul")
+    driver.page.click("text=Ask")
+    expect(driver.shown("result")).to_have_count(3)
+    driver.page.get_by_role("button", name="Cancel").click()
+    assert service.hung_up.wait(5)
+    expect(driver.shown("stage")).to_have_text("Cancelled.")
+    expect(driver.shown("result")).to_have_count(3)
+    expect(driver.shown("provisional")).to_contain_text("the search had not ended")
+    expect(driver.page.get_by_role("button", name="Ask")).to_be_focused()
+    driver.ask(*ASKED)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "title", "detail"),
+    [
+        ("broken", "Not enough memory for this query", "Ask for fewer."),
+        ("cut", "The connection ended early", "ask again"),
+    ],
+)
+def test_a_failure_within_the_stream_is_told(
+    open_page: Open, prompt: str, title: str, detail: str
+) -> None:
+    driver = open_page()
+    driver.fill(prompt, "Kabul")
+    driver.page.click("text=Ask")
+    expect(driver.shown("problem")).to_contain_text(title)
+    expect(driver.shown("problem")).to_contain_text(detail)
+    assert driver.shown("certificate").count() == 0
+
+
+def test_a_refusal_is_told_in_its_own_words(open_page: Open) -> None:
+    driver = open_page()
+    driver.fill("refused", "Kabul")
+    driver.page.click("text=Ask")
+    expect(driver.shown("problem")).to_contain_text("The query cannot be measured")
+    expect(driver.shown("problem")).to_contain_text("It has <b>no</b> token.")
+    assert [text for text in driver.complaints if "422" not in text] == []
+    driver.complaints.clear()
+
+
+def test_a_service_that_is_gone_is_told(open_page: Open) -> None:
+    driver = open_page()
+    driver.context.set_offline(True)
+    driver.fill(*ASKED)
+    driver.page.click("text=Ask")
+    expect(driver.shown("problem")).to_contain_text("The service cannot be reached")
+    driver.complaints.clear()
+
+
+def test_nothing_is_sent_without_prompt_or_completion(
+    open_page: Open, service: CannedService
+) -> None:
+    driver = open_page()
+    driver.page.click("text=Ask")
+    driver.page.fill("[name=prompt]", "x")
+    driver.page.click("text=Ask")
+    expect(driver.page.locator("[name=completion]")).to_be_focused()
+    assert service.asked == []
+
+
+def test_a_link_holds_all_inputs_and_sends_nothing_by_itself(
+    open_page: Open, service: CannedService
+) -> None:
+    driver = open_page()
+    page = driver.page
+    driver.open_options()
+    page.select_option("[name=direction]", "both")
+    page.select_option("[name=index]", "<b>b</b>")
+    page.fill("[name=k]", "4")
+    page.fill("[name=seed]", str(BIG_SEED))
+    page.uncheck("[name=tokens]")
+    page.click("text=Add a filter")
+    page.fill("[name=column]", "a&b=c#")
+    page.fill("[name=value]", 'x\n"y"')
+    driver.ask("What & why #1? ü\n%", "Kabul", "Kathmandu")
+    fragment = page.evaluate("location.hash")
+    driver.open(fragment)
+    expect(driver.shown("notice")).to_contain_text("Nothing was sent yet")
+    page.wait_for_timeout(200)
+    assert len(service.asked) == 1
+    page.click("text=Ask")
+    driver.wait_for_answer()
+    assert service.asked[1] == service.asked[0]
+    assert service.asked[0]["filters"] == {"a&b=c#": {"any_of": ["x", "y"]}}
+
+
+def test_a_spoilt_link_fills_what_it_can(open_page: Open, service: CannedService) -> None:
+    driver = open_page()
+    filters = "filter=%5B1%5D&filter=nonsense&filter=%5B%22a%22%2C%22steal%22%2C%22b%22%5D"
+    driver.open(f"#prompt=x&direction=sideways&k=many&filters=1&__proto__=1&{filters}&complete=1")
+    expect(driver.page.locator("[name=prompt]")).to_have_value("x")
+    expect(driver.page.locator("[name=direction]")).to_have_value("proponents")
+    expect(driver.page.locator("[name=k]")).to_have_value("10")
+    assert driver.page.locator(".filter").count() == 0
+    assert service.asked == []
+
+
+def test_downloads_are_the_answer(open_page: Open, service: CannedService) -> None:
+    driver = open_page()
+    driver.ask("hostile", "Kabul")
+    request = QueryRequest.model_validate_json(json.dumps(service.asked[0]))
+    answer = canned_answer(request)
+    assert driver.download("Download JSON") == answer.model_dump_json()
+    table = driver.download("Download CSV")
+    rows = list(csv.DictReader(io.StringIO(table, newline="")))
+    assert len(rows) == len(answer.results)
+    for row, result in zip(rows, answer.results, strict=True):
+        assert float(row["score_nats"]) == result.score
+        assert row["id"] == result.id
+        assert json.loads(row["metadata"]) == result.metadata
+        assert row["text"].removeprefix("'") == result.text
+        assert row["text"][0] not in "=+-@"
+    assert any(row["text"].startswith("'=HYPERLINK") for row in rows)
+
+
+def test_csv_cells_that_look_like_formulas_are_guarded(open_page: Open) -> None:
+    driver = open_page()
+    wanted = {
+        "=1+1": '"\'=1+1"',
+        "+a": '"\'+a"',
+        "-a": '"\'-a"',
+        "@a": '"\'@a"',
+        "--1": '"\'--1"',
+        "\t=1": '"\'\t=1"',
+        "\uff1d1": '"\'\uff1d1"',
+        "-5": '"-5"',
+        "+1.5e-3": '"+1.5e-3"',
+        'a"b': '"a""b"',
+        -2.5: '"-2.5"',
+        None: '""',
+    }
+    cells = driver.page.evaluate(
+        "async texts => texts.map((await import('/page/download.js')).cell)",
+        list(wanted),
+    )
+    assert cells == list(wanted.values())
+
+
+def test_the_keyboard_is_enough(open_page: Open, service: CannedService) -> None:
+    driver = open_page()
+    keys = driver.page.keyboard
+    keys.press("Tab")
+    expect(driver.page.get_by_text("Skip to the results")).to_be_focused()
+    keys.press("Tab")
+    keys.type("gated")
+    keys.press("Tab")
+    keys.type("Kabul")
+    keys.press("Control+Enter")
+    expect(driver.shown("result")).to_have_count(3)
+    keys.press("Escape")
+    expect(driver.shown("stage")).to_have_text("Cancelled.")
+    service.gate.set()
+    keys.press("Control+Enter")
+    driver.wait_for_answer()
+    assert service.asked[1]["completion"] == " Kabul"
+    for _ in range(40):
+        keys.press("Tab")
+        focused = "document.activeElement.closest('.folded')"
+        if driver.page.evaluate(f"{focused} !== null"):
+            break
+    keys.press("Enter")
+    expect(driver.shown("duplicates").locator(".text")).to_be_visible()
+    outline = "getComputedStyle(document.activeElement).outlineStyle"
+    assert driver.page.evaluate(outline) != "none"
+
+
+def test_the_skip_link_leads_to_the_results(open_page: Open) -> None:
+    driver = open_page()
+    driver.page.keyboard.press("Tab")
+    driver.page.keyboard.press("Enter")
+    expect(driver.page.locator("#results")).to_be_focused()
+
+
+@pytest.mark.parametrize("width", [320, 360, 768, 1280])
+def test_no_width_scrolls_sideways(open_page: Open, width: int) -> None:
+    driver = open_page(viewport={"width": width, "height": 800})
+    driver.open_options()
+    driver.page.check("[name=documents]")
+    driver.page.click("text=Add a filter")
+    driver.page.locator(".filter button").click()
+    driver.page.select_option("[name=direction]", "both")
+    driver.ask("hostile", "W" * 300)
+    driver.page.locator("details").evaluate_all("all => all.forEach(one => (one.open = true))")
+    assert driver.page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_axe_finds_no_fault(open_page: Open, scheme: str, width: int) -> None:
+    driver = open_page(color_scheme=scheme, viewport={"width": width, "height": 900})
+    assert driver.accessibility_faults() == []
+    driver.open_options()
+    driver.page.check("[name=documents]")
+    driver.page.fill("[name=deadline]", "5")
+    driver.page.select_option("[name=direction]", "both")
+    driver.ask(*ASKED, against="Kathmandu")
+    driver.page.locator("details").evaluate_all("all => all.forEach(one => (one.open = true))")
+    assert driver.accessibility_faults() == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_strongest_tokens_can_be_read(open_page: Open, scheme: str) -> None:
+    driver = open_page(color_scheme=scheme)
+    driver.ask(*ASKED)
+    contrast = """token => {
+      const context = document.createElement('canvas').getContext('2d', {willReadFrequently: true})
+      const luminance = colours => {
+        for (const colour of colours) {
+          context.fillStyle = colour
+          context.fillRect(0, 0, 1, 1)
+        }
+        const [r, g, b] = [...context.getImageData(0, 0, 1, 1).data].map(v => v / 255)
+          .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+      }
+      const style = getComputedStyle(token)
+      const behind = getComputedStyle(token.closest('.card')).backgroundColor
+      const [low, high] = [luminance([behind, style.backgroundColor]), luminance([style.color])]
+        .sort((a, b) => a - b)
+      return (high + 0.05) / (low + 0.05)
+    }"""
+    for side in ("raised", "lowered"):
+        driver.page.locator(f".token.{side}").first.evaluate(
+            "token => token.style.setProperty('--strength', '100%')"
+        )
+        assert driver.page.locator(f".token.{side}").first.evaluate(contrast) >= 4.5

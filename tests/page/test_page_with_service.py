@@ -1,0 +1,37 @@
+"""The page in a browser, on the real service."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from service.http.app import create_app
+from service.settings import Settings
+from tests.page.page_server import serving
+from tests.service_fixtures import make_workspace
+
+page_driver = pytest.importorskip("tests.page.page_driver", reason="needs playwright")
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator["page_driver.PageDriver"]:
+    workspace = make_workspace(tmp_path_factory.mktemp("page"))
+    settings = Settings(model=str(workspace.model), indexes={"default": workspace.index})
+    with serving(create_app(settings)) as url, page_driver.chromium() as browser:
+        yield page_driver.PageDriver(browser, url)
+
+
+def test_a_question_and_its_contrast(driver: "page_driver.PageDriver") -> None:
+    driver.ask("The capital of France is", "Paris")
+    shown = " ".join(driver.texts())
+    assert "The capital of France is Paris." in shown
+    assert driver.complaints == []
+    driver.ask("The capital of France is", "Paris", against="Lima")
+    assert "The capital of France is Paris." in " ".join(driver.texts())
+    assert driver.complaints == []
+
+
+def test_a_hostile_example_is_shown_harmless(driver: "page_driver.PageDriver") -> None:
+    driver.ask("The capital of [bold]France[/bold] is", "[/nonsense]")
+    (hostile,) = [text for text in driver.texts() if "[/nonsense]" in text]
+    assert not {"\x1b", "\u202e"} & set(hostile)
+    assert driver.complaints == []

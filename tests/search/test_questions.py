@@ -1,0 +1,182 @@
+"""What can be asked: contrasts, weighted batches, opponents, filters; and explanations."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.models import BadQuery, load_model
+from service.search.answer import Answer
+from service.search.explaining import token_texts
+from service.search.opening import open_index
+from service.search.query import Condition, Query, Term
+from service.search.retrieval import Retriever
+from tests.service_fixtures import COUNTRIES, HOSTILE_ID, Workspace, corpus_rows, make_workspace
+
+PROMPT = "The capital of France is"
+ROWS = len(corpus_rows())
+WHOLE: dict[str, Any] = {"k": ROWS, "budget": ROWS, "ranking": "score", "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def retriever(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Retriever]:
+    workspace: Workspace = make_workspace(tmp_path_factory.mktemp("questions"))
+    yield Retriever(open_index(workspace.index, load_model(str(workspace.model))))
+
+
+def scores(answer: Answer) -> np.ndarray:
+    """By row, of an answer that names every row."""
+    found = np.full(ROWS, np.nan)
+    for result in answer.results:
+        found[result.row] = result.score
+    return found
+
+
+def alone(retriever: Retriever, completion: str) -> np.ndarray:
+    return scores(retriever.answer(Query(prompt=PROMPT, completion=completion, **WHOLE)))
+
+
+def test_a_contrast_is_the_difference_of_two_measurements(retriever):
+    query = Query(prompt=PROMPT, completion=" Paris", against=" Lima", **WHOLE)
+    answer = retriever.answer(query)
+    expected = alone(retriever, " Paris") - alone(retriever, " Lima")
+    assert scores(answer) == pytest.approx(expected, rel=1e-3, abs=1e-3 * np.abs(expected).max())
+    (term,) = answer.terms
+    assert term.against_log_probability is not None
+    assert answer.value == term.log_probability - term.against_log_probability
+
+
+def test_a_batch_is_the_weighted_sum_of_its_queries(retriever):
+    terms = (
+        Term(prompt=PROMPT, completion=" Paris", weight=2.0),
+        Term(prompt=PROMPT, completion=" Lima", weight=-0.5),
+    )
+    answer = retriever.answer(Query(batch=terms, **WHOLE))
+    expected = 2 * alone(retriever, " Paris") - 0.5 * alone(retriever, " Lima")
+    assert scores(answer) == pytest.approx(expected, rel=1e-3, abs=1e-3 * np.abs(expected).max())
+    first, second = answer.terms
+    assert answer.value == pytest.approx(2 * first.log_probability - 0.5 * second.log_probability)
+
+
+def test_a_completion_contrasted_with_itself_is_refused(retriever):
+    with pytest.raises(BadQuery, match="nothing sets them apart"):
+        retriever.answer(Query(prompt=PROMPT, completion=" Paris", against=" Paris"))
+
+
+def test_opponents_are_the_lowest_scores_worst_first(retriever):
+    every = np.sort(alone(retriever, " Paris"))
+    query = Query(prompt=PROMPT, completion=" Paris", **{**WHOLE, "k": 4}, direction="opponents")
+    answer = retriever.answer(query)
+    assert [r.score for r in answer.results] == pytest.approx(every[:4], rel=1e-4)
+    assert {r.direction for r in answer.results} == {"opponents"}
+    assert [r.rank for r in answer.results] == [1, 2, 3, 4]
+    assert {side for side, _ in answer.sided_certificates} == {"opponents"}
+
+
+def test_both_directions_are_certified_apart_and_scored_once(retriever):
+    query = Query(prompt=PROMPT, completion=" Paris", **{**WHOLE, "k": 3}, direction="both")
+    answer = retriever.answer(query)
+    every = np.sort(alone(retriever, " Paris"))
+    assert [r.score for r in answer.results[:3]] == pytest.approx(every[::-1][:3], rel=1e-4)
+    assert [r.score for r in answer.results[3:]] == pytest.approx(every[:3], rel=1e-4)
+    sides = [side for side, _ in answer.sided_certificates]
+    assert sides == ["proponents"] * 2 + ["opponents"] * 2
+    assert answer.rescored_rows + answer.sampled_rows <= ROWS
+
+
+def test_filters_leave_some_rows_and_the_certificates_speak_of_those(retriever):
+    documents = ("facts/France", "facts/Peru", "facts/Japan")
+    filters = {"document": Condition(any_of=documents), "licence": Condition(any_of=("none",))}
+    query = Query(prompt=PROMPT, completion=" Paris", k=6, budget=6, filters=filters)
+    answer = retriever.answer(query)
+    assert {r.document for r in answer.results} == set(documents)
+    assert len(answer.results) == answer.rows == 6
+    by_row = alone(retriever, " Paris")
+    assert [r.score for r in answer.results] == pytest.approx(
+        [by_row[r.row] for r in answer.results], rel=1e-4
+    )
+    assert {c.status for c in answer.certificates} == {"exhaustive"}
+
+
+def test_filters_that_leave_nothing_or_too_little_are_refused(retriever):
+    with pytest.raises(BadQuery, match="No example meets the conditions on licence"):
+        filters = {"licence": Condition(any_of=("CC0",))}
+        retriever.answer(Query(prompt=PROMPT, completion=" Paris", filters=filters))
+    with pytest.raises(BadQuery, match="k must be from 1 to 1, the rows that the filters leave"):
+        filters = {"id": Condition(any_of=(HOSTILE_ID,))}
+        retriever.answer(Query(prompt=PROMPT, completion=" Paris", k=2, filters=filters))
+
+
+@pytest.mark.parametrize(
+    ("condition", "held", "not_held"),
+    [
+        (Condition(any_of=("a", 2)), ["a", 2, 2.0], ["b", None, True]),
+        (Condition(any_of=(True,)), [True], [1, "true"]),
+        (Condition(at_least=2), [2, 3.5], [1, "3", None, True]),
+        (Condition(at_least="1990-05", at_most="1991"), ["1990-06-01", "1991"], ["1989", 1990]),
+    ],
+)
+def test_conditions_compare_values_of_the_same_kind(condition, held, not_held):
+    assert all(condition.holds(value) for value in held)
+    assert not any(condition.holds(value) for value in not_held)
+
+
+def test_another_estimator_than_the_index_was_built_for_is_refused(retriever):
+    with pytest.raises(BadQuery, match="built for the estimator 'ekfac', not 'kfac'"):
+        retriever.answer(Query(prompt=PROMPT, completion=" Paris", estimator="kfac"))
+    asked = Query(prompt=PROMPT, completion=" Paris", estimator="ekfac")
+    assert retriever.answer(asked).estimator == "ekfac"
+
+
+def test_splits_by_token_and_layer_add_up_to_the_score(retriever):
+    query = Query(prompt=PROMPT, completion=" Paris", k=5, tokens=True, layers=True)
+    for result in retriever.answer(query).results:
+        assert result.tokens is not None
+        assert result.layers is not None
+        largest = max(abs(share) for share in result.layers.values())
+        assert sum(result.layers.values()) == pytest.approx(result.score, abs=1e-3 * largest)
+        assert sum(score for _, score in result.tokens) == pytest.approx(
+            result.score, abs=1e-3 * largest
+        )
+        assert "".join(text for text, _ in result.tokens) == result.text
+        assert result.tokens[-1][1] == 0  # nothing is predicted from the last token
+
+
+def test_explanations_wait_for_whoever_runs_the_model(retriever):
+    query = Query(prompt=PROMPT, completion=" Paris", k=2, tokens=True)
+    with ThreadPoolExecutor(1) as pool:
+        with retriever.loaded.turn:
+            answer = pool.submit(retriever.answer, query)
+            with pytest.raises(TimeoutError):
+                answer.result(timeout=1)
+        assert answer.result(timeout=60).results[0].tokens is not None
+
+
+def test_tokens_that_share_a_character_tell_it_once(retriever):
+    tokenizer = retriever.loaded.tokenizer
+    text = "Kyōto 東京 👍🏽 is"
+    ids = tokenizer(text)["input_ids"]
+    texts = token_texts(tokenizer, ids)
+    assert len(texts) == len(ids) > len(text)
+    assert "".join(texts) == text
+
+
+def test_near_duplicates_share_a_cluster(retriever):
+    query = Query(prompt=PROMPT, completion=" Paris", **WHOLE, clusters=True)
+    results = retriever.answer(query).results
+    by_cluster: dict[int, set[str]] = {}
+    for result in results:
+        assert result.cluster is not None
+        by_cluster.setdefault(result.cluster, set()).add(result.id.split("#")[-1])
+    assert results[0].cluster == 0
+    assert len(by_cluster) > 1
+    for country in COUNTRIES:  # a capital and an export are no near-duplicates
+        found = [r.cluster for r in results if r.document == f"facts/{country}"]
+        assert found[0] != found[1]
+
+
+def test_what_is_not_asked_for_is_not_computed(retriever):
+    for result in retriever.answer(Query(prompt=PROMPT, completion=" Paris", k=2)).results:
+        assert (result.tokens, result.layers, result.cluster) == (None, None, None)
