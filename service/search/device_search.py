@@ -29,8 +29,8 @@ class DeviceIndex:
     """A ``VectorIndex`` whose codes lie on a device and are scanned there.
 
     Codes are read as in ``index.codes.vectors``. Codes stay codes in memory; a chunk of rows at a
-    time becomes numbers in float16 (float32 on a CPU) and is multiplied with all queries. Queries are
-    rounded to that type, which adds a relative variance below 1e-7 to an estimate's.
+    time becomes numbers in float16 (float32 on a CPU) and is multiplied with all queries. Queries
+    are rounded to that type, which adds a relative variance below 1e-7 to an estimate's.
 
     Args:
         codes: kind of code.
