@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from estimators.chosen import GradientEstimator, RowEstimator
-from estimators.grounds import Questions
+from estimators.grounds import Questions, Unavailable
 from estimators.model.tokens import Sequence1D
 from estimators.registry import CODES, PROPOSERS
 from estimators.rescoring import (
@@ -89,7 +89,7 @@ class Retriever:
             self._token_budget,
         )
         seed = secrets.randbits(62)
-        runs = iter([self._run(one, found, place, seed) for place, one in enumerate(sound)])
+        runs = iter([self._begun(one, found, place, seed) for place, one in enumerate(sound)])
         return [next(runs) if isinstance(one, _Prepared) else one for one in prepared]
 
     def _prepare(self, query: Query) -> "_Prepared | Exception":
@@ -104,6 +104,14 @@ class Retriever:
         if any(term.completion is None for term in query.terms):
             clock.stop("complete")
         return _Prepared(query=query, estimator=estimator, kept=kept, asked=asked, clock=clock)
+
+    def _begun(
+        self, prepared: "_Prepared", found: Measured, place: int, seed: int
+    ) -> Run | Exception:
+        try:
+            return self._run(prepared, found, place, seed)
+        except Unavailable as error:
+            return BadQuery(str(error))
 
     def _run(
         self, prepared: "_Prepared", found: Measured, place: int, seed: int

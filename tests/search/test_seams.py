@@ -32,7 +32,7 @@ pytest_plugins = ["tests.index_fixtures"]
 ASKED = Query(
     prompt="The market of Porto", completion=" opened in 1835.", k=120, budget=120, seed=1
 )
-HERE = "tests.search.test_seams"
+HERE = __name__
 
 
 @pytest.fixture
