@@ -631,7 +631,7 @@ def test_no_service_is_one_sentence() -> None:
         port = taken.getsockname()[1]
     said = sentence(invoke(query, "x", "--url", f"http://127.0.0.1:{port}"))
     assert f"Cannot ask the service at http://127.0.0.1:{port}" in said
-    assert "scripts.serve" in said
+    assert "etymon serve" in said
 
 
 @pytest.mark.parametrize("url", ["nowhere", "ftp://x", "http://[", "http://" + "a" * 300])
