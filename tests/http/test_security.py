@@ -20,12 +20,12 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
-from service.app import create_app
 from typer.testing import CliRunner
 
 from scripts import serve
 from service.http import access, limits
 from service.http import problems as errors
+from service.http.app import create_app
 from service.http.telemetry import Telemetry
 from service.schemas.queries import QueryRequest
 from service.settings import Settings
