@@ -24,6 +24,7 @@ TABLES = ("README.md", MEASURED, "docs/pretrained.md")
 """Documents whose tables are of measurements."""
 
 NOT_RECORDED = {
+    "README.md": ("log p = -7.610 nats over 4 tokens",),
     "docs/measured.md": ("15.0 minutes, 1.9 GB",),
     "docs/pretrained.md": (
         "24 minutes, 10.9 GB",
@@ -367,6 +368,6 @@ def test_tables_of_measurements_hold_no_other_figure(document: str) -> None:
 
 @pytest.mark.parametrize("document", NOT_RECORDED)
 def test_figures_without_a_record_are_there_and_said_to_be_so(document: str) -> None:
-    text = (ROOT / document).read_text()
+    text = flat((ROOT / document).read_text())
     assert all(figure in text for figure in NOT_RECORDED[document])
     assert "not in a record" in text
