@@ -62,7 +62,7 @@ def load_factors(path: Path) -> tuple[str, Factors, dict[str, str]]:
     except Exception as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}).") from error
     if "etymon" not in header:
-        raise ValueError(f"{path} holds no fitted estimator; write one with scripts.fit_estimator.")
+        raise ValueError(f"{path} holds no fitted estimator; write one with etymon fit.")
     contents = json.loads(header["etymon"])
     name = contents["estimator"]
     return name, rebuild_factors(name, tensors), contents["facts"]

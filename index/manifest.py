@@ -221,7 +221,7 @@ class Manifest(Record):
         if not path.is_file():
             raise IndexMissing(
                 f"No complete index in {folder}: {FILE_NAME} is missing. Build it with "
-                f"scripts.build_index, or run that command again to finish an interrupted build."
+                f"etymon build, or run that command again to finish an interrupted build."
             )
         content = read_sealed(path, "restore it, or delete it and run the build again")
         if content.get("schema_version") != SCHEMA_VERSION:

@@ -1,1 +1,1 @@
-"""Commands: thin, run with ``python -m scripts.NAME``; the last line on stdout is one JSON line."""
+"""Commands: thin, run with ``etymon NAME``; the last line on stdout is one JSON line."""

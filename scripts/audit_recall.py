@@ -40,7 +40,7 @@ def main(
     limit: Annotated[int, typer.Option(help="Use the first so many queries.")] = 100,
     k: Annotated[int, typer.Option(help="Training examples an answer.")] = 10,
     ranking: Annotated[
-        Literal["normalised", "score"], typer.Option(help="See scripts.query --help.")
+        Literal["normalised", "score"], typer.Option(help="See etymon query --help.")
     ] = "normalised",
     recall: Annotated[float, typer.Option(help="Recall to certify.")] = 0.9,
     confidence: Annotated[float, typer.Option(help="Of each certificate.")] = 0.95,
@@ -70,12 +70,17 @@ def main(
     device: options.Device = "cpu",
     dtype: options.DType = "auto",
 ) -> None:
-    """Say how good the index' recall really is.
+    r"""Measure the recall of an index, and whether its certificates hold.
 
-    For each query: the two-stage answer, the exact scores of every row (or of a sample), recall@k
-    against them, and whether each certificate's bound held. Queries must not be those that the
-    index was calibrated with. Exits with 2 when more bounds failed
-    than their confidence allows.
+    For each query it computes the two-stage answer, the exact scores of
+    every row (or of a sample), the recall@k of the one against the other,
+    and whether each certificate's bound held. Queries must not be those
+    that the index was calibrated with. It exits with 2 when more bounds
+    failed than their confidence allows.
+
+    Example:
+    etymon audit --model runs/demo/model --index runs/demo/index \
+      --queries queries.jsonl --html audit.html
     """
     start = time.perf_counter()
     loaded = load_model(model, device=device, dtype=dtype)

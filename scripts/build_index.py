@@ -25,7 +25,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     model: options.Model,
     data: options.Data,
-    factors: Annotated[Path, typer.Option(help="What scripts.fit_estimator wrote.")],
+    factors: Annotated[Path, typer.Option(help="File that etymon fit wrote.")],
     out: Annotated[Path, typer.Option(help="Folder of the index.")],
     split: options.Split = "train",
     text_column: options.TextColumn = "text",
@@ -80,11 +80,12 @@ def main(
     dtype: options.DType = "auto",
     gradient_checkpointing: options.GradientCheckpointing = False,
 ) -> None:
-    """Build an index, or finish one that was interrupted (run the same command again).
+    r"""Build an index, or finish one that was interrupted (run the same command again).
 
-    Example: python -m scripts.build_index --model runs/demo/model
-    --data runs/demo/corpus.jsonl --id-column id --document-column document
-    --factors runs/demo/ekfac.safetensors --out runs/demo/index
+    Example:
+    etymon build --model runs/demo/model --data runs/demo/corpus.jsonl \
+      --id-column id --document-column document \
+      --factors runs/demo/ekfac.safetensors --out runs/demo/index
     """
     start = time.perf_counter()
     asked = None if calibration_queries is None else options.read_queries(calibration_queries)

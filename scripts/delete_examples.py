@@ -21,9 +21,12 @@ def main(
     file: Annotated[Path | None, typer.Option(help="A file with one id a line.")] = None,
     column: Annotated[Column, typer.Option(help="What is given: ids or documents.")] = "id",
 ) -> None:
-    """Delete examples by id or document; codes and texts stay on disk, no answer contains them.
+    """Delete examples by id or document: no answer contains them any more.
 
-    Example: python -m scripts.delete_examples --index runs/demo/index --column document Nepal
+    Their codes and texts stay on disk until the index is built anew.
+
+    Example:
+    etymon delete --index runs/demo/index --column document Nepal
     """
     wanted = [*(values or []), *(file.read_text().splitlines() if file else [])]
     if not wanted:

@@ -55,12 +55,14 @@ def main(
     dtype: options.DType = "auto",
     gradient_checkpointing: options.GradientCheckpointing = False,
 ) -> None:
-    """Fit curvature factors and write them to one safetensors file.
+    r"""Fit curvature factors and write them to one safetensors file.
 
-    A fit that was interrupted goes on where it was if the same command is run again.
+    A fit that was interrupted goes on where it was if the same command is
+    run again.
 
-    Example: python -m scripts.fit_estimator --model runs/demo/model
-    --data runs/demo/corpus.jsonl --out runs/demo/ekfac.safetensors
+    Example:
+    etymon fit --model runs/demo/model --data runs/demo/corpus.jsonl \
+      --out runs/demo/ekfac.safetensors
     """
     start = time.perf_counter()
     selection = LayerSelection(patterns=tuple(layers or ["*"]), widest=widest)

@@ -19,7 +19,8 @@ def main(
 ) -> None:
     """Merge indexes of the same model, factors, options and sketch seed (--seed of their builds).
 
-    Example: python -m scripts.merge_indexes runs/a/index runs/b/index --out runs/all/index
+    Example:
+    etymon merge runs/a/index runs/b/index --out runs/all/index
     """
     merged = merge_indexes(out, indexes)
     rows = merged.rows - sum(len(part.deleted) for part in merged.parts)

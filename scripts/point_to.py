@@ -20,9 +20,11 @@ def main(
 ) -> None:
     """Make ROOT/NAME the index that is served from ROOT: at once, or not at all.
 
-    A service that runs opens it within seconds; queries under way keep the old one.
+    A running service opens it within seconds; queries under way keep the
+    old one.
 
-    Example: python -m scripts.point_to runs/mine v2
+    Example:
+    etymon point-to runs/mine v2
     """
     if (root / name).is_dir():
         Manifest.read(root / name)  # an index that is whole, or the reason why it is none

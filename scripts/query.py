@@ -96,10 +96,11 @@ def main(
 ) -> None:
     """Show the training examples that most raised log p(completion | prompt), and how sure that is.
 
-    What is left out is the service's default. People read stderr; the answer as the service gave it
-    is the JSON line on stdout.
+    Options that are left out take the service's defaults. The table on stderr
+    is for people; the JSON line on stdout is the answer as the service gave it.
 
-    Example: python -m scripts.query "The capital of France is" --completion " Paris" --k 5
+    Example:
+    etymon query "The capital of France is" --completion " Paris" --k 5
     """
     choices = {
         "completion": completion,

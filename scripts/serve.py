@@ -93,10 +93,12 @@ def main(
 ) -> None:
     """Serve queries over HTTP until SIGTERM or Ctrl-C, in one process.
 
-    Settings that are left out come from the environment (ETYMON_MODEL, ETYMON_INDEXES as JSON, and
-    so on), then from their defaults. One JSON line with the address is printed once it answers.
+    Settings that are left out come from the environment (ETYMON_MODEL,
+    ETYMON_INDEXES as JSON, and so on), then from their defaults. It prints
+    one JSON line with its address as soon as it is ready.
 
-    Example: python -m scripts.serve --model runs/demo/model --index default=runs/demo/index
+    Example:
+    etymon serve --model runs/demo/model --index default=runs/demo/index
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)

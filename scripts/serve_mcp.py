@@ -51,7 +51,8 @@ def main(
 
     The service at --url computes; it must be running. Needs the extra `mcp`.
 
-    Example: python -m scripts.serve_mcp --url http://127.0.0.1:8000
+    Example:
+    etymon mcp --url http://127.0.0.1:8000
     """
     try:
         server = make_server(AsyncClient(Connection(url=url, key=key, timeout=timeout)))

@@ -2,7 +2,8 @@
 
 The sixteen words are a biorthogonal code, plus and minus the eight unit vectors. A word of four
 bits keeps 0.795 of a dimension's energy a bit, four signs 0.637: at the same bytes, over twice the
-dimensions, the error of an estimate is 0.9 of that of signs (docs/decisions.md).
+dimensions, the error of an estimate is 0.9 of that of signs; see
+docs/decisions/2026-11-22-biorthogonal-codes.md.
 """
 
 import numpy as np

@@ -31,7 +31,8 @@ BLOCK = 32
 
 LONG_RUN, SHORT_RUN = 2048, 128
 """Blocks that a thread scans in one go: many for a few queries, so that Python's part is small; few
-for more, so that all but the first find them in the processor's cache (docs/decisions.md)."""
+for more, so that all but the first find them in the processor's cache; see
+docs/decisions/2026-11-22-one-bit-scan.md."""
 
 ENCODED_AT_ONCE = 256
 """Rows whose words are chosen together, which bounds the memory."""

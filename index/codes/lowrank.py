@@ -2,10 +2,10 @@
 
 A gradient is a sum of few outer products that matter, so that the leading factors of a layer's
 block hold most of what ranks examples: at 2 KB an example they find about what signs of a random
-sketch find at 8 KB (docs/decisions.md). What the factors leave out is not random, though: a
-sketch's law says nothing of the error, and these codes carry no sketch certificate. LoRIF stores
-factors of whole layers in half precision; here they are of whitened, randomly reduced blocks, one
-bit a coordinate.
+sketch find at 8 KB (docs/decisions/2026-11-25-low-rank-codes.md). What the factors leave out is not
+random, though: a sketch's law says nothing of the error, and these codes carry no sketch
+certificate. LoRIF stores factors of whole layers in half precision; here they are of whitened,
+randomly reduced blocks, one bit a coordinate.
 """
 
 import math
@@ -36,7 +36,7 @@ SCANNED_AT_ONCE = 512
 """Rows that a thread decodes together."""
 LEFT_OUT = 1e-3
 """Share of a query's energy in a block that may be left out of a scan: leaving out ten times as
-much lowered recall by 0.005 (docs/decisions.md)."""
+much lowered recall by 0.005 (docs/decisions/2026-11-25-low-rank-codes.md)."""
 
 
 one_thread_each = partial(threadpool_limits, limits=1, user_api="blas")

@@ -33,8 +33,11 @@ def main(
 ) -> None:
     """Run the main job on the CIA World Factbook with a small model trained on the spot.
 
-    About ten minutes on two cores. Everything it runs is an ordinary command of this repository,
-    printed before it runs.
+    It takes ten to fifteen minutes on two cores. Everything it runs is an
+    ordinary command, printed before it runs. Needs the extra `demo`.
+
+    Example:
+    etymon demo --out runs/demo
     """
     start = time.perf_counter()
     shutil.rmtree(out, ignore_errors=True)
@@ -75,19 +78,19 @@ class Demo:
         """All steps; their JSON reports by name."""
         report: dict[str, Any] = {}
         report["train"] = self.steps.run(
-            "train", "1/6 Train a model", "demo.train_model", "--out", str(self._out)
+            "train", "1/6 Train a model", "scripts.demo.train_model", "--out", str(self._out)
         )
         report["fit"] = self.steps.run(
             "fit",
             "2/6 Fit EK-FAC curvature factors",
-            "fit_estimator",
+            "fit",
             *("--model", self.model, "--data", self._corpus, "--out", self._factors),
             *("--examples", "2048"),
         )
         report["build"] = self.steps.run(
             "build",
             "3/6 Build the index",
-            "build_index",
+            "build",
             *("--model", self.model, "--data", self._corpus, "--factors", self._factors),
             *("--id-column", "id", "--document-column", "document", "--out", self.index),
             *("--dimensions", "65536"),
@@ -97,7 +100,7 @@ class Demo:
         report["table"] = self.steps.run(
             "compare",
             "6/6 Compare methods over 100 queries",
-            "demo.evaluate",
+            "scripts.demo.evaluate",
             *("--model", self.model, "--index", self.index, "--queries", str(self._queries)),
         )
         return report
@@ -114,7 +117,7 @@ class Demo:
         report = self.steps.run(
             "audit",
             "5/6 Audit its recall against exact scores of every example",
-            "audit_recall",
+            "audit",
             *("--model", self.model, "--index", self.index, "--queries", str(asked)),
         )
         report.pop("per_query")

@@ -161,7 +161,7 @@ class SmolLMDemo:
         report: dict[str, Any] = {}
         base = str(self._out / "base")
         report["base"] = self.steps.run(
-            "convert", "1/7 Unpack the pretrained model", "demo.smollm", "--out", base
+            "convert", "1/7 Unpack the pretrained model", "scripts.demo.smollm", "--out", base
         )
         report["train"] = self._train(base)
         report["fit"] = self._fit()
@@ -176,7 +176,7 @@ class SmolLMDemo:
         return self.steps.run(
             "train",
             "2/7 Fine-tune it on facts that it does not know",
-            "demo.train_smollm",
+            "scripts.demo.train_smollm",
             *("--base", base, "--out", str(self._out)),
             *("--facts", str(size.facts), "--paragraphs", str(size.paragraphs)),
             *("--epochs", str(size.epochs), "--rows", str(size.rows_per_batch)),
@@ -187,7 +187,7 @@ class SmolLMDemo:
         return self.steps.run(
             "fit",
             "3/7 Fit EK-FAC curvature factors",
-            "fit_estimator",
+            "fit",
             *("--model", self.model, "--data", str(self._out / "corpus.jsonl")),
             *("--out", str(self._out / "ekfac.safetensors")),
             *("--examples", str(self._size.fitting_examples)),
@@ -198,7 +198,7 @@ class SmolLMDemo:
         return self.steps.run(
             "build",
             "4/7 Build the index",
-            "build_index",
+            "build",
             *("--model", self.model, "--data", str(self._out / "corpus.jsonl")),
             *("--factors", str(self._out / "ekfac.safetensors"), "--out", self.index),
             *("--id-column", "id", "--document-column", "document"),
@@ -220,7 +220,7 @@ class SmolLMDemo:
         report = self.steps.run(
             "audit",
             "6/7 Audit its recall against exact scores of every example",
-            "audit_recall",
+            "audit",
             *("--model", self.model, "--index", self.index, "--queries", str(asked)),
             *self._computing,
         )
@@ -234,7 +234,7 @@ class SmolLMDemo:
         return self.steps.run(
             "compare",
             f"7/7 Compare methods over {right + wrong} queries",
-            "demo.evaluate",
+            "scripts.demo.evaluate",
             *("--model", self.model, "--index", self.index, "--queries", str(self._queries)),
             *("--right", str(right), "--wrong", str(wrong)),
             *(() if size.thorough else ("--no-causal", "--no-by-score")),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 import httpx
 
 from scripts.console import stderr
+from scripts.main import COMMANDS, PROGRAM
 
 START_SECONDS = 300
 """How long the service may take to load."""
@@ -48,28 +50,32 @@ class Steps:
     _largest: float = field(default=0.0, init=False, repr=False)
     _computed: float = field(default=0.0, init=False, repr=False)
 
-    def run(self, name: str, heading: str, module: str, *arguments: str) -> dict[str, Any]:
-        """Run ``scripts.MODULE`` under a heading; its JSON report.
+    def run(self, name: str, heading: str, command: str, *arguments: str) -> dict[str, Any]:
+        """Run a command under a heading; its JSON report.
+
+        Args:
+            name: of the step.
+            heading: printed before it.
+            command: of ``etymon``, or a module of scripts/ that is a command.
+            arguments: of the command.
 
         Raises:
             RuntimeError: it failed.
         """
         say_heading(heading)
         with self.measured(name):
-            return self.command(module, *arguments)
+            return self.command(command, *arguments)
 
-    def command(self, module: str, *arguments: str) -> dict[str, Any]:
-        """Run ``scripts.MODULE``, people's output passed on; its JSON report.
+    def command(self, command: str, *arguments: str) -> dict[str, Any]:
+        """Run a command as ``run`` does, people's output passed on; its JSON report.
 
         Raises:
             RuntimeError: it failed.
         """
-        shown = " ".join(f"'{a}'" if " " in a else a for a in arguments)
-        stderr.print(
-            f"$ python -m scripts.{module} {shown}", style="dim", soft_wrap=True, markup=False
-        )
+        shown = shlex.join([*typed(command), *arguments])
+        stderr.print(f"$ {shown}", style="dim", soft_wrap=True, markup=False, highlight=False)
         process = subprocess.Popen(
-            command_line(module, *arguments), stdout=subprocess.PIPE, text=True
+            command_line(command, *arguments), stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None
         with process.stdout:
@@ -77,7 +83,7 @@ class Steps:
         self._wait(process)
         if process.returncode:
             raise RuntimeError(
-                f"scripts.{module} ended with status {process.returncode}; see above."
+                f"{shlex.join(typed(command))} ended with status {process.returncode}; see above."
             )
         result: dict[str, Any] = json.loads(output.splitlines()[-1])
         return result
@@ -149,10 +155,16 @@ class Steps:
         return True
 
 
-def command_line(module: str, *arguments: str) -> list[str]:
-    """The command that runs ``scripts.MODULE``, offline."""
+def typed(command: str) -> list[str]:
+    """What a user types to run it."""
+    return [PROGRAM, command] if command in COMMANDS else ["python", "-m", command]
+
+
+def command_line(command: str, *arguments: str) -> list[str]:
+    """What runs it in this environment, offline."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    return [sys.executable, "-m", f"scripts.{module}", *arguments]
+    module = ["scripts.main", command] if command in COMMANDS else [command]
+    return [sys.executable, "-m", *module, *arguments]
 
 
 def say_heading(text: str) -> None:
@@ -204,7 +216,7 @@ def ask(steps: Steps, url: str, query: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_audit_queries(path: Path, pool: Sequence[dict[str, Any]], count: int) -> None:
-    """Write ``count`` queries, evenly spread over the pool, as scripts.audit_recall reads them."""
+    """Write ``count`` queries, evenly spread over the pool, as ``etymon audit`` reads them."""
     lines = [
         json.dumps({"prompt": q["prompt"], "completion": q["completion"]})
         for q in pool[:: max(1, len(pool) // count)][:count]
@@ -214,12 +226,12 @@ def write_audit_queries(path: Path, pool: Sequence[dict[str, Any]], count: int) 
 
 def say_what_next(model: str, index: str) -> None:
     """How to go on by hand."""
-    python = Path(sys.executable)
-    shown = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    program = Path(sys.executable).with_name(PROGRAM)
+    shown = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else PROGRAM
     request = json.dumps({"prompt": "The capital of France is", "k": 5})
     stderr.print(
         "\nServe this index yourself and query it:\n"
-        f"  {shown} -m scripts.serve --model {model} --index default={index}\n"
+        f"  {shown} serve --model {model} --index default={index}\n"
         f"  curl -s http://127.0.0.1:8000/v1/query -H 'Content-Type: application/json' "
         f"-d '{request}'",
         highlight=False,

@@ -118,7 +118,7 @@ def build_index(
     Args:
         folder: of the index.
         loaded: the model.
-        factors: what ``scripts.fit_estimator`` wrote.
+        factors: what ``etymon fit`` wrote.
         source: the corpus.
         options: sizes and seed; an appended corpus must repeat those of the index.
         progress: shows the steps.

@@ -68,7 +68,7 @@ def predict_build(
 
     Args:
         loaded: the model.
-        factors: what ``scripts.fit_estimator`` wrote.
+        factors: what ``etymon fit`` wrote.
         source: the corpus.
         options: of the build.
         scratch: a temporary folder, where some examples are put.

@@ -105,7 +105,7 @@ class Connection:
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             raise ServiceUnreachable(
                 f"Cannot ask the service at {self.shown_url} ({str(error).rstrip('.')}); start it "
-                f"with python -m scripts.serve, or name another."
+                f"with etymon serve, or name another."
             ) from error
 
 

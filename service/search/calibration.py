@@ -77,8 +77,8 @@ class IndexCalibration:
         """Why the calibration says nothing of such queries; None if it does."""
         if self.changed:
             return (
-                "rows were added to the index or deleted since it was calibrated; run the build "
-                "again with --calibration-queries"
+                "rows were added to the index or deleted since it was calibrated; run etymon "
+                "build again with --calibration-queries"
             )
         if query.estimator not in (None, self.own.name):
             return (
@@ -132,7 +132,7 @@ def find_calibration(folder: Path, own: GradientEstimator) -> IndexCalibration |
     path = folder / FILE_NAME
     if not path.is_file():
         return None
-    content = read_sealed(path, "delete it, or run the build again with --calibration-queries")
+    content = read_sealed(path, "delete it, or run etymon build again with --calibration-queries")
     try:
         record = CalibrationRecord.model_validate(content)
     except ValidationError as error:

@@ -74,7 +74,7 @@ class Proxies:
         """The same with larger error scales for larger values, as depths by calibration use.
 
         By them the depths that queries need differ less, whatever the sketch; see
-        docs/decisions.md.
+        docs/decisions/2026-11-25-certificates.md.
         """
         return replace(self, relative=max(self.relative, CALIBRATION_SLACK))
 

@@ -1,6 +1,5 @@
 """The images and the compose file, read as text: what they run, copy and set exists here."""
 
-import importlib
 import json
 import re
 import shlex
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 import yaml
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
+from scripts.main import app, load
 from service.http.app import create_app
 from service.settings import Settings
 
@@ -84,22 +83,19 @@ def variables(name: str) -> dict[str, str]:
     return found
 
 
-def options_of(module: str) -> set[str]:
-    app = importlib.import_module(module).app
-    result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+def options_of(name: str) -> set[str]:
+    result = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
     assert result.exit_code == 0
     return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", result.stdout))
 
 
-def check_command(module: str, arguments: list[str]) -> dict[str, Any]:
-    """Check a command line against the command's help and its parser; gives the parameters."""
-    assert module.startswith("scripts.")
-    app = importlib.import_module(module).app
+def check_command(name: str, arguments: list[str]) -> dict[str, Any]:
+    """Check a command of ``etymon`` against its help and its parser; gives the parameters."""
     flags = {argument.split("=")[0] for argument in arguments if argument.startswith("--")}
-    assert flags <= options_of(module)
+    assert flags <= options_of(name)
     if "--help" in flags:
         return {}
-    context = typer.main.get_command(app).make_context(module, list(arguments))
+    context = load(name).make_context(name, list(arguments))
     parameters: dict[str, Any] = context.params
     return parameters
 
@@ -191,8 +187,8 @@ def test_images_run_commands_that_exist(target: str) -> None:
     words = json.loads(last(target, "ENTRYPOINT"))
     if target == "batch":
         words += json.loads(last(target, "CMD"))
-    assert words[:2] == ["python", "-m"]
-    check_command(words[2], words[3:])
+    assert words[0] in PROJECT["scripts"]
+    check_command(words[1], words[2:])
 
 
 def test_the_health_check_asks_whether_the_service_is_ready() -> None:
@@ -201,11 +197,11 @@ def test_the_health_check_asks_whether_the_service_is_ready() -> None:
     assert (python, dash) == ("python", "-c")
     compile(code, "HEALTHCHECK", "exec")
     words = json.loads(last("service", "ENTRYPOINT"))
-    port = check_command(words[2], words[3:])["port"]
+    port = check_command(words[1], words[2:])["port"]
     assert f"http://127.0.0.1:{port}/readyz" in code
     assert last("service", "EXPOSE") == str(port)
-    app = create_app(Settings(model="m", indexes={"default": Path("i")}))
-    assert "/readyz" in app.openapi()["paths"]
+    served = create_app(Settings(model="m", indexes={"default": Path("i")}))
+    assert "/readyz" in served.openapi()["paths"]
 
 
 def test_there_is_no_secret() -> None:

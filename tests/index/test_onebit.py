@@ -74,7 +74,7 @@ def test_the_fast_scan_form_of_faiss_is_right_only_up_to_1024_dimensions():
     """Why there is no such kind of code: sums over all dimensions leave 16 bits, without a word.
 
     It depends on the query: with coordinates of equal size nothing is left at 2,048 dimensions,
-    with normal ones it happens at some thousands (docs/decisions.md).
+    with normal ones it happens at some thousands (docs/decisions/2026-11-22-one-bit-scan.md).
     """
     for dimensions, right in ((1024, True), (2048, False)):
         x = unit_rows(500, dimensions)

@@ -281,7 +281,7 @@ def test_serve_and_query_from_start_to_sigterm(built: Built) -> None:
     indexes = json.dumps({"default": str(built.workspace.index)})
     settings = environment(ETYMON_MODEL=str(built.workspace.model), ETYMON_INDEXES=indexes)
     process = subprocess.Popen(
-        [sys.executable, "-m", "scripts.serve", "--port", "0"],
+        [sys.executable, "-m", "scripts.main", "serve", "--port", "0"],
         cwd=ROOT,
         env=settings,
         stdout=subprocess.PIPE,
@@ -295,7 +295,8 @@ def test_serve_and_query_from_start_to_sigterm(built: Built) -> None:
         url = ready["url"]
         assert httpx.get(f"{url}/readyz").json() == {"status": "ok"}
         answered = run_command(
-            "scripts.query",
+            "scripts.main",
+            "query",
             "The capital of France is",
             "--completion",
             " Paris",
@@ -631,7 +632,7 @@ def test_no_service_is_one_sentence() -> None:
         port = taken.getsockname()[1]
     said = sentence(invoke(query, "x", "--url", f"http://127.0.0.1:{port}"))
     assert f"Cannot ask the service at http://127.0.0.1:{port}" in said
-    assert "scripts.serve" in said
+    assert "etymon serve" in said
 
 
 @pytest.mark.parametrize("url", ["nowhere", "ftp://x", "http://[", "http://" + "a" * 300])

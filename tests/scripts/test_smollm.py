@@ -207,6 +207,6 @@ def test_queries_of_the_wanted_kinds_are_asked():
 
 def test_a_command_that_fails_ends_a_demonstration():
     steps = Steps()
-    with pytest.raises(RuntimeError, match=r"scripts\.query ended with status 1"):
+    with pytest.raises(RuntimeError, match="etymon query ended with status 1"):
         steps.run("ask", "Ask", "query", "What?", "--url", "http://127.0.0.1:9")
     assert not steps.costs

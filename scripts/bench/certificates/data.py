@@ -77,7 +77,7 @@ class Ground:
         self.factors = folder / "ekfac.safetensors"
         if not self.factors.is_file():
             Steps().command(
-                "fit_estimator",
+                "fit",
                 *("--model", str(self.subject.model), "--data", str(self.subject.corpus)),
                 *("--out", str(self.factors), "--examples", "4096"),
             )

@@ -105,7 +105,7 @@ def main(
 ) -> None:
     """Measure recall against exact EK-FAC scores of every example, beside other systems' layouts.
 
-    Our rows come from indexes as `scripts.build_index` builds them (separable whitening, two-sided
+    Our rows come from indexes as `etymon build` builds them (separable whitening, two-sided
     first stage, then codes), opened and scanned as a query does.
     """
     start = time.perf_counter()
@@ -169,7 +169,7 @@ class Measurement:
         self._loaded = load_model(str(subject.model))
         arguments = ["--limit", str(limit)] if limit else []
         Steps().command(
-            "fit_estimator",
+            "fit",
             *("--model", str(subject.model), "--data", str(subject.corpus)),
             *("--out", str(self._factors), "--examples", str(fit_examples), *arguments),
         )
