@@ -42,7 +42,7 @@ def factors_class(name: str) -> type[Factors]:
     Raises:
         ValueError: no such name; the message lists the names.
     """
-    return cast(type[Factors], _resolve(FACTORS, name, "factors"))
+    return cast(type[Factors], _resolve(FACTORS, name, "estimator"))
 
 
 def rebuild_factors(name: str, tensors: Mapping[str, Tensor]) -> Factors:

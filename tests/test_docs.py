@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from estimators.registry import FACTORS
+from estimators.registry import OPERATORS, SCORERS
 from index.codes.vectors import CODES
 from scripts.main import COMMANDS, load
 from service.settings import Settings
@@ -21,15 +21,16 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 
 def test_the_tree_in_the_architecture_is_the_repository() -> None:
     tree = ARCHITECTURE.split("```")[1]
-    named = set(re.findall(r"^ {2}(\w+\.py|\w+/)", tree, flags=re.MULTILINE))
-    actual: set[str] = set()
-    for package in ("estimators", "index", "service", "scripts"):
-        for path in (ROOT / package).iterdir():
-            if path.suffix == ".py" and path.name != "__init__.py":
-                actual.add(path.name)
-            elif path.is_dir() and path.name != "__pycache__":
-                actual.add(f"{path.name}/")
-    assert named == actual
+    named: set[str] = set()
+    room = ""
+    for line in tree.splitlines():
+        room = line.split("/ ")[0] if line[:1].strip() else room
+        if entry := re.match(r" {2}(\w+\.py|\w+/)", line):
+            named.add(f"{room}/{entry[1]}")
+    packages = ("estimators", "index", "service", "scripts")
+    files = [path for package in packages for path in (ROOT / package).rglob("*.py")]
+    actual = {str(p.relative_to(ROOT)) for p in files if p.name != "__init__.py"}
+    assert named == actual | {"service/http/page/"}
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
@@ -37,7 +38,7 @@ def test_every_setting_is_documented(name: str) -> None:
     assert f"`ETYMON_{name.upper()}`" in REFERENCE
 
 
-@pytest.mark.parametrize("name", [*FACTORS, *CODES])
+@pytest.mark.parametrize("name", [*OPERATORS, *SCORERS, *CODES])
 def test_every_estimator_and_code_is_documented(name: str) -> None:
     assert f"`{name}`" in REFERENCE
 

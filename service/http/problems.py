@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
+from estimators.grounds import Unavailable
 from estimators.model.memory import OutOfMemory
 from estimators.rescoring import NonFiniteGradientError
 from index.errors import IndexCorrupt, IndexFault, IndexMismatch, IndexMissing
@@ -77,6 +78,7 @@ PROBLEMS: dict[type[Exception], Problem] = {
     WrongContentType: Problem(status=415, title="Not JSON by its headers", closes=True),
     WrongHost: Problem(status=421, title="Another host", closes=True),
     BadQuery: Problem(status=422, title="The query cannot be measured"),
+    Unavailable: Problem(status=422, title="The index lacks what the estimator needs"),
     NonFiniteGradientError: Problem(status=422, title="The query's gradient is not finite"),
     Overloaded: Problem(status=429, title="Too many queries at once", retry_after=1),
     DeadlinePassed: Problem(status=429, title="Too many queries for the deadline", retry_after=1),

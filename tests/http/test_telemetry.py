@@ -61,6 +61,8 @@ def answer() -> QueryResponse:
         measurement=MeasurementSchema(value=-1.0, terms=[term]),
         index="default",
         estimator="ekfac",
+        parameters={"damping": 0.1},
+        estimator_sha256="",
         ranking="score",
         results=[],
         documents=[],

@@ -547,6 +547,8 @@ def hostile_answer(**explained: Any) -> dict[str, Any]:
         "measurement": {"value": -1.5, "terms": [term]},
         "index": "default",
         "estimator": "ekfac",
+        "parameters": {"damping": 0.1},
+        "estimator_sha256": "",
         "ranking": "score",
         "results": [result],
         "documents": [],
@@ -707,7 +709,8 @@ def test_every_choice_reaches_the_service(monkeypatch: pytest.MonkeyPatch) -> No
 
     answered_by(monkeypatch, answer)
     monkeypatch.setenv("ETYMON_KEY", "the-key-of-the-service")
-    texts = ("--against", " No", "--direction", "both", "--estimator", "ekfac", "--deadline", 2)
+    texts = ("--against", " No", "--direction", "both", "--deadline", 2)
+    texts += ("--estimator", "ekfac:damping=0.5")
     filters = ("--filter", "year>=1990", "--filter", "kind=fact")
     switches = ("--tokens", "--layers", "--clusters", "--documents", "--until", "calibration")
     assert invoke(query, "Why?", *texts, *filters, *switches).code == 0
@@ -717,6 +720,7 @@ def test_every_choice_reaches_the_service(monkeypatch: pytest.MonkeyPatch) -> No
             "against": " No",
             "direction": "both",
             "estimator": "ekfac",
+            "parameters": {"damping": 0.5},
             "deadline": 2.0,
             "filters": {"year": {"at_least": 1990.0}, "kind": {"any_of": ["fact"]}},
             "tokens": True,
