@@ -118,9 +118,9 @@ def _built(subject: Subject, out: Path, dimensions: int) -> Any:
     if not (folder / "manifest.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         steps = Steps()
-        steps.command("fit_estimator", *shared, "--out", str(factors), "--examples", "2048")
+        steps.command("fit", *shared, "--out", str(factors), "--examples", "2048")
         steps.command(
-            "build_index",
+            "build",
             *shared,
             *("--id-column", "id", "--factors", str(factors), "--out", str(folder)),
             *("--dimensions", str(dimensions)),
