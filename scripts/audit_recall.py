@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from scipy import stats
 
-from estimators.chosen import RowEstimator
+from estimators.chosen import GradientEstimator, RowEstimator
 from estimators.grounds import Questions
 from index.certificates.calibration import SHARE
 from scripts import options
@@ -87,29 +87,29 @@ def main(
     retriever = Retriever(open_index(index, loaded), token_budget)
     asked = options.read_queries(queries, limit)
     rows = _rows_to_compare(len(retriever.index.examples), sample, seed)
-    named: list[tuple[str | None, dict[str, float]]] = [*map(parse_estimator, estimator or [])]
-    reports = []
-    for name, parameters in named or [(None, {})]:
-        query = Query(
-            estimator=name,
-            parameters=parameters,
-            k=k,
-            ranking=ranking,
-            recall=recall,
-            confidence=confidence,
-            budget=budget,
-            until=until,
-        )
-        answers = _answers(retriever, query, asked, seed)
-        truth = _true_values(retriever, answers, rows, token_budget)
-        reports.append(summarise(answers, truth, rows, k, confidence))
-        if html is not None and len(reports) == 1:
-            _write_page(html, reports[0], retriever, answers, truth, rows, confidence, seed)
+    usual = Query(
+        k=k, ranking=ranking, recall=recall, confidence=confidence, budget=budget, until=until
+    )
+    chosen = [replace(usual, **_estimator(text)) for text in estimator or []] or [usual]
+    answered = [_answers(retriever, query, asked, seed) for query in chosen]
+    truths = _true_values(retriever, answered, rows, token_budget)
+    reports = [
+        summarise(answers, truth, rows, k, confidence)
+        for answers, truth in zip(answered, truths, strict=True)
+    ]
+    if html is not None:
+        first = answered[0], truths[0]
+        _write_page(html, reports[0], retriever, *first, rows, confidence, seed)
     report = {**reports[0], "others": reports[1:], "seconds": time.perf_counter() - start}
     _show(report, confidence)
     print_json(report)
     if any(one["violations_beyond_chance"] for one in reports):
         raise typer.Exit(2)
+
+
+def _estimator(text: str) -> dict[str, Any]:
+    name, parameters = parse_estimator(text)
+    return {"estimator": name, "parameters": parameters}
 
 
 def _answers(
@@ -166,32 +166,37 @@ def _rows_to_compare(total: int, sample: int | None, seed: int) -> list[int]:
 
 
 def _true_values(
-    retriever: Retriever, answers: Sequence[Answer], rows: list[int], budget: int
-) -> np.ndarray:
-    """Exact ranking values [query, row] of ``rows``; -inf where there is none."""
-    index, first = retriever.index, answers[0]
-    sequences = [retriever.loaded.encode_query(a.prompt, a.completion) for a in answers]
-    estimator = index.estimators.choose(first.estimator, first.parameters)
-    if isinstance(estimator, RowEstimator):
-        questions = Questions(
-            sequences=[[(sequence, 1.0)] for sequence in sequences],
-            texts=[a.prompt + a.completion for a in answers],
-        )
-        scores = estimator.part.score(questions, np.array(rows), estimator.values)
-    else:
-        scores = exact_scores(
-            retriever.loaded,
-            {"": estimator.directions},
-            index.examples,
-            sequences,
-            rows=rows,
-            token_budget=budget,
-            progress=show_progress,
-        )[""]
-    if first.ranking == "normalised":
-        norms = index.norms[rows]
-        scores = np.divide(scores, norms, out=np.zeros_like(scores), where=norms > 0)
-    return np.where(np.isfinite(scores), scores, -np.inf)
+    retriever: Retriever, answered: Sequence[Sequence[Answer]], rows: list[int], budget: int
+) -> list[np.ndarray]:
+    """For each estimator, exact ranking values [query, row] of ``rows``; -inf where there is none.
+
+    Every training gradient is formed once, however many estimators ask for it.
+    """
+    index, first = retriever.index, answered[0]
+    sequences = [retriever.loaded.encode_query(a.prompt, a.completion) for a in first]
+    texts = [a.prompt + a.completion for a in first]
+    questions = Questions(sequences=[[(sequence, 1.0)] for sequence in sequences], texts=texts)
+    chosen = [index.estimators.choose(a[0].estimator, a[0].parameters) for a in answered]
+    scores = exact_scores(
+        retriever.loaded,
+        {e.fingerprint: e.directions for e in chosen if isinstance(e, GradientEstimator)},
+        index.examples,
+        sequences,
+        rows=rows,
+        token_budget=budget,
+        progress=show_progress,
+    )
+    for one in chosen:
+        if isinstance(one, RowEstimator):
+            scores[one.fingerprint] = one.part.score(questions, np.array(rows), one.values)
+    norms = index.norms[rows]
+    found = []
+    for answers, one in zip(answered, chosen, strict=True):
+        values = scores[one.fingerprint]
+        if answers[0].ranking == "normalised":
+            values = np.divide(values, norms, out=np.zeros_like(values), where=norms > 0)
+        found.append(np.where(np.isfinite(values), values, -np.inf))
+    return found
 
 
 def summarise(

@@ -47,6 +47,8 @@ def exact_scores(
         progress: shows the batches.
         watch: shown the directions of each chunk, in the order of the queries.
     """
+    if not estimators:
+        return {}
     chosen = list(range(len(examples))) if rows is None else list(rows)
     sequences = [Sequence1D(tokens=examples.tokens(row)) for row in chosen]
     lengths = [len(sequence.tokens) for sequence in sequences]
