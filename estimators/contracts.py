@@ -1,13 +1,20 @@
-"""The two contracts of this package: an Estimator preconditions, a Scorer scores exactly."""
+"""The contracts of an estimator: an index side, a query side, scorers and proposers.
+
+The score of every gradient estimator is ``<direction, grad L(z)>``. The *index side* (``Factors``)
+says in which coordinates the gradients of the training examples are stored; the *query side*
+(``Operator``) turns a question's gradient into a direction. They are chosen apart: whatever the
+coordinates, the inner product with a direction is exact, so one index answers for every operator.
+Estimators without gradients are a ``Scorer``; a ``Proposer`` says which rows to look at first.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, Self, TypeVar
+from typing import ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from estimators.model.gradients import Gradients
+from estimators.grounds import Grounds, Parameter, Questions
 from estimators.model.layers import LinearLayer
 from estimators.sketching.whitening import LayerWhitening
 
@@ -53,22 +60,15 @@ class RunPass(Protocol):
 
 
 PASSES = ("covariances", "eigenvalues")
-"""Every pass that an estimator may ask for; each draws labels of its own."""
+"""Every pass that factors may ask for; each draws labels of its own."""
 
 
-class Estimator(Protocol):
-    """An inverse-curvature operator over a model's attributed layers."""
+class Factors(Protocol):
+    """The index side: what is fitted beforehand, and the coordinates that it gives."""
 
     @classmethod
     def fit(cls, layers: Sequence[LinearLayer], run_pass: RunPass) -> Self:
-        """Estimate the curvature with as many passes as needed (none for the identity)."""
-        ...
-
-    def precondition(self, gradients: Gradients, damping: float) -> dict[str, Tensor]:
-        """``(H + lambda I)^-1`` applied to ``gradients`` ([..., in, out] a layer).
-
-        ``damping`` is relative: lambda of a layer is ``damping`` times its mean eigenvalue.
-        """
+        """Fit with as many passes as needed (none for the identity)."""
         ...
 
     def whitening(self, layers: Sequence[LinearLayer], damping: float) -> dict[str, LayerWhitening]:
@@ -80,9 +80,70 @@ class Estimator(Protocol):
         ...
 
 
-class Scorer(Protocol):
-    """Scores training rows exactly for one query, by gradients or by any other means."""
+class Operator(Protocol):
+    """The query side: from a question's gradient to a direction.
 
-    def score(self, rows: Sequence[int]) -> Float[np.ndarray, "rows"]:
-        """Exact scores of ``rows`` in nats, positive = proponent; NaN where there is none."""
+    The first line of the class's docstring is shown to users.
+    """
+
+    parameters: ClassVar[Mapping[str, Parameter]]
+    """What a query may set, by name."""
+
+    @classmethod
+    def open(cls, grounds: Grounds) -> Self:
+        """Ready for questions; called once an index.
+
+        Raises:
+            Unavailable: the index lacks what the operator needs.
+        """
+        ...
+
+    def directions(self, questions: Questions, values: Mapping[str, float]) -> dict[str, Tensor]:
+        """``-(H + lambda I)^-1 grad f`` or what stands for it, [question, in, out] a layer.
+
+        Its inner product with the loss gradient of a training example is the score: positive for
+        examples that raised f.
+
+        Args:
+            questions: with their gradients.
+            values: one for each of ``parameters``.
+        """
+        ...
+
+
+class Scorer(Protocol):
+    """An estimator without gradients: exact scores of rows by any means."""
+
+    parameters: ClassVar[Mapping[str, Parameter]]
+
+    @classmethod
+    def open(cls, grounds: Grounds) -> Self:
+        """Ready for questions; called once an index.
+
+        Raises:
+            Unavailable: the index lacks what the scorer needs.
+        """
+        ...
+
+    def score(
+        self, questions: Questions, rows: Int[np.ndarray, "row"], values: Mapping[str, float]
+    ) -> Float[np.ndarray, "question row"]:
+        """Exact scores, positive = proponent; NaN where there is none."""
+        ...
+
+
+class Proposer(Protocol):
+    """Which rows are worth an exact score, for any scorer."""
+
+    @classmethod
+    def open(cls, grounds: Grounds) -> Self:
+        """Ready for questions; called once an index.
+
+        Raises:
+            Unavailable: the index lacks what the proposer needs.
+        """
+        ...
+
+    def propose(self, questions: Questions) -> Float[np.ndarray, "question row"]:
+        """A value for every row of the index; those with the highest are scored first."""
         ...

@@ -1,33 +1,77 @@
-"""Estimators by name."""
+"""Everything that can be chosen by name, each a literal table of name to class, resolved lazily."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 
-from estimators.contracts import Estimator
+from estimators.contracts import Factors, Operator, Proposer, Scorer
 
-ESTIMATORS = {
+FACTORS = {
     "ekfac": "estimators.operators.ekfac:EKFac",
     "identity": "estimators.operators.identity:Identity",
     "kfac": "estimators.operators.kfac:KFac",
 }
+"""The index side: what is fitted, and whitens an index."""
+
+OPERATORS = {
+    "ekfac": "estimators.operators.ekfac:EKFac",
+    "identity": "estimators.operators.identity:Identity",
+    "kfac": "estimators.operators.kfac:KFac",
+}
+"""The query side: estimators by gradients."""
+
+SCORERS = {
+    "bm25": "estimators.scorers.bm25:BM25",
+}
+"""Estimators without gradients."""
+
+PROPOSERS = {
+    "bm25": "estimators.scorers.bm25:BM25",
+}
+"""Orders in which rows are scored, beside the index' own codes (``CODES``)."""
+
+CODES = "codes"
+"""The proposer that every index has: estimates from its codes."""
 
 
-def estimator_class(name: str) -> type[Estimator]:
-    """The class registered as ``name``.
+def factors_class(name: str) -> type[Factors]:
+    """The class that fits factors, by name.
 
     Raises:
         ValueError: no such name; the message lists the names.
     """
-    if name not in ESTIMATORS:
-        raise ValueError(f"Unknown estimator '{name}'; choose one of {', '.join(ESTIMATORS)}.")
-    module, attribute = ESTIMATORS[name].split(":")
-    return cast(type[Estimator], getattr(import_module(module), attribute))
+    return cast(type[Factors], _resolve(FACTORS, name, "factors"))
 
 
-def rebuild_estimator(name: str, tensors: Mapping[str, Tensor]) -> Estimator:
-    """The estimator ``name`` from the tensors that its ``tensors()`` gave."""
-    build = cast(Callable[[Mapping[str, Tensor]], Estimator], estimator_class(name))
+def rebuild_factors(name: str, tensors: Mapping[str, Tensor]) -> Factors:
+    """The factors ``name`` from the tensors that their ``tensors()`` gave."""
+    build = cast(Callable[[Mapping[str, Tensor]], Factors], factors_class(name))
     return build(tensors)
+
+
+def estimator_class(name: str) -> type[Operator] | type[Scorer]:
+    """The operator or scorer that answers under a name.
+
+    Raises:
+        ValueError: no such name; the message lists the names.
+    """
+    return cast(type[Operator] | type[Scorer], _resolve(OPERATORS | SCORERS, name, "estimator"))
+
+
+def proposer_class(name: str) -> type[Proposer]:
+    """The proposer of a name.
+
+    Raises:
+        ValueError: no such name; the message lists the names.
+    """
+    return cast(type[Proposer], _resolve(PROPOSERS, name, "proposer", CODES))
+
+
+def _resolve(table: Mapping[str, str], name: str, what: str, *more: str) -> Any:
+    if name not in table:
+        names = ", ".join(sorted([*table, *more]))
+        raise ValueError(f"Unknown {what} '{name}'; choose one of {names}.")
+    module, attribute = table[name].split(":")
+    return getattr(import_module(module), attribute)

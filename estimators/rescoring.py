@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from estimators.contracts import Estimator
 from estimators.model.capture import visit_gradients
 from estimators.model.gradients import (
     Gradients,
@@ -176,14 +175,6 @@ _NOT_FINITE = (
 )
 
 
-def query_directions(
-    estimator: Estimator, gradients: Gradients, damping: float
-) -> dict[str, Tensor]:
-    """``-(H + lambda I)^-1 grad f``: its inner product with ``grad L(z)`` is the score."""
-    preconditioned = dict(estimator.precondition(gradients, damping))
-    return {name: -preconditioned.pop(name) for name in list(preconditioned)}
-
-
 def score_batch(
     model: nn.Module, layers: Sequence[LinearLayer], directions: Gradients, batch: TokenBatch
 ) -> ScoreParts:
@@ -192,7 +183,7 @@ def score_batch(
     Args:
         model: frozen, in evaluation mode.
         layers: attributed layers.
-        directions: [in, out] a layer, from ``query_directions``.
+        directions: [in, out] a layer, from an estimator.
         batch: training sequences on the model's device.
     """
     numbers = {layer.name: i for i, layer in enumerate(layers)}

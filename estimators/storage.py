@@ -1,4 +1,4 @@
-"""Hashes of models and tensors, and estimators on disk (safetensors; no pickle)."""
+"""Hashes of models and tensors, and factors on disk (safetensors; no pickle)."""
 
 import hashlib
 import json
@@ -12,8 +12,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from estimators.contracts import Estimator
-from estimators.registry import rebuild_estimator
+from estimators.contracts import Factors
+from estimators.registry import rebuild_factors
 
 
 def fingerprint_tensors(tensors: Mapping[str, Tensor], salt: str = "") -> str:
@@ -41,19 +41,19 @@ def fingerprint_model(model: nn.Module) -> str:
     return fingerprint_tensors(model.state_dict())
 
 
-def serialise_estimator(name: str, estimator: Estimator, facts: Mapping[str, str]) -> bytes:
-    """The estimator as a safetensors file; ``facts`` (model fingerprint, ...) go to its header."""
-    tensors = {key: value.contiguous() for key, value in estimator.tensors().items()}
+def serialise_factors(name: str, factors: Factors, facts: Mapping[str, str]) -> bytes:
+    """The factors as a safetensors file; ``facts`` (model fingerprint, ...) go to its header."""
+    tensors = {key: value.contiguous() for key, value in factors.tensors().items()}
     # One header entry: safetensors writes several in random order, and a file's hash must not vary.
     contents = json.dumps({"estimator": name, "facts": dict(facts)}, sort_keys=True)
     return bytes(save(tensors, metadata={"etymon": contents}))
 
 
-def load_estimator(path: Path) -> tuple[str, Estimator, dict[str, str]]:
-    """Read what ``serialise_estimator`` wrote: name, estimator and facts.
+def load_factors(path: Path) -> tuple[str, Factors, dict[str, str]]:
+    """Read what ``serialise_factors`` wrote: name, factors and facts.
 
     Raises:
-        ValueError: the file is not an estimator's.
+        ValueError: the file holds no factors.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -65,4 +65,4 @@ def load_estimator(path: Path) -> tuple[str, Estimator, dict[str, str]]:
         raise ValueError(f"{path} holds no fitted estimator; write one with scripts.fit_estimator.")
     contents = json.loads(header["etymon"])
     name = contents["estimator"]
-    return name, rebuild_estimator(name, tensors), contents["facts"]
+    return name, rebuild_factors(name, tensors), contents["facts"]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,14 +11,16 @@ import typer
 from rich.table import Table
 from scipy import stats
 
+from estimators.chosen import RowEstimator
+from estimators.grounds import Questions
 from index.certificates.calibration import SHARE
 from scripts import options
-from scripts.console import one_sentence_errors, print_json, show_progress, stderr
+from scripts.console import one_sentence_errors, parse_estimator, print_json, show_progress, stderr
 from service.models import load_model
 from service.scoring.exhaustive import exact_scores
 from service.search.answer import Answer
 from service.search.opening import open_index
-from service.search.query import Query, Ranking
+from service.search.query import Query
 from service.search.retrieval import Retriever
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -52,6 +55,13 @@ def main(
     until: Annotated[
         Literal["sketch", "calibration"], typer.Option(help="Certificate at which searches stop.")
     ] = "sketch",
+    estimator: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="That scores: NAME or NAME:PARAMETER=VALUE,..., e.g. kfac or ekfac:damping=0.01; "
+            "may be repeated, each is audited. Left out: the one that the index was built for."
+        ),
+    ] = None,
     html: Annotated[
         Path | None, typer.Option(help="Write the report as one page with plots, too.")
     ] = None,
@@ -71,32 +81,41 @@ def main(
     loaded = load_model(model, device=device, dtype=dtype)
     retriever = Retriever(open_index(index, loaded), token_budget)
     asked = options.read_queries(queries, limit)
-    answers = [
-        retriever.answer(
-            Query(
-                prompt=prompt,
-                completion=completion,
-                k=k,
-                ranking=ranking,
-                recall=recall,
-                confidence=confidence,
-                budget=budget,
-                until=until,
-                seed=seed + number,
-            )
-        )
-        for number, (prompt, completion) in enumerate(show_progress("answers", asked))
-    ]
     rows = _rows_to_compare(len(retriever.index.examples), sample, seed)
-    truth = _true_values(retriever, answers, rows, ranking, token_budget)
-    report = summarise(answers, truth, rows, k, confidence)
-    report["seconds"] = time.perf_counter() - start
-    if html is not None:
-        _write_page(html, report, retriever, answers, truth, rows, ranking, confidence, seed)
+    named: list[tuple[str | None, dict[str, float]]] = [*map(parse_estimator, estimator or [])]
+    reports = []
+    for name, parameters in named or [(None, {})]:
+        query = Query(
+            estimator=name,
+            parameters=parameters,
+            k=k,
+            ranking=ranking,
+            recall=recall,
+            confidence=confidence,
+            budget=budget,
+            until=until,
+        )
+        answers = _answers(retriever, query, asked, seed)
+        truth = _true_values(retriever, answers, rows, token_budget)
+        reports.append(summarise(answers, truth, rows, k, confidence))
+        if html is not None and len(reports) == 1:
+            _write_page(html, reports[0], retriever, answers, truth, rows, confidence, seed)
+    report = {**reports[0], "others": reports[1:], "seconds": time.perf_counter() - start}
     _show(report, confidence)
     print_json(report)
-    if report["violations_beyond_chance"]:
+    if any(one["violations_beyond_chance"] for one in reports):
         raise typer.Exit(2)
+
+
+def _answers(
+    retriever: Retriever, query: Query, asked: Sequence[tuple[str, str | None]], seed: int
+) -> list[Answer]:
+    return [
+        retriever.answer(replace(query, prompt=prompt, completion=completion, seed=seed + number))
+        for number, (prompt, completion) in enumerate(
+            show_progress(f"answers by {query.estimator or 'the index'}", asked)
+        )
+    ]
 
 
 def _write_page(
@@ -106,7 +125,6 @@ def _write_page(
     answers: Sequence[Answer],
     truth: np.ndarray,
     rows: list[int],
-    ranking: Ranking,
     confidence: float,
     seed: int,
 ) -> None:
@@ -122,10 +140,13 @@ def _write_page(
             f"The report needs the package {error.name}; install the extra 'report'."
         ) from error
     needed, errors = [], []
-    if len(rows) == answers[0].rows:
+    first = answers[0]
+    estimator = retriever.index.estimators.choose_gradients(first.estimator, first.parameters)
+    if len(rows) == first.rows:
         for number, (answer, values) in enumerate(zip(answers, truth, strict=True)):
             sequence = retriever.loaded.encode_query(answer.prompt, answer.completion)
-            proxies = retriever.proxies(retriever.directions(sequence)[0], ranking)
+            directions, _ = retriever.directions(sequence, estimator)
+            proxies = retriever.proxies(directions, first.ranking)
             needed.append(rows_needed(values, proxies, report["k"]))
             errors += residuals(values, proxies, RESIDUALS // len(answers) + 1, seed + number)
     write_report(path, report, answers, needed, errors, confidence)
@@ -140,22 +161,29 @@ def _rows_to_compare(total: int, sample: int | None, seed: int) -> list[int]:
 
 
 def _true_values(
-    retriever: Retriever, answers: Sequence[Answer], rows: list[int], ranking: str, budget: int
+    retriever: Retriever, answers: Sequence[Answer], rows: list[int], budget: int
 ) -> np.ndarray:
     """Exact ranking values [query, row] of ``rows``; -inf where there is none."""
-    index = retriever.index
+    index, first = retriever.index, answers[0]
     sequences = [retriever.loaded.encode_query(a.prompt, a.completion) for a in answers]
-    damping = index.manifest.estimator.damping
-    scores = exact_scores(
-        retriever.loaded,
-        {"own": (index.estimator, damping)},
-        index.examples,
-        sequences,
-        rows=rows,
-        token_budget=budget,
-        progress=show_progress,
-    )["own"]
-    if ranking == "normalised":
+    estimator = index.estimators.choose(first.estimator, first.parameters)
+    if isinstance(estimator, RowEstimator):
+        questions = Questions(
+            sequences=[[(sequence, 1.0)] for sequence in sequences],
+            texts=[a.prompt + a.completion for a in answers],
+        )
+        scores = estimator.part.score(questions, np.array(rows), estimator.values)
+    else:
+        scores = exact_scores(
+            retriever.loaded,
+            {"": estimator.directions},
+            index.examples,
+            sequences,
+            rows=rows,
+            token_budget=budget,
+            progress=show_progress,
+        )[""]
+    if first.ranking == "normalised":
         norms = index.norms[rows]
         scores = np.divide(scores, norms, out=np.zeros_like(scores), where=norms > 0)
     return np.where(np.isfinite(scores), scores, -np.inf)
@@ -225,6 +253,8 @@ def _totals(
             "beyond_chance": violations > allowed,
         }
     return {
+        "estimator": answers[0].estimator,
+        "parameters": answers[0].parameters,
         "queries": len(per_query),
         "rows": answers[0].rows,
         "compared_rows": compared,
@@ -268,6 +298,21 @@ def _show(report: dict[str, Any], confidence: float) -> None:
         f"{confidence:.0%} confidence.",
         highlight=False,
         soft_wrap=True,
+    )
+    for other in report["others"]:
+        stderr.print(_line(other), highlight=False, soft_wrap=True)
+
+
+def _line(report: dict[str, Any]) -> str:
+    """One more estimator's audit in a line."""
+    values = ", ".join(f"{key} {value:g}" for key, value in report["parameters"].items())
+    name = f"{report['estimator']} ({values})" if values else report["estimator"]
+    sketch = report["certificates"]["sketch"]
+    broken = sum(counts["violations"] for counts in report["certificates"].values())
+    return (
+        f"{name}: recall@{report['k']} mean {report['mean_recall']:.3f}, lowest "
+        f"{report['lowest_recall']:.2f}; {sketch['certified']} of {report['queries']} certified by "
+        f"the sketch, {broken} bounds broken; rescored {report['median_rescored_rows']:.0f} rows."
     )
 
 

@@ -122,6 +122,26 @@ def one_sentence_errors(command: Command) -> Command:
     return run  # type: ignore[return-value]
 
 
+def parse_estimator(text: str) -> tuple[str, dict[str, float]]:
+    """Name and parameters from NAME or NAME:PARAMETER=VALUE,PARAMETER=VALUE.
+
+    Raises:
+        ValueError: it has another form.
+    """
+    name, _, rest = text.partition(":")
+    parameters = {}
+    for part in rest.split(",") if rest else []:
+        key, _, value = part.partition("=")
+        try:
+            parameters[key.strip()] = float(value)
+        except ValueError as error:
+            raise ValueError(
+                f"'{part}' in --estimator {text} is not PARAMETER=NUMBER; write it as in "
+                f"ekfac:damping=0.01."
+            ) from error
+    return name, parameters
+
+
 def show_prediction(prediction: "Prediction", loading: float) -> None:
     """What a job will take, for people and as its JSON line; ``loading`` seconds come on top."""
     seconds = loading + prediction.seconds

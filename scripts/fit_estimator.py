@@ -8,7 +8,7 @@ import typer
 
 from estimators.curvature.fitting import Labels
 from estimators.model.layers import LayerSelection
-from estimators.registry import ESTIMATORS
+from estimators.registry import FACTORS
 from scripts import options
 from scripts.console import (
     one_sentence_errors,
@@ -30,7 +30,7 @@ def main(
     model: options.Model,
     data: options.Data,
     out: Annotated[Path, typer.Option(help="File to write, e.g. runs/mine/ekfac.safetensors.")],
-    estimator: Annotated[str, typer.Option(help=f"One of {', '.join(ESTIMATORS)}.")] = "ekfac",
+    estimator: Annotated[str, typer.Option(help=f"One of {', '.join(FACTORS)}.")] = "ekfac",
     examples: Annotated[
         int, typer.Option(help="Fit on at most this many examples, drawn at random.")
     ] = 4096,

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from scripts.console import print_json, stderr
+from scripts.console import parse_estimator, print_json, stderr
 from service.client import Client, Connection, ServiceError
 from service.schemas.queries import ProgressEvent, QueryResponse
 
@@ -45,7 +45,10 @@ def main(
     index: Annotated[str | None, typer.Option(help="Name of the index.")] = None,
     estimator: Annotated[
         str | None,
-        typer.Option(help="That the index must have been built for; any if left out."),
+        typer.Option(
+            help="That scores: NAME or NAME:PARAMETER=VALUE,..., e.g. kfac or ekfac:damping=0.01. "
+            "Left out: the one that the index was built for."
+        ),
     ] = None,
     k: Annotated[int | None, typer.Option(help="Training examples to return.")] = None,
     direction: Annotated[
@@ -102,7 +105,6 @@ def main(
         "completion": completion,
         "against": against,
         "index": index,
-        "estimator": estimator,
         "k": k,
         "direction": direction,
         "ranking": ranking,
@@ -118,6 +120,8 @@ def main(
     }
     given: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
     try:
+        if estimator is not None:
+            given["estimator"], given["parameters"] = parse_estimator(estimator)
         if only:
             given["filters"] = parse_filters(only)
         connection = Connection(url=url, key=key, timeout=timeout)

@@ -7,7 +7,10 @@ from index.codes.lowrank import Block, allocate
 from index.codes.vectors import LOW_RANK, VectorIndex, make_index
 
 FACTORS_NAME = "factors/estimator.safetensors"
-"""Of the estimator, in the folder of an index."""
+"""Of the factors, in the folder of an index."""
+
+OPERATORS_NAME = "operators"
+"""Folder of what estimators fitted for an index when they were asked, beside its manifest."""
 
 
 def code_blocks(codes: str, sketch: Sketch, kept: Sequence[int] | None = None) -> tuple[Block, ...]:

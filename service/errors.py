@@ -6,7 +6,7 @@ class UnknownIndex(ValueError):  # noqa: N818 - named for what is wrong, as all 
 
 
 class UnknownEstimator(ValueError):  # noqa: N818
-    """No index that is served was built for an estimator of this name."""
+    """This version has no estimator of this name."""
 
 
 class UnknownJob(ValueError):  # noqa: N818

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from estimators.curvature.fitting import fit_estimator
 from estimators.model.progress import Progress, no_progress
 from estimators.model.tokens import Sequence1D
-from estimators.storage import serialise_estimator
+from estimators.storage import serialise_factors
 from index.files import write_whole
 from index.manifest import Manifest
 from service.build.building import BuildOptions, Mode, build_index
@@ -124,7 +124,7 @@ class Workshop:
             sequences = [Sequence1D(tokens=e.tokens, row=i) for i, e in enumerate(examples)]
             fitted = fit_estimator(name, loaded.model, loaded.coverage.layers, sequences)
             facts = {"model_sha256": loaded.model_sha256, "layer_patterns": '["*"]'}
-            write_whole(path, serialise_estimator(name, fitted, facts))
+            write_whole(path, serialise_factors(name, fitted, facts))
         return path
 
     def build(

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from estimators.curvature.fitting import fit_estimator
 from estimators.model.tokens import Sequence1D
-from estimators.storage import serialise_estimator
+from estimators.storage import serialise_factors
 from service.build.building import BuildOptions, build_index
 from service.build.corpus import CorpusSource, read_examples
 from service.models import load_model
@@ -111,7 +111,7 @@ def make_workspace(folder: Path) -> Workspace:
     sequences = [Sequence1D(tokens=e.tokens, row=i) for i, e in enumerate(examples) if e.tokens]
     fitted = fit_estimator("ekfac", loaded.model, loaded.coverage.layers, sequences)
     facts = {"model_sha256": loaded.model_sha256, "layer_patterns": '["*"]'}
-    workspace.factors.write_bytes(serialise_estimator("ekfac", fitted, facts))
+    workspace.factors.write_bytes(serialise_factors("ekfac", fitted, facts))
     options = BuildOptions(dimensions=512, rank=8, rows_per_shard=7, seed=1)
     build_index(workspace.index, loaded, workspace.factors, source, options)
     return workspace

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from estimators.registry import ESTIMATORS
+from estimators.registry import FACTORS
 from index.codes.vectors import CODES
 from service.settings import Settings
 
@@ -33,7 +33,7 @@ def test_every_setting_is_documented(name: str) -> None:
     assert f"`ETYMON_{name.upper()}`" in REFERENCE
 
 
-@pytest.mark.parametrize("name", [*ESTIMATORS, *CODES])
+@pytest.mark.parametrize("name", [*FACTORS, *CODES])
 def test_every_estimator_and_code_is_documented(name: str) -> None:
     assert f"`{name}`" in REFERENCE
 

@@ -5,13 +5,13 @@ from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
-from estimators.contracts import PASSES, Accumulator, Estimator, Sums
+from estimators.contracts import PASSES, Accumulator, Factors, Sums
 from estimators.model.capture import Visitor, visit_gradients
 from estimators.model.layers import LinearLayer
 from estimators.model.memory import BackOff
 from estimators.model.progress import Progress, no_progress
 from estimators.model.tokens import Sequence1D, collate, plan_batches
-from estimators.registry import estimator_class
+from estimators.registry import factors_class
 
 Labels = Literal["sampled", "empirical"]
 
@@ -53,8 +53,8 @@ def fit_estimator(
     labels: Labels = "sampled",
     progress: Progress = no_progress,
     checkpoint: Checkpoint | None = None,
-) -> Estimator:
-    """Fit the estimator ``name`` on ``sequences``.
+) -> Factors:
+    """Fit the factors ``name`` on ``sequences``.
 
     Sequences that predict nothing (fewer than two tokens) are left out of the mean.
 
@@ -104,7 +104,7 @@ def fit_estimator(
                 kept.offer(name, number, sums)
         return sums
 
-    return estimator_class(name).fit(layers, run_pass)
+    return factors_class(name).fit(layers, run_pass)
 
 
 class _Adding:

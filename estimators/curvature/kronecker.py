@@ -27,12 +27,25 @@ class Eigenbasis:
         right: Q_S.
         left_values: eigenvalues of A in ascending order, never negative.
         right_values: eigenvalues of S, likewise.
+        positions: mean number of counted positions an example.
     """
 
     left: Float[Tensor, "in in"]
     right: Float[Tensor, "out out"]
     left_values: Float[Tensor, "in"]
     right_values: Float[Tensor, "out"]
+    positions: float
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """All of it under the name of its layer, see ``estimators.operators.eigenbasis``."""
+        parts = {
+            "left": self.left,
+            "right": self.right,
+            "left_values": self.left_values,
+            "right_values": self.right_values,
+            "positions": torch.tensor(self.positions, dtype=self.left.dtype),
+        }
+        return {f"{name}.{part}": tensor.cpu() for part, tensor in parts.items()}
 
 
 class Covariances:
@@ -92,11 +105,6 @@ class Covariances:
             tensors[f"{name}.seen"] = self._seen[name]
         return tensors
 
-    def mean_positions(self, name: str) -> float:
-        """Mean number of counted positions a sequence in layer ``name``."""
-        sequences, positions = self._seen[name].tolist()
-        return float(positions / sequences)
-
     def eigenbases(self, layers: Sequence[LinearLayer]) -> dict[str, Eigenbasis]:
         """Decompose the mean covariances in float64 and let go of the sums.
 
@@ -109,7 +117,7 @@ class Covariances:
 
     def _decompose(self, layer: LinearLayer) -> Eigenbasis:
         name = layer.name
-        positions = int(self._seen[name][1])
+        sequences, positions = self._seen[name].tolist()
         if positions == 0:
             raise ValueError(
                 f"Layer {name} saw no token while fitting: it never ran, or every example is "
@@ -137,7 +145,11 @@ class Covariances:
             parts.append((vectors.to(dtype).contiguous(), values.clamp_min(0).to(dtype)))
         (left, left_values), (right, right_values) = parts
         return Eigenbasis(
-            left=left, right=right, left_values=left_values, right_values=right_values
+            left=left,
+            right=right,
+            left_values=left_values,
+            right_values=right_values,
+            positions=positions / sequences,
         )
 
 

@@ -86,6 +86,8 @@ def visit_gradients(
     The losses are summed over the batch, not averaged, so that each sequence's part of ``d`` is its
     own gradient.
 
+    Layers of other checkpoints are visited by a pass through their own model.
+
     Args:
         model: in evaluation mode.
         layers: layers to hand over.
@@ -96,14 +98,19 @@ def visit_gradients(
         append_one: whether ``visit`` gets the inputs of layers with a bias with a 1 appended.
 
     Returns:
-        The loss of each sequence in nats.
+        The loss of each sequence in nats, by ``model``.
     """
-    with torch.enable_grad(), captured(model, layers, visit, append_one):
-        head, states = final_states(model, batch)
-        losses, gradient = losses_and_gradient(head, states, batch, label_seed)
-        if gradient is not None:
-            states.backward(gradient)  # type: ignore[no-untyped-call]
-    return losses
+    groups: dict[nn.Module, list[LinearLayer]] = {model: []}
+    for layer in layers:
+        groups.setdefault(layer.checkpoint or model, []).append(layer)
+    losses: dict[nn.Module, Tensor] = {}
+    for checkpoint, own in groups.items():
+        with torch.enable_grad(), captured(checkpoint, own, visit, append_one):
+            head, states = final_states(checkpoint, batch)
+            losses[checkpoint], gradient = losses_and_gradient(head, states, batch, label_seed)
+            if gradient is not None and own:
+                states.backward(gradient)  # type: ignore[no-untyped-call]
+    return losses[model]
 
 
 def freeze(model: nn.Module) -> nn.Module:

@@ -16,6 +16,11 @@ memory from 32 MB on is mapped anew at every allocation: two to three times as s
 """
 
 
+def negated(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``-gradients``; each layer is taken from the argument, so that both are never held whole."""
+    return {name: -gradients.pop(name) for name in list(gradients)}
+
+
 def sum_over_tokens(
     a: Float[Tensor, "batch token in"], d: Float[Tensor, "batch token out"]
 ) -> Float[Tensor, "batch in out"]:

@@ -4,8 +4,8 @@ import fnmatch
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NoReturn, Self
 
 from torch import Tensor, nn
@@ -79,6 +79,8 @@ class LinearLayer:
         out_features: outputs.
         first_input: the first of the module's inputs that the block reads.
         first_output: the first of the module's outputs that the block adds to.
+        checkpoint: the model that the module is part of, where several are attributed together;
+            None where there is only one.
     """
 
     name: str
@@ -87,6 +89,7 @@ class LinearLayer:
     out_features: int
     first_input: int = 0
     first_output: int = 0
+    checkpoint: nn.Module | None = None
 
     @property
     def module_name(self) -> str:
@@ -159,6 +162,24 @@ class Coverage:
     layers: tuple[LinearLayer, ...]
     skipped: tuple[SkippedModule, ...]
     attributed_share: float
+
+
+def at_checkpoint(
+    layers: Sequence[LinearLayer], label: str, checkpoint: nn.Module
+) -> tuple[LinearLayer, ...]:
+    """Layers of one of several checkpoints, to be attributed together with those of others.
+
+    Scores are then sums over checkpoints (Pruthi et al. 2020, eq. 1): a sketch of all their
+    gradients is one sketch, and a direction has a part for each layer of each checkpoint.
+
+    Args:
+        layers: of the checkpoint.
+        label: that sets their names apart from those of the other checkpoints.
+        checkpoint: frozen, in evaluation mode.
+    """
+    return tuple(
+        replace(layer, name=f"{label}:{layer.name}", checkpoint=checkpoint) for layer in layers
+    )
 
 
 def find_layers(model: nn.Module, selection: LayerSelection = EVERY_LAYER) -> Coverage:

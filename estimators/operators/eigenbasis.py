@@ -1,16 +1,19 @@
-"""An inverse-curvature operator that is diagonal in a Kronecker-factored eigenbasis."""
+"""Inverse curvature that is diagonal in a Kronecker-factored eigenbasis."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
 
 from jaxtyping import Float
 from torch import Tensor
 
-from estimators.model.gradients import Gradients
+from estimators.grounds import DAMPING, Grounds, Parameter, Questions, Unavailable
+from estimators.model.gradients import Gradients, negated
 from estimators.model.layers import LinearLayer
 from estimators.sketching.whitening import LayerWhitening, noise_optimal_weights
 
 
-class EigenbasisOperator:
+class EigenbasisOperator(ABC):
     """``H = (Q_A x Q_S) diag(L) (Q_A x Q_S)^T`` for each layer, in units of the mean training loss.
 
     Applied to a gradient (George et al. 2018, eq. 8; Grosse et al. 2023, eq. 20):
@@ -18,34 +21,62 @@ class EigenbasisOperator:
 
     Args:
         tensors: for each layer NAME, ``NAME.left`` (Q_A, [in, in]), ``NAME.right`` (Q_S,
-            [out, out]) and ``NAME.eigenvalues`` (L, [in, out], never negative).
+            [out, out]) and what the eigenvalues L [in, out] come from (``needs``).
 
     Raises:
         ValueError: a tensor is missing.
     """
 
+    parameters: ClassVar[Mapping[str, Parameter]] = {"damping": DAMPING}
+    needs: ClassVar[tuple[str, ...]]
+    """Parts of a layer's factors without which there are no eigenvalues."""
+
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
         self._names = [n.removesuffix(".left") for n in tensors if n.endswith(".left")]
         for name in self._names:
-            for part in ("right", "eigenvalues"):
+            for part in ("right", *self.needs):
                 if f"{name}.{part}" not in tensors:
                     raise ValueError(f"The factors of layer {name} lack '{part}'; fit again.")
+
+    @classmethod
+    def open(cls, grounds: Grounds) -> Self:
+        """From the factors of an index, whichever estimator they were fitted for.
+
+        Raises:
+            Unavailable: they lack something.
+        """
+        try:
+            operator = cls(grounds.factors)
+        except ValueError as error:
+            raise Unavailable(str(error)) from error
+        missing = [layer.name for layer in grounds.layers if layer.name not in operator._names]
+        if missing:
+            raise Unavailable(
+                f"The index has no curvature factors for {len(missing)} of its "
+                f"{len(grounds.layers)} layers ({missing[0]}); build it with factors of EK-FAC."
+            )
+        return operator
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The fitted tensors."""
         return self._tensors
 
+    def directions(self, questions: Questions, values: Mapping[str, float]) -> dict[str, Tensor]:
+        """``-(H + lambda I)^-1 grad f``."""
+        return negated(self.precondition(questions.gradients, values["damping"]))
+
     def precondition(self, gradients: Gradients, damping: float) -> dict[str, Tensor]:
         """Multiply ``gradients`` ([..., in, out] a layer) by the damped inverse curvature.
+
+        ``damping`` is relative: lambda of a layer is ``damping`` times its mean eigenvalue.
 
         Raises:
             ValueError: a layer has no factors, or damping is not positive.
         """
         result = {}
         for name, gradient in gradients.items():
-            left, right, _ = self._layer(name)
-            left, right = left.to(gradient), right.to(gradient)
+            left, right = (q.to(gradient) for q in self._bases(name))
             rotated = left.T @ gradient @ right
             rotated = rotated * self._inverse(name, damping).to(gradient)
             result[name] = left @ rotated @ right.T
@@ -55,7 +86,8 @@ class EigenbasisOperator:
         """Noise-optimal separable whitening in the eigenbasis; no pass over data."""
         result = {}
         for layer in layers:
-            left, right, eigenvalues = self._layer(layer.name)
+            left, right = self._bases(layer.name)
+            eigenvalues = self.eigenvalues(layer.name)
             inverse = self._inverse(layer.name, damping)
             u, v = noise_optimal_weights(eigenvalues, inverse)
             result[layer.name] = LayerWhitening(
@@ -67,10 +99,14 @@ class EigenbasisOperator:
             )
         return result
 
+    @abstractmethod
+    def eigenvalues(self, name: str) -> Float[Tensor, "in out"]:
+        """L of one layer, never negative."""
+
     def _inverse(self, name: str, damping: float) -> Float[Tensor, "in out"]:
         if not damping > 0:
             raise ValueError(f"Damping must be positive, got {damping}; the usual value is 0.1.")
-        eigenvalues = self._layer(name)[2]
+        eigenvalues = self.eigenvalues(name)
         mean = eigenvalues.mean()
         if mean <= 0:
             raise ValueError(
@@ -79,15 +115,10 @@ class EigenbasisOperator:
             )
         return 1 / (eigenvalues + damping * mean)
 
-    def _layer(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        try:
-            return (
-                self._tensors[f"{name}.left"],
-                self._tensors[f"{name}.right"],
-                self._tensors[f"{name}.eigenvalues"],
-            )
-        except KeyError as error:
+    def _bases(self, name: str) -> tuple[Tensor, Tensor]:
+        if name not in self._names:
             raise ValueError(
                 f"No curvature factors for layer {name}; they exist for {self._names}. "
                 f"Fit the estimator on this model with the same layer patterns."
-            ) from error
+            )
+        return self._tensors[f"{name}.left"], self._tensors[f"{name}.right"]

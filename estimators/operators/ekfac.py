@@ -1,7 +1,7 @@
 """EK-FAC: K-FAC's eigenbasis with eigenvalues measured in it (George et al. 2018)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,12 @@ from estimators.operators.eigenbasis import EigenbasisOperator
 
 
 class EKFac(EigenbasisOperator):
-    """``L_ij = E_example[(Q_A^T G Q_S)_ij^2]``: exact second moments along K-FAC's eigenvectors."""
+    """EK-FAC influence: curvature in K-FAC's eigenbasis with eigenvalues measured in it.
+
+    ``L_ij = E_example[(Q_A^T G Q_S)_ij^2]``, exact second moments along the eigenvectors.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("eigenvalues",)
 
     @classmethod
     def fit(cls, layers: Sequence[LinearLayer], run_pass: RunPass) -> Self:
@@ -28,6 +33,10 @@ class EKFac(EigenbasisOperator):
 
         return cls(run_pass("eigenvalues", CorrectedEigenvalues, begin).operator())
 
+    def eigenvalues(self, name: str) -> Float[Tensor, "in out"]:
+        """As they were measured."""
+        return self._tensors[f"{name}.eigenvalues"]
+
 
 class CorrectedEigenvalues:
     """Sums over examples of squared per-example gradients in an eigenbasis.
@@ -35,13 +44,14 @@ class CorrectedEigenvalues:
     Short sums are in the model's precision (float32 at least), long sums in float64.
 
     Args:
-        tensors: for each layer NAME, ``NAME.left`` (Q_A), ``NAME.right`` (Q_S), ``NAME.squares``
-            [in, out] in float64 and ``NAME.examples``, the number of examples.
+        tensors: for each layer NAME those of its ``Eigenbasis``, ``NAME.squares`` [in, out] in
+            float64 and ``NAME.examples``, the number of examples.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         names = [key.removesuffix(".squares") for key in tensors if key.endswith(".squares")]
-        self._bases = {name: (tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in names}
+        own = (".squares", ".examples")
+        self._bases = {key: value for key, value in tensors.items() if not key.endswith(own)}
         self._padded: dict[str, tuple[Tensor, Tensor]] = {}
         self._sums = {name: LongSum(tensors[f"{name}.squares"]) for name in names}
         self._examples = {name: tensors[f"{name}.examples"].clone() for name in names}
@@ -49,10 +59,10 @@ class CorrectedEigenvalues:
     @classmethod
     def begin(cls, bases: Mapping[str, Eigenbasis]) -> Self:
         """Nothing added yet."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, basis in bases.items():
             shape = len(basis.left_values), len(basis.right_values)
-            tensors[f"{name}.left"], tensors[f"{name}.right"] = basis.left, basis.right
+            tensors |= basis.tensors(name)
             tensors[f"{name}.squares"] = torch.zeros(shape, dtype=torch.float64)
             tensors[f"{name}.examples"] = torch.zeros((), dtype=torch.int64)
         return cls(tensors)
@@ -75,7 +85,8 @@ class CorrectedEigenvalues:
     def _rotations(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
         """Q_A and Q_S padded with zeros, on the device and in the precision of ``like``."""
         if name not in self._padded:
-            left, right = (pad_columns(pad_columns(q.to(like)).T).T for q in self._bases[name])
+            bases = (self._bases[f"{name}.{side}"] for side in ("left", "right"))
+            left, right = (pad_columns(pad_columns(q.to(like)).T).T for q in bases)
             self._padded[name] = left.contiguous(), right.contiguous()
         return self._padded[name]
 
@@ -86,20 +97,18 @@ class CorrectedEigenvalues:
 
     def tensors(self) -> dict[str, Tensor]:
         """What is settled; the class rebuilds itself from it."""
-        tensors = {}
-        for name, (left, right) in self._bases.items():
-            tensors[f"{name}.left"], tensors[f"{name}.right"] = left, right
-            tensors[f"{name}.squares"] = self._sums[name].total
+        tensors = dict(self._bases)
+        for name, sums in self._sums.items():
+            tensors[f"{name}.squares"] = sums.total
             tensors[f"{name}.examples"] = self._examples[name]
         return tensors
 
     def operator(self) -> dict[str, Tensor]:
         """The tensors of an ``EigenbasisOperator``: bases and mean squares, in their precision."""
-        tensors = {}
-        for name, (left, right) in self._bases.items():
-            means = self._sums[name].total / int(self._examples[name])
-            tensors[f"{name}.left"], tensors[f"{name}.right"] = left.cpu(), right.cpu()
-            tensors[f"{name}.eigenvalues"] = means.to(left.dtype).cpu()
+        tensors = dict(self._bases)
+        for name, sums in self._sums.items():
+            means = sums.total / int(self._examples[name])
+            tensors[f"{name}.eigenvalues"] = means.to(tensors[f"{name}.left"].dtype).cpu()
         return tensors
 
 

@@ -1,19 +1,22 @@
 """The identity: plain gradient dot products, i.e. TracIn at one checkpoint (Pruthi et al. 2020)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from estimators.contracts import RunPass
+from estimators.grounds import Grounds, Parameter, Questions
 from estimators.model.gradients import Gradients
 from estimators.model.layers import LinearLayer
 from estimators.sketching.whitening import LayerWhitening
 
 
 class Identity:
-    """``H + lambda I`` replaced by the identity; nothing is fitted and damping has no effect."""
+    """The dot product of gradients: the identity in place of curvature; nothing is fitted."""
+
+    parameters: ClassVar[Mapping[str, Parameter]] = {}
 
     def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
         if tensors:
@@ -23,6 +26,15 @@ class Identity:
     def fit(cls, layers: Sequence[LinearLayer], run_pass: RunPass) -> Self:
         """Fit nothing."""
         return cls()
+
+    @classmethod
+    def open(cls, grounds: Grounds) -> Self:
+        """Every index has what it needs: nothing."""
+        return cls()
+
+    def directions(self, questions: Questions, values: Mapping[str, float]) -> dict[str, Tensor]:
+        """``-grad f``."""
+        return {name: -gradient for name, gradient in questions.gradients.items()}
 
     def precondition(self, gradients: Gradients, damping: float) -> dict[str, Tensor]:
         """The gradients themselves."""

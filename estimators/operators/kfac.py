@@ -1,9 +1,11 @@
 """K-FAC: curvature as a Kronecker product of two covariances (Martens and Grosse 2015)."""
 
 from collections.abc import Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from estimators.contracts import RunPass
 from estimators.curvature.kronecker import Covariances
@@ -12,19 +14,27 @@ from estimators.operators.eigenbasis import EigenbasisOperator
 
 
 class KFac(EigenbasisOperator):
-    """``H = T * A x S``; A and S are means over token positions, T the mean positions an example.
+    """K-FAC influence: curvature as a Kronecker product of two covariances.
+
+    ``H = T * A x S``; A and S are means over token positions, T the mean positions an example.
 
     The factor T puts the eigenvalues in units of the mean loss of an example (a sum over its
-    tokens), under K-FAC's assumption that tokens are independent.
+    tokens), under K-FAC's assumption that tokens are independent. EK-FAC's factors hold A and S
+    too, so an index built with them answers for K-FAC.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ("left_values", "right_values", "positions")
 
     @classmethod
     def fit(cls, layers: Sequence[LinearLayer], run_pass: RunPass) -> Self:
         """One pass for the covariances."""
         covariances = run_pass("covariances", Covariances, lambda: Covariances.begin(layers))
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, basis in covariances.eigenbases(layers).items():
-            values = torch.outer(basis.left_values, basis.right_values)
-            tensors[f"{name}.left"], tensors[f"{name}.right"] = basis.left.cpu(), basis.right.cpu()
-            tensors[f"{name}.eigenvalues"] = (values * covariances.mean_positions(name)).cpu()
+            tensors |= basis.tensors(name)
         return cls(tensors)
+
+    def eigenvalues(self, name: str) -> Float[Tensor, "in out"]:
+        """Products of the two sides' eigenvalues, times the mean positions an example."""
+        left, right, positions = (self._tensors[f"{name}.{part}"] for part in self.needs)
+        return torch.outer(left, right) * float(positions)

@@ -33,9 +33,11 @@ from transformers.pytorch_utils import Conv1D
 
 from estimators.curvature.fitting import Labels, fit_estimator
 from estimators.model.capture import freeze
+from estimators.model.gradients import negated
 from estimators.model.layers import find_layers
 from estimators.model.tokens import Sequence1D, collate
-from estimators.rescoring import query_directions, query_gradients, score_batch_for_queries
+from estimators.operators.ekfac import EKFac
+from estimators.rescoring import query_gradients, score_batch_for_queries
 from index.files import write_whole
 
 HELP = """Compare EK-FAC's factors and scores with kronfluence's; one JSON line on stdout.
@@ -258,18 +260,19 @@ def etymon(problem: Problem, seed: int) -> Outcome:
     model, labels = problem.model, problem.case.labels
     layers = find_layers(model).layers
     fitting: dict[str, Any] = {"token_budget": 512, "seed": seed, "labels": labels}
-    ekfac = fit_estimator("ekfac", model, layers, problem.examples, **fitting)
+    ekfac = EKFac(fit_estimator("ekfac", model, layers, problem.examples, **fitting).tensors())
     kfac = fit_estimator("kfac", model, layers, problem.examples, **fitting)
     gradients, _ = query_gradients(model, layers, problem.queries)
-    directions = query_directions(ekfac, gradients, DAMPING)
+    directions = negated(ekfac.precondition(gradients, DAMPING))
     corrected, product = ekfac.tensors(), kfac.tensors()
     factors = {}
     for name in gradients:
         left, right = product[f"{name}.left"], product[f"{name}.right"]
-        spectrum = product[f"{name}.eigenvalues"]
+        positions = float(product[f"{name}.positions"])
+        inputs, gradients_ = product[f"{name}.left_values"], product[f"{name}.right_values"]
         factors[name] = (
-            left * spectrum.sum(1) @ left.T,
-            right * spectrum.sum(0) @ right.T,
+            left * (positions * inputs * gradients_.sum()) @ left.T,
+            right * (positions * gradients_ * inputs.sum()) @ right.T,
             corrected[f"{name}.eigenvalues"],
         )
     batch = collate(problem.scored)

@@ -13,8 +13,7 @@ from rich import box
 from rich.table import Table
 
 from estimators.model.tokens import Sequence1D
-from estimators.operators.identity import Identity
-from index.bm25 import BM25
+from estimators.scorers.bm25 import BM25
 from index.codes.vectors import best_rows
 from scripts import options
 from scripts.console import one_sentence_errors, print_json, show_progress, stderr
@@ -141,8 +140,8 @@ def _rank(
     scores = exact_scores(
         retriever.loaded,
         {
-            "ekfac": (index.estimator, index.manifest.estimator.damping),
-            "dot": (Identity(), 1.0),
+            "ekfac": index.estimators.own.directions,
+            "dot": index.estimators.choose_gradients("identity").directions,
         },
         index.examples,
         [q.sequence for q in asked],
@@ -150,7 +149,7 @@ def _rank(
         progress=show_progress,
     )
     norms = np.where(index.norms > 0, index.norms, np.inf)
-    lexical = BM25(index.examples.texts())
+    lexical = BM25(index.examples.texts)
     generator = np.random.default_rng(seed)
     total = len(norms)
     rankings: dict[str, Callable[[int, Asked], np.ndarray]] = {

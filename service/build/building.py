@@ -8,7 +8,7 @@ from typing import Literal
 from estimators.model.layers import LayerSelection, find_layers
 from estimators.model.progress import Progress, no_progress
 from estimators.sketching.sketch import Sketch, SketchPlan
-from estimators.storage import load_estimator
+from estimators.storage import load_factors
 from index.codes.vectors import LOW_RANK
 from index.errors import IndexMismatch
 from index.examples import ExampleStore
@@ -42,6 +42,7 @@ from service.build.reading import find_corpus, read_corpus
 from service.build.sketching import ShardJob
 from service.coding import FACTORS_NAME, code_blocks, coded_index
 from service.models import LoadedModel
+from service.scoring.estimators import Estimators
 from service.versions import numerical_versions, versions
 
 Mode = Literal["new", "append", "supersede"]
@@ -202,7 +203,7 @@ class _Build:
     ) -> None:
         self.folder, self.factors, self.source = folder, factors, source
         self.options, self.mode = options, mode
-        self.estimator_name, self.estimator, self.facts = load_estimator(factors)
+        self.estimator_name, self.fitted, self.facts = load_factors(factors)
         check_factors(self.facts, loaded)
         coverage = find_layers(loaded.model, LayerSelection.from_facts(self.facts))
         self.loaded = replace(loaded, coverage=coverage)
@@ -219,7 +220,7 @@ class _Build:
         }
         name, seed = settle_plan(self.folder, plan, append=self.mode != "new")
         layers = self.loaded.coverage.layers
-        whitening = self.estimator.whitening(layers, self.options.damping)
+        whitening = self.fitted.whitening(layers, self.options.damping)
         sketch = Sketch(layers, whitening, self.options.sketch_plan(seed, len(layers)))
         self._components(sketch)  # refused before the first gradient, if they must be
         part = _Part(name=name, path=part_folder(self.folder, name), sketch=sketch)
@@ -277,10 +278,11 @@ class _Build:
         parts = self._parts(PartRecord(name=part.name, data=corpus.data, shards=shards, deleted=[]))
         index = coded_index(self.options.codes, part.sketch)
         examples = ExampleStore(example_files(self.folder, parts), kept_rows(parts, failed=False))
+        name, damping = self.estimator_name, self.options.damping
+        estimators = Estimators.of_factors(self.loaded, examples, name, self.fitted, damping)
         noise = measure_noise(
             self.loaded,
-            self.estimator,
-            self.options.damping,
+            estimators.own.directions,
             part.sketch,
             self.options.codes,
             examples,

@@ -22,8 +22,8 @@ from estimators.model.layers import LayerSelection
 from estimators.model.memory import ran_out
 from estimators.model.progress import Progress, no_progress
 from estimators.model.tokens import Sequence1D
-from estimators.registry import estimator_class
-from estimators.storage import fingerprint_tensors, serialise_estimator
+from estimators.registry import factors_class
+from estimators.storage import fingerprint_tensors, serialise_factors
 from index.errors import DiskFull, IndexMismatch
 from index.files import exclusive, write_whole
 from service.build.corpus import CorpusSource, read_examples
@@ -40,7 +40,7 @@ class FitOptions:
     """What a user chooses about a fit.
 
     Attributes:
-        estimator: a name of the registry.
+        estimator: a name of the registry of factors.
         examples: fit on at most this many, drawn at random.
         labels: "sampled" for the true Fisher, "empirical" for the examples' own tokens.
         max_tokens: longest window of a document, in tokens; None takes the model's context.
@@ -89,7 +89,7 @@ def fit_factors(
         OutOfMemory: not even one sequence fits into memory.
         ValueError: the corpus cannot be read, or the model gives non-finite values.
     """
-    estimator_class(options.estimator)
+    factors_class(options.estimator)
     sequences = draw_sequences(loaded, source, options)
     facts = {
         "model_sha256": loaded.model_sha256,
@@ -113,7 +113,7 @@ def fit_factors(
                 progress=progress,
                 checkpoint=checkpoint,
             )
-            write_whole(out, serialise_estimator(options.estimator, fitted, facts))
+            write_whole(out, serialise_factors(options.estimator, fitted, facts))
             checkpoint.remove()
         finally:
             for left in out.parent.glob(f".{out.name}.*.tmp"):  # of a process that was killed

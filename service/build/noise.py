@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
-from estimators.contracts import Estimator
+from estimators.chosen import DirectionsOf
 from estimators.model.tokens import Sequence1D
 from estimators.sketching.sketch import Sketch
 from index.codes.vectors import DISTORTIONS
@@ -31,8 +31,7 @@ SEED = 0
 
 def measure_noise(
     loaded: LoadedModel,
-    estimator: Estimator,
-    damping: float,
+    directions_of: DirectionsOf,
     sketch: Sketch,
     codes: str,
     examples: ExampleStore,
@@ -47,8 +46,7 @@ def measure_noise(
 
     Args:
         loaded: the model with the layers to attribute.
-        estimator: fitted.
-        damping: relative.
+        directions_of: of the estimator that the index is built for.
         sketch: of the index.
         codes: the index' kind of code.
         examples: the corpus, without rows that failed or were deleted.
@@ -67,7 +65,7 @@ def measure_noise(
     sketched: list[tuple[Tensor, Tensor]] = []
     exact = exact_scores(
         loaded,
-        {"": (estimator, damping)},
+        {"": directions_of},
         examples,
         queries,
         rows=rows.tolist(),

@@ -4,19 +4,19 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from estimators.contracts import Estimator
+from estimators.contracts import Factors
 from estimators.curvature.fitting import fit_estimator
 from estimators.model.layers import LayerSelection, find_layers
 from estimators.model.tokens import Sequence1D, plan_batches
 from estimators.sketching.sketch import Sketch
-from estimators.storage import load_estimator, serialise_estimator
+from estimators.storage import load_factors, serialise_factors
 from index.examples import Example, ExampleStore, examples_path, serialise_examples, write_examples
 from service.build.building import BuildOptions, check_factors
 from service.build.corpus import CorpusSource, read_examples
@@ -26,6 +26,7 @@ from service.build.reading import chunks
 from service.build.sketching import ShardJob
 from service.coding import coded_index
 from service.models import LoadedModel
+from service.scoring.estimators import Estimators
 
 TRIAL_BATCHES = 12
 """Batches that are really computed, spread over the lengths, after one to warm up."""
@@ -77,9 +78,10 @@ def predict_build(
         ValueError: the corpus cannot be read or has no row.
     """
     start_memory = peak_memory()
-    _, estimator, facts = load_estimator(factors)
+    name, fitted, facts = load_factors(factors)
     check_factors(facts, loaded)
-    layers = find_layers(loaded.model, LayerSelection.from_facts(facts)).layers
+    loaded = replace(loaded, coverage=find_layers(loaded.model, LayerSelection.from_facts(facts)))
+    layers = loaded.coverage.layers
     survey = _Survey()
     start = time.perf_counter()
     examples = read_examples(source, loaded, options.max_tokens or loaded.context)
@@ -90,11 +92,11 @@ def predict_build(
         raise ValueError(f"The corpus '{source.data}' has no row.")
     sketch = Sketch(
         layers,
-        estimator.whitening(layers, options.damping),
+        fitted.whitening(layers, options.damping),
         options.sketch_plan(seed=0, layers=len(layers)),
     )
     sketching = _time_of_shards(loaded, sketch, options, survey)
-    noise = _time_of_noise(loaded, estimator, sketch, options, survey, scratch)
+    noise = _time_of_noise(loaded, (name, fitted), sketch, options, survey, scratch)
     code_size = coded_index(options.codes, sketch).code_size
     rows = sum(map(len, survey.shards))
     small = SMALL_FILES * len(survey.shards)
@@ -143,7 +145,7 @@ def predict_fit(
         labels=options.labels,
         progress=stopwatch,
     )
-    size = len(serialise_estimator(options.estimator, fitted, {}))
+    size = len(serialise_factors(options.estimator, fitted, {}))
     once = time.perf_counter() - start - stopwatch.all
     tried = [len(sequence.tokens) for sequence in trial]
     computed = sum(_padded([tried[p] for p in b]) for b in stopwatch.timed)
@@ -243,7 +245,7 @@ def _time_of_shards(
 
 def _time_of_noise(
     loaded: LoadedModel,
-    estimator: Estimator,
+    factors: tuple[str, Factors],
     sketch: Sketch,
     options: BuildOptions,
     survey: _Survey,
@@ -254,14 +256,15 @@ def _time_of_noise(
     for number, count in enumerate(TRIAL_ROWS):
         path = examples_path(scratch, number)
         write_examples(path, survey.examples[:count])
+        store = ExampleStore([path])
+        estimators = Estimators.of_factors(loaded, store, *factors, options.damping)
         start = time.perf_counter()
         measure_noise(
             loaded,
-            estimator,
-            options.damping,
+            estimators.own.directions,
             sketch,
             options.codes,
-            ExampleStore([path]),
+            store,
             options.token_budget,
         )
         tried.append((min(count, len(survey.examples)), time.perf_counter() - start))

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated
 
@@ -11,7 +11,6 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.concurrency import run_in_threadpool
 
-from estimators.registry import ESTIMATORS, estimator_class
 from service.http import access, limits, problems
 from service.http.engine import Engine
 from service.http.job_routes import add_job_routes
@@ -28,9 +27,12 @@ from service.schemas.indexes import (
     HealthResponse,
     IndexesResponse,
     IndexResponse,
+    OfferSchema,
+    ParameterSchema,
     SketchSchema,
 )
 from service.schemas.queries import QueryRequest, QueryResponse, Schema
+from service.scoring.estimators import Offer
 from service.search.retrieval import Retriever
 from service.settings import Settings
 
@@ -175,19 +177,9 @@ def _add_reading_routes(app: FastAPI) -> None:
 
     @app.get("/v1/estimators", responses=problems.described(503))
     async def estimators(engine: TheEngine) -> EstimatorsResponse:
-        """Ways of estimating influence, and which indexes were built for each."""
+        """Ways of scoring examples, which of them each index answers for, and their parameters."""
         _check_ready(engine)
-        built = {n: r.index.manifest.estimator.name for n, r in engine.retrievers.items()}
-        return EstimatorsResponse(
-            estimators=[
-                EstimatorSchema(
-                    name=name,
-                    summary=(estimator_class(name).__doc__ or name).strip().splitlines()[0],
-                    indexes=[index for index, estimator in built.items() if estimator == name],
-                )
-                for name in ESTIMATORS
-            ]
-        )
+        return await run_in_threadpool(_list_estimators, engine.retrievers)
 
     @app.get("/v1/examples/{example_id:path}", responses=problems.described(404, 422, 503))
     async def example(
@@ -218,6 +210,35 @@ def _add_reading_routes(app: FastAPI) -> None:
         """Model and indexes are loaded."""
         _check_ready(engine)
         return HealthResponse(status="ok")
+
+
+def _list_estimators(retrievers: Mapping[str, Retriever]) -> EstimatorsResponse:
+    offers: dict[str, list[tuple[str, Offer]]] = {}
+    for name, retriever in retrievers.items():
+        for offer in retriever.index.estimators.offers():
+            offers.setdefault(offer.name, []).append((name, offer))
+    return EstimatorsResponse(
+        estimators=[
+            EstimatorSchema(
+                name=name,
+                summary=found[0][1].summary,
+                by_gradients=found[0][1].by_gradients,
+                indexes=[
+                    OfferSchema(
+                        index=index,
+                        own=retrievers[index].index.manifest.estimator.name == name,
+                        parameters={
+                            key: ParameterSchema(**vars(parameter))
+                            for key, parameter in offer.parameters.items()
+                        },
+                        unavailable=offer.unavailable,
+                    )
+                    for index, offer in found
+                ],
+            )
+            for name, found in offers.items()
+        ]
+    )
 
 
 def _check_ready(engine: Engine) -> None:

@@ -18,7 +18,6 @@ from service.errors import (
     NotReady,
     Overloaded,
     ShuttingDown,
-    UnknownEstimator,
     UnknownIndex,
 )
 from service.http.telemetry import Refusal, Telemetry
@@ -254,16 +253,8 @@ class Engine:
         """
         retriever = self.retriever(request.index)
         self._check_limits(request)
-        self._check_estimator(request.estimator)
+        retriever.index.estimators.choose(request.estimator, request.parameters)
         return retriever
-
-    def _check_estimator(self, name: str | None) -> None:
-        served = {r.index.manifest.estimator.name for r in self.retrievers.values()}
-        if name is not None and name not in served:
-            raise UnknownEstimator(
-                f"No index that is served was built for the estimator '{name}'; there are indexes "
-                f"for {', '.join(sorted(served))}."
-            )
 
     def _check_limits(self, request: QueryRequest) -> None:
         settings = self.settings

@@ -50,12 +50,34 @@ class IndexesResponse(Schema):
     indexes: list[IndexResponse]
 
 
+class ParameterSchema(Schema):
+    """A number that a query may set."""
+
+    summary: str
+    default: float
+    least: float
+    most: float
+
+
+class OfferSchema(Schema):
+    """Whether an index answers for an estimator."""
+
+    index: str
+    own: bool = Field(description="The index was built for it: the default of queries.")
+    parameters: dict[str, ParameterSchema] = Field(description="With the index' own defaults.")
+    unavailable: str | None = Field(description="Why it does not; null if it does.")
+
+
 class EstimatorSchema(Schema):
-    """One way of estimating influence."""
+    """One way of scoring training examples."""
 
     name: str
     summary: str
-    indexes: list[str] = Field(description="Served indexes that were built for it.")
+    by_gradients: bool = Field(
+        description="Scores are influences by gradients: they split by token and layer, and the "
+        "sketch certificate speaks of them."
+    )
+    indexes: list[OfferSchema] = Field(description="One for each index that is served.")
 
 
 class EstimatorsResponse(Schema):

@@ -83,8 +83,19 @@ class QueryRequest(Schema):
     index: str = Field(default="default", description="Name of the index.")
     estimator: str | None = Field(
         default=None,
-        description="Name of the estimator that scores; refused if the index was built for "
-        "another. Left out: the index's own.",
+        description="Name of the estimator that scores, see GET /v1/estimators. Left out: the one "
+        "that the index was built for.",
+    )
+    parameters: dict[str, float] = Field(
+        default_factory=dict,
+        max_length=16,
+        description="Of the estimator, e.g. damping; see GET /v1/estimators. Those that are left "
+        "out have the index's defaults.",
+    )
+    proposer: str | None = Field(
+        default=None,
+        description="Whose order of the rows is followed: codes (the index's own) or bm25. Left "
+        "out: codes; for an estimator without gradients its own order, if it has one.",
     )
     k: int = Field(default=10, ge=1, description="Training examples to return, of each direction.")
     direction: Literal["proponents", "opponents", "both"] = Field(
@@ -133,12 +144,6 @@ class QueryRequest(Schema):
     )
     clusters: bool = Field(
         default=False, description="Also tell which results are near-duplicates of each other."
-    )
-    damping: float | None = Field(
-        default=None,
-        ge=1e-6,
-        le=1e6,
-        description="Relative damping; the index's own if left out.",
     )
     seed: int | None = Field(
         default=None, ge=0, lt=2**62, description="Of the random rows; drawn if left out."
@@ -278,6 +283,10 @@ class QueryResponse(Schema):
     measurement: MeasurementSchema
     index: str
     estimator: str
+    parameters: dict[str, float] = Field(description="Of the estimator, all of them.")
+    estimator_sha256: str = Field(
+        description="Of all that its scores depend on besides the question."
+    )
     ranking: str
     sign_and_unit: str = SIGN_AND_UNIT
     results: list[ResultSchema] = Field(description="Proponents first, each direction best first.")
@@ -302,7 +311,7 @@ class QueryResponse(Schema):
         fields["certificates"] = [
             CertificateSchema.from_certificate(c, side) for side, c in answer.sided_certificates
         ]
-        return cls(**fields, index=request.index, ranking=request.ranking)
+        return cls(**fields, index=request.index)
 
 
 class GradientEvent(Schema):

@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from estimators.contracts import Estimator
+from estimators.chosen import DirectionsOf
+from estimators.grounds import Questions
 from estimators.model.progress import Progress, no_progress
 from estimators.model.tokens import Sequence1D, collate, plan_batches
-from estimators.rescoring import query_directions, query_gradients, score_batch_for_queries
+from estimators.rescoring import query_gradients, score_batch_for_queries
 from index.examples import ExampleStore
 from service.models import LoadedModel
 
@@ -23,7 +24,7 @@ Watch = Callable[[dict[str, Tensor]], None]
 
 def exact_scores(
     loaded: LoadedModel,
-    estimators: Mapping[str, tuple[Estimator, float]],
+    estimators: Mapping[str, DirectionsOf],
     examples: ExampleStore,
     queries: Sequence[Sequence1D],
     *,
@@ -38,7 +39,7 @@ def exact_scores(
 
     Args:
         loaded: the model with the layers to attribute.
-        estimators: by a name of the caller's choice, with their relative damping.
+        estimators: by a name of the caller's choice, what gives their directions.
         examples: the corpus.
         queries: prompts and completions.
         rows: rows to score; None scores all.
@@ -79,15 +80,13 @@ def queries_at_once(loaded: LoadedModel, *, estimators: int) -> int:
 
 def _stacked_directions(
     loaded: LoadedModel,
-    estimators: Mapping[str, tuple[Estimator, float]],
+    estimators: Mapping[str, DirectionsOf],
     queries: Sequence[Sequence1D],
 ) -> dict[str, Tensor]:
     layers = loaded.coverage.layers
     gradients, _ = query_gradients(loaded.model, layers, queries)
-    each = [
-        query_directions(estimator, gradients, damping)
-        for estimator, damping in estimators.values()
-    ]
+    questions = Questions(sequences=[[(query, 1.0)] for query in queries], gradients=gradients)
+    each = [directions_of(questions) for directions_of in estimators.values()]
     if len(each) == 1:
         return each[0]
     return {layer.name: torch.cat([d.pop(layer.name) for d in each]) for layer in layers}

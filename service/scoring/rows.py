@@ -1,17 +1,58 @@
-"""Exact scores of training rows for queries, from the model's gradients."""
+"""Exact scores of training rows for questions, from the model's gradients or by other means."""
 
 from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from estimators.chosen import RowEstimator
+from estimators.grounds import Questions
 from estimators.model.gradients import Gradients
 from estimators.model.tokens import Sequence1D, TokenBatch, collate, plan_batches
 from estimators.rescoring import ScoreParts, score_batch, score_batch_for_queries
 from index.examples import ExampleStore
 from service.models import LoadedModel
+
+Target: TypeAlias = Gradients | Questions
+"""What rows are scored for: a direction ([in, out] a layer), or a question itself."""
+
+
+class Scoring(Protocol):
+    """Scores rows for one or several questions."""
+
+    def score(
+        self, wanted: Sequence[tuple[Any, Int[np.ndarray, "row"]]]
+    ) -> list[Float[np.ndarray, "row"]]:
+        """Exact scores of the rows that each question wants; NaN where there is none."""
+        ...
+
+    def parts(self, target: Any, rows: Sequence[int]) -> list[ScoreParts]:
+        """The exact score of each row, split over layers and over the row's own positions."""
+        ...
+
+
+class RowScoring:
+    """Scores by an estimator without gradients, which have no parts."""
+
+    def __init__(self, estimator: RowEstimator) -> None:
+        self._estimator = estimator
+
+    def score(
+        self, wanted: Sequence[tuple[Questions, Int[np.ndarray, "row"]]]
+    ) -> list[Float[np.ndarray, "row"]]:
+        """Exact scores of the rows that each question wants; NaN where not finite."""
+        found = []
+        for questions, rows in wanted:
+            scores = self._estimator.part.score(questions, rows, self._estimator.values)[0]
+            found.append(np.where(np.isfinite(scores), scores.astype(np.float64), np.nan))
+        return found
+
+    def parts(self, target: Questions, rows: Sequence[int]) -> list[ScoreParts]:
+        """None: whoever asks for them is refused beforehand."""
+        raise ValueError(f"The estimator '{self._estimator.name}' has no gradients to split.")
 
 
 class GradientScorer:
@@ -36,7 +77,7 @@ class GradientScorer:
         A row that several queries want goes through the model once.
 
         Args:
-            wanted: of each query its direction ([in, out] a layer, from ``query_directions``) and
+            wanted: of each query its direction ([in, out] a layer) and
                 the rows, each at most once.
         """
         union = np.unique(np.concatenate([rows for _, rows in wanted]))

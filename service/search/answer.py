@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from index.certificates.statement import Certificate
-from service.search.query import Side
+from service.search.query import Ranking, Side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +99,9 @@ class Answer:
     Attributes:
         terms: what was measured.
         estimator: that scored.
+        parameters: of the estimator, all of them.
+        estimator_sha256: of all that its scores depend on besides the question.
+        ranking: by which results are ordered.
         results: proponents before opponents, each best first.
         documents: those of the results in order of their best one; empty unless asked for.
         sided_certificates: of each direction "sketch", "audit" and, if the index is calibrated,
@@ -113,6 +116,9 @@ class Answer:
 
     terms: tuple[MeasuredTerm, ...]
     estimator: str
+    parameters: dict[str, float]
+    estimator_sha256: str
+    ranking: Ranking
     results: list[Result]
     documents: list[DocumentScore]
     sided_certificates: list[tuple[Side, Certificate]]

@@ -16,8 +16,8 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Float, Int
 
-from estimators.model.gradients import Gradients
 from service.errors import DeadlinePassed, ShuttingDown
+from service.scoring.rows import Target
 from service.search.answer import Answer
 from service.search.query import Query
 from service.search.retrieval import Retriever
@@ -245,12 +245,12 @@ class Batcher:
 
     def _round(self) -> None:
         """Score rows for one or some of the queries, for about ``ROUND_SECONDS``."""
-        for together in _grouped(self._members, lambda member: member.ticket.retriever):
+        for together in _grouped(self._members, lambda member: member.run.scoring):
             self._passes += 1
             group = _next(together, oldest=self._passes % 2 == 0)
             most = ROUND_SECONDS / self._seconds_per_row if self._seconds_per_row else FIRST_ROWS
             share = max(1, int(most))
-            asked = [(member.run.directions, member.next_rows(share)) for member in group]
+            asked = [(member.run.target, member.next_rows(share)) for member in group]
             start = time.perf_counter()
             scores = self._score(group, asked)
             rows = len(np.unique(np.concatenate([rows for _, rows in asked])))
@@ -263,12 +263,12 @@ class Batcher:
         self._members = [member for member in self._members if member.wanted is not None]
 
     def _score(
-        self, group: list[_Member], asked: list[tuple[Gradients, Int[np.ndarray, "row"]]]
+        self, group: list[_Member], asked: list[tuple[Target, Int[np.ndarray, "row"]]]
     ) -> list[Float[np.ndarray, "row"] | None]:
         """Scores of each member; None for one that failed."""
         try:
             with group[0].ticket.retriever.loaded.turn:
-                return list(group[0].run.scorer.score(asked))
+                return list(group[0].run.scoring.score(asked))
         except Exception as error:  # noqa: BLE001 - told to whoever asked
             if len(group) == 1:
                 group[0].ticket.fail(error)
@@ -300,7 +300,7 @@ def _next(members: list[_Member], *, oldest: bool) -> list[_Member]:
 T = TypeVar("T")
 
 
-def _grouped(things: Iterable[T], owner: Callable[[T], Retriever]) -> list[list[T]]:
+def _grouped(things: Iterable[T], owner: Callable[[T], object]) -> list[list[T]]:
     groups: dict[int, list[T]] = {}
     for thing in things:
         groups.setdefault(id(owner(thing)), []).append(thing)

@@ -49,7 +49,7 @@ def calibrate_index(
     ]
     truth = exact_scores(
         loaded,
-        {"": (index.estimator, index.manifest.estimator.damping)},
+        {"": index.estimators.own.directions},
         index.examples,
         asked,
         token_budget=token_budget,

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import ValidationError
 
+from estimators.chosen import GradientEstimator
+from estimators.registry import CODES
 from index.certificates.calibration import effort_needed
 from index.errors import IndexCorrupt
 from index.files import read_sealed, sha256_of
@@ -63,10 +65,12 @@ class IndexCalibration:
     Attributes:
         record: what was kept.
         changed: whether the index has been changed since.
+        own: the estimator that it was made for.
     """
 
     record: CalibrationRecord
     changed: bool
+    own: GradientEstimator
     _known: dict[tuple[int, Ranking, int], list[float]] = field(default_factory=dict)
 
     def stale(self, query: Query) -> str | None:
@@ -76,8 +80,15 @@ class IndexCalibration:
                 "rows were added to the index or deleted since it was calibrated; run the build "
                 "again with --calibration-queries"
             )
-        if query.damping is not None:
-            return "the index was calibrated with its own damping, not with that of the query"
+        if query.estimator not in (None, self.own.name):
+            return (
+                f"the index was calibrated for the estimator '{self.own.name}', not for "
+                f"'{query.estimator}'"
+            )
+        if {**self.own.values, **query.parameters} != self.own.values:
+            return "the index was calibrated with its own parameters, not with those of the query"
+        if query.proposer not in (None, CODES):
+            return "the index was calibrated for its codes as proposer, not for another"
         if query.direction != "proponents":
             return "the index was calibrated for proponents, not for opponents"
         if query.filters:
@@ -112,8 +123,8 @@ class IndexCalibration:
         return proxies.depths(top.exact[k - 1])
 
 
-def find_calibration(folder: Path) -> IndexCalibration | None:
-    """The calibration of the index in ``folder``, if it has one.
+def find_calibration(folder: Path, own: GradientEstimator) -> IndexCalibration | None:
+    """The calibration of the index in ``folder``, if it has one, made for its own estimator.
 
     Raises:
         IndexCorrupt: it was edited or has another schema.
@@ -126,4 +137,4 @@ def find_calibration(folder: Path) -> IndexCalibration | None:
         record = CalibrationRecord.model_validate(content)
     except ValidationError as error:
         raise IndexCorrupt(f"{path} has an unexpected form: {error}") from error
-    return IndexCalibration(record, record.manifest_sha256 != sha256_of(folder / MANIFEST))
+    return IndexCalibration(record, record.manifest_sha256 != sha256_of(folder / MANIFEST), own)

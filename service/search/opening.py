@@ -1,5 +1,7 @@
 """Opening a finished index: everything is checked against the manifest and the model."""
 
+import hashlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,10 +9,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from estimators.contracts import Estimator
 from estimators.model.layers import LayerSelection, find_layers
 from estimators.sketching.sketch import Sketch, SketchPlan
-from estimators.storage import load_estimator
+from estimators.storage import load_factors
 from index.codes.faiss_module import usable_processors
 from index.codes.vectors import LOW_RANK, VectorIndex
 from index.errors import IndexCorrupt, IndexMismatch
@@ -19,8 +20,10 @@ from index.files import sha256_of
 from index.manifest import Manifest, ShardRecord
 from index.parts import example_files, kept_rows, part_folder
 from index.shards import read_shard
-from service.coding import FACTORS_NAME, code_blocks
+from service.coding import FACTORS_NAME, OPERATORS_NAME, code_blocks
 from service.models import LoadedModel
+from service.scoring.cache import FileCache
+from service.scoring.estimators import Estimators
 from service.search.calibration import IndexCalibration, find_calibration
 from service.search.device_search import make_search_index
 
@@ -38,7 +41,7 @@ class OpenIndex:
         kept: numbers on disk of the rows that were not deleted; None if none was.
         norms: whitened norm of each row's gradient; 0 for rows that failed or are empty.
         failed: True for rows whose gradient is not finite.
-        estimator: fitted.
+        estimators: that it can answer for.
         sketch: drawn as during the build.
         calibration: of its queries' recall, if it was made.
     """
@@ -51,7 +54,7 @@ class OpenIndex:
     kept: Int[np.ndarray, "row"] | None
     norms: Float[np.ndarray, "row"]
     failed: Bool[np.ndarray, "row"]
-    estimator: Estimator
+    estimators: Estimators
     sketch: Sketch
     calibration: IndexCalibration | None = None
 
@@ -85,11 +88,11 @@ def open_index(folder: Path, loaded: LoadedModel, search_device: str = "cpu") ->
     _check_model(manifest, loaded)
     for record in manifest.files:
         _check_file(folder / record.path, record.sha256)
-    _, estimator, _ = load_estimator(folder / FACTORS_NAME)
+    _, fitted, _ = load_factors(folder / FACTORS_NAME)
     layers = loaded.coverage.layers
     sketch = Sketch(
         layers,
-        estimator.whitening(layers, manifest.estimator.damping),
+        fitted.whitening(layers, manifest.estimator.damping),
         SketchPlan(
             seed=manifest.sketch.seed,
             dimensions=manifest.sketch.dimensions,
@@ -107,19 +110,36 @@ def open_index(folder: Path, loaded: LoadedModel, search_device: str = "cpu") ->
     failed = np.zeros(len(keep), dtype=bool)
     failed[[record.row for record in manifest.failed]] = True
     whole = bool(keep.all())
+    examples = ExampleStore(example_files(folder, manifest.parts), None if whole else keep)
+    estimators = Estimators.of_factors(
+        loaded,
+        examples,
+        manifest.estimator.name,
+        fitted,
+        manifest.estimator.damping,
+        sha256=_grounds_sha256(manifest),
+        cache=FileCache(folder / OPERATORS_NAME),
+    )
     return OpenIndex(
         folder=folder,
         loaded=loaded,
         manifest=manifest,
-        examples=ExampleStore(example_files(folder, manifest.parts), None if whole else keep),
+        examples=examples,
         vectors=vectors,
         kept=None if whole else np.flatnonzero(keep),
         norms=np.concatenate(norms)[keep],
         failed=failed[keep],
-        estimator=estimator,
+        estimators=estimators,
         sketch=sketch,
-        calibration=find_calibration(folder),
+        calibration=find_calibration(folder, estimators.own),
     )
+
+
+def _grounds_sha256(manifest: Manifest) -> str:
+    """Of everything that an estimator may have fitted from, deleted rows included."""
+    parts = [(part.data.sha256, part.deleted) for part in manifest.parts]
+    facts = [manifest.model.model_sha256, manifest.estimator.sha256, parts]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _read_shards(

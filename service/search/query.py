@@ -90,7 +90,10 @@ class Query:
         direction: which examples: proponents of the measured value, opponents, or both.
         filters: conditions on metadata columns; rows that do not meet all of them are no part of
             the question. "id" and "document" are columns too.
-        estimator: name of the estimator that must have built the index; None takes any.
+        estimator: that scores; None takes the one that the index was built for.
+        parameters: of the estimator that are not to be its defaults.
+        proposer: whose order of the rows is followed; None takes the index' codes, or for an
+            estimator without gradients its own if it has one.
         deadline: seconds after which what is certified so far is returned; None waits.
         tokens: also split each result's score over its tokens.
         layers: also split each result's score over the model's layers.
@@ -107,7 +110,6 @@ class Query:
         calibration_rows: rows drawn uniformly to check the sketch's noise for this query; without
             them a "gaussian" sketch certificate states no bound.
         audit_rows: rows drawn uniformly among those not rescored, for the audit certificate.
-        damping: relative; None takes the index's own.
         documents: also score the whole documents that the answer's examples are parts of; needs the
             exact score of all their rows.
         tail: assumed law of the sketch's noise.
@@ -122,6 +124,8 @@ class Query:
     direction: Direction = "proponents"
     filters: Mapping[str, Condition] = field(default_factory=dict)
     estimator: str | None = None
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    proposer: str | None = None
     deadline: float | None = None
     tokens: bool = False
     layers: bool = False
@@ -133,7 +137,6 @@ class Query:
     budget: int = 1000
     calibration_rows: int = 64
     audit_rows: int = 64
-    damping: float | None = None
     documents: bool = False
     tail: "Tail" = "gaussian"
     seed: int | None = None

@@ -6,30 +6,32 @@ that the index stores, so that long or odd examples do not crowd the top; its un
 of whitened norm.
 """
 
-import math
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
-from estimators.model.gradients import Gradients
+from estimators.chosen import GradientEstimator, RowEstimator
+from estimators.grounds import Questions, Unavailable
 from estimators.model.tokens import Sequence1D
+from estimators.registry import CODES, PROPOSERS
 from estimators.rescoring import (
     Measured,
     NonFiniteGradientError,
     measure_queries,
-    query_directions,
     query_gradients,
 )
 from index.certificates.sketch import Tail, plan_levels
-from index.codes.vectors import LAWFUL, LOW_RANK
+from index.codes.vectors import LOW_RANK
+from service.errors import UnknownEstimator
 from service.models import BadQuery
-from service.scoring.rows import GradientScorer
+from service.scoring.rows import GradientScorer, RowScoring, Scoring, Target
 from service.search.answer import Answer, MeasuredTerm
 from service.search.opening import OpenIndex
+from service.search.proposing import estimate_rows, order_rows
 from service.search.proxies import Proxies
 from service.search.query import Query, Ranking, Term
 from service.search.run import Run
@@ -64,7 +66,7 @@ class Retriever:
         try:
             rows = next(steps)
             while True:
-                rows = steps.send(self.scorer.score([(run.directions, rows)])[0])
+                rows = steps.send(run.scoring.score([(run.target, rows)])[0])
         except StopIteration as ended:
             answer: Answer = ended.value
             return answer
@@ -87,19 +89,29 @@ class Retriever:
             self._token_budget,
         )
         seed = secrets.randbits(62)
-        runs = iter([self._run(one, found, place, seed) for place, one in enumerate(sound)])
+        runs = iter([self._begun(one, found, place, seed) for place, one in enumerate(sound)])
         return [next(runs) if isinstance(one, _Prepared) else one for one in prepared]
 
-    def _prepare(self, query: Query) -> "_Prepared | BadQuery":
+    def _prepare(self, query: Query) -> "_Prepared | Exception":
         clock = Clock()
         try:
+            estimator = self.index.estimators.choose(query.estimator, query.parameters)
+            query = _settled(query, estimator)
             kept = self._check(query)
             asked = [self._asked(term) for term in query.terms]
-        except BadQuery as error:
+        except (BadQuery, UnknownEstimator) as error:
             return error
         if any(term.completion is None for term in query.terms):
             clock.stop("complete")
-        return _Prepared(query=query, kept=kept, asked=asked, clock=clock)
+        return _Prepared(query=query, estimator=estimator, kept=kept, asked=asked, clock=clock)
+
+    def _begun(
+        self, prepared: "_Prepared", found: Measured, place: int, seed: int
+    ) -> Run | Exception:
+        try:
+            return self._run(prepared, found, place, seed)
+        except Unavailable as error:
+            return BadQuery(str(error))
 
     def _run(
         self, prepared: "_Prepared", found: Measured, place: int, seed: int
@@ -108,17 +120,23 @@ class Retriever:
         if fault is not None:
             return NonFiniteGradientError(fault)
         query, clock = prepared.query, prepared.clock
-        gradients = {name: value[place] for name, value in found.gradients.items()}
-        directions = self._preconditioned(gradients, query.damping)
+        gradients = {n: value[place : place + 1] for n, value in found.gradients.items()}
+        questions = Questions(
+            sequences=[_weighted(prepared.asked)],
+            gradients=gradients,
+            texts=[one.term.prompt + one.completion for one in prepared.asked[:1]],
+        )
+        scoring, target = self._scoring(prepared.estimator, questions)
         clock.stop("gradient")
-        proxies = self.proxies(directions, query.ranking, query.tail)
+        proxies = self._proposed(prepared, questions, target)
         clock.stop("scan")
         return Run(
             query=query,
             index=self.index,
-            scorer=self.scorer,
+            scoring=scoring,
             terms=_measured(prepared.asked, found.values[place]),
-            directions=directions,
+            target=target,
+            fingerprint=prepared.estimator.fingerprint,
             proxies=proxies,
             kept=prepared.kept,
             seed=seed if query.seed is None else query.seed,
@@ -126,19 +144,40 @@ class Retriever:
         )
 
     def directions(
-        self, sequence: Sequence1D, damping: float | None = None
+        self, sequence: Sequence1D, estimator: GradientEstimator | None = None
     ) -> tuple[dict[str, Tensor], float]:
-        """``-(H + lambda I)^-1 grad f`` ([in, out] a layer) and ``f = log p`` in nats."""
+        """The direction of a question ([in, out] a layer) and ``f = log p`` in nats.
+
+        Args:
+            sequence: prompt and completion.
+            estimator: None takes the index' own.
+        """
         layers = self.loaded.coverage.layers
         gradients, values = query_gradients(self.loaded.model, layers, [sequence])
-        alone = {name: value[0] for name, value in gradients.items()}
-        return self._preconditioned(alone, damping), float(values[0])
+        questions = Questions(sequences=[[(sequence, 1.0)]], gradients=gradients)
+        return _single(estimator or self.index.estimators.own, questions), float(values[0])
 
-    def _preconditioned(self, gradients: Gradients, damping: float | None) -> dict[str, Tensor]:
-        chosen = self.index.manifest.estimator.damping if damping is None else damping
-        batch = {name: value[None] for name, value in gradients.items()}
-        directions = query_directions(self.index.estimator, batch, chosen)
-        return {name: value[0] for name, value in directions.items()}
+    def _scoring(
+        self, estimator: GradientEstimator | RowEstimator, questions: Questions
+    ) -> tuple[Scoring, Target]:
+        if isinstance(estimator, GradientEstimator):
+            return self.scorer, _single(estimator, questions)
+        return RowScoring(estimator), questions
+
+    def _proposed(self, prepared: "_Prepared", questions: Questions, target: Target) -> Proxies:
+        """Estimates of every row, or just an order of all rows."""
+        query, estimator = prepared.query, prepared.estimator
+        own = estimator.name if estimator.name in PROPOSERS else CODES
+        name = query.proposer or own
+        exact = isinstance(estimator, GradientEstimator)
+        if name != CODES:
+            values = self.index.estimators.proposer(name).propose(questions)[0]
+        elif isinstance(target, Questions):
+            directions = _single(self.index.estimators.own, questions)
+            values = self.proxies(directions, "normalised").values
+        else:
+            return self.proxies(target, query.ranking, query.tail)
+        return order_rows(self.index, values, query.ranking, by_gradients=exact)
 
     def _asked(self, term: Term) -> "_Asked":
         completion = term.completion
@@ -160,31 +199,10 @@ class Retriever:
         )
 
     def proxies(
-        self, directions: dict[str, Tensor], ranking: Ranking, tail: Tail = "gaussian"
+        self, directions: Mapping[str, Tensor], ranking: Ranking, tail: Tail = "gaussian"
     ) -> Proxies:
-        """Sketch estimates of every row's ranking value, with their error scales."""
-        sketch, norm = self.index.sketch.query({n: d[None] for n, d in directions.items()})
-        y = sketch[0].cpu().numpy()
-        length = float(np.linalg.norm(y))
-        psi = float(norm[0])
-        cosines = self.index.inner_products(y) / length if length else 0 * self.index.norms
-        norms = self.index.norms.astype(np.float64)
-        noise = self.index.manifest.sketch.noise
-        scale = max(noise.predicted, noise.measured)
-        if tail == "hoeffding":
-            scale = max(scale, math.sqrt(math.pi / (2 * self.index.manifest.sketch.dimensions)))
-        live = norms > 0
-        weights = norms if ranking == "score" else live.astype(np.float64)
-        values = cosines * psi * weights
-        values[self.index.failed] = -np.inf
-        return Proxies(
-            values=values,
-            sigmas=scale * psi * weights,
-            relative=noise.relative,
-            divisors=np.ones_like(norms) if ranking == "score" else np.where(live, norms, np.inf),
-            failed=self.index.failed,
-            lawful=self.index.manifest.codes in LAWFUL,
-        )
+        """Estimates of every row's ranking value by the index' codes, with their error scales."""
+        return estimate_rows(self.index, directions, ranking, tail)
 
     def _check(self, query: Query) -> Int[np.ndarray, "kept"] | None:
         """The rows that its filters leave; None for all.
@@ -192,12 +210,6 @@ class Retriever:
         Raises:
             BadQuery: something about the query is out of range.
         """
-        built_for = self.index.manifest.estimator.name
-        if query.estimator not in (None, built_for):
-            raise BadQuery(
-                f"The index was built for the estimator '{built_for}', not '{query.estimator}'; "
-                f"leave the estimator out, or name an index that was built for it."
-            )
         kept = self._filtered(query)
         rows = len(self.index.examples) if kept is None else len(kept)
         if not 1 <= query.k <= rows:
@@ -212,8 +224,6 @@ class Retriever:
             raise BadQuery(
                 f"The rescoring budget must be at least k = {query.k}, got {query.budget}."
             )
-        if query.damping is not None and not 0 < query.damping < math.inf:
-            raise BadQuery(f"Damping must be positive and finite, got {query.damping}.")
         try:
             plan_levels(query.k, query.recall, query.confidence, query.tail)
         except ValueError as error:
@@ -247,9 +257,35 @@ class _Prepared:
     """A query that is in order, with the rows that its filters leave."""
 
     query: Query
+    estimator: GradientEstimator | RowEstimator
     kept: Int[np.ndarray, "kept"] | None
     asked: Sequence[_Asked]
     clock: Clock
+
+
+def _settled(query: Query, estimator: GradientEstimator | RowEstimator) -> Query:
+    """The query with its estimator and parameters as they are, not as they were left out.
+
+    Raises:
+        BadQuery: it asks for what only gradients give.
+    """
+    by_gradients = isinstance(estimator, GradientEstimator)
+    if (query.tokens or query.layers) and not by_gradients:
+        raise BadQuery(
+            f"The estimator '{estimator.name}' has no gradients, so its scores cannot be split by "
+            f"token or layer; leave tokens and layers out."
+        )
+    return replace(
+        query,
+        estimator=estimator.name,
+        parameters=estimator.values,
+        ranking=query.ranking if by_gradients else "score",
+    )
+
+
+def _single(estimator: GradientEstimator, questions: Questions) -> dict[str, Tensor]:
+    """The direction of the one question, [in, out] a layer."""
+    return {name: value[0] for name, value in estimator.directions(questions).items()}
 
 
 def _weighted(asked: Sequence[_Asked]) -> list[tuple[Sequence1D, float]]:

@@ -1,16 +1,14 @@
 """One query under way: its search in each direction, then what explains the results."""
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
 from estimators.rescoring import ScoreParts
 from index.certificates.statement import Certificate
-from service.scoring.rows import GradientScorer
+from service.scoring.rows import Scoring, Target
 from service.search.answer import Answer, DocumentScore, MeasuredTerm, Result
 from service.search.explaining import cluster, token_texts
 from service.search.opening import OpenIndex
@@ -30,9 +28,10 @@ class Run:
     Args:
         query: what to find.
         index: opened.
-        scorer: of the index, for the split of scores.
+        scoring: gives exact scores.
         terms: what was measured.
-        directions: of the query, [in, out] a layer.
+        target: what ``scoring`` scores rows for.
+        fingerprint: of the estimator.
         proxies: of every row, for proponents.
         kept: rows that the filters leave; None for all.
         seed: of the random rows.
@@ -43,9 +42,10 @@ class Run:
         self,
         query: Query,
         index: OpenIndex,
-        scorer: GradientScorer,
+        scoring: Scoring,
         terms: tuple[MeasuredTerm, ...],
-        directions: Mapping[str, Tensor],
+        target: Target,
+        fingerprint: str,
         proxies: Proxies,
         kept: Int[np.ndarray, "kept"] | None,
         seed: int,
@@ -54,11 +54,12 @@ class Run:
         self.query = query
         self.index = index
         self.terms = terms
-        self.directions = directions
+        self.target = target
+        self.fingerprint = fingerprint
         self.searches: dict[Side, Search] = {}
         self.partial = False
         self.rows = np.arange(len(index.examples)) if kept is None else kept
-        self.scorer = scorer
+        self.scoring = scoring
         self._proxies = proxies
         self._seed = seed
         self._clock = clock
@@ -98,7 +99,10 @@ class Run:
         rescored = sum(search.rescored for search in self.searches.values())
         return Answer(
             terms=self.terms,
-            estimator=self.index.manifest.estimator.name,
+            estimator=query.estimator or self.index.manifest.estimator.name,
+            parameters=dict(query.parameters),
+            estimator_sha256=self.fingerprint,
+            ranking=query.ranking,
             results=results,
             documents=documents,
             sided_certificates=certificates,
@@ -189,7 +193,7 @@ class Run:
         query = self.query
         tokens = [self.index.examples.tokens(result.row) for result in results]
         if query.tokens or query.layers:
-            split = self.scorer.parts(self.directions, [result.row for result in results])
+            split = self.scoring.parts(self.target, [result.row for result in results])
             each = zip(results, tokens, split, strict=True)
             results = [self._split(*one) for one in each]
         if query.clusters and results:

@@ -2,13 +2,12 @@
 
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from estimators.contracts import Scorer
 from index.certificates.audit import AuditSample, certify_audit, count_above, draw_sample
 from index.certificates.calibration import (
     SHARE,
@@ -32,6 +31,14 @@ from service.search.query import Query, Ranking
 T = TypeVar("T")
 Steps: TypeAlias = Generator[Int[np.ndarray, "wanted"], Float[np.ndarray, "scored"], T]
 """Work that stops whenever it needs exact scores of rows, and gives a T."""
+
+
+class RowScores(Protocol):
+    """Exact scores of rows for the one query of a search."""
+
+    def score(self, rows: Sequence[int]) -> Float[np.ndarray, "rows"]:
+        """Scores in the order of ``rows``; NaN where there is none."""
+        ...
 
 
 class Calibration(Protocol):
@@ -82,7 +89,7 @@ class Search:
         self._calibration = calibration
         self._levels = plan_levels(query.k, query.recall, query.confidence, query.tail)
 
-    def run(self, scorer: Scorer, clock: "Clock") -> list[Certificate]:
+    def run(self, scorer: RowScores, clock: "Clock") -> list[Certificate]:
         """Go through all ``steps``, with exact scores from ``scorer``."""
         steps = self.steps(clock)
         try:

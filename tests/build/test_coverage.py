@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from estimators.model.layers import LayerSelection
-from estimators.storage import load_estimator
+from estimators.storage import load_factors
 from index.manifest import Manifest
 from scripts import build_index, fit_estimator
 from service.models import LoadedModel, load_model
@@ -130,7 +130,7 @@ def test_from_fit_to_answer(name, fitting, both, folders, workspace, tmp_path):
 
 def _exact(loaded: LoadedModel, opened: OpenIndex, query: Query) -> np.ndarray:
     sequence = loaded.encode_query(query.prompt, query.completion)
-    estimators = {"own": (opened.estimator, opened.manifest.estimator.damping)}
+    estimators = {"own": opened.estimators.own.directions}
     return exact_scores(loaded, estimators, opened.examples, [sequence])["own"][0]
 
 
@@ -144,6 +144,6 @@ def test_the_choice_of_layers_is_stored_with_the_factors(folders, workspace, tmp
     assert fitted.code == 0, fitted.stderr
     assert "attributed: 4 layers, 4 of them blocks of wider ones" in fitted.stderr
     assert "transformer.h.*.ln_1 (LayerNorm, 2 modules, " in fitted.stderr
-    _, _, facts = load_estimator(factors)
+    _, _, facts = load_factors(factors)
     wanted = LayerSelection(patterns=("*.1.mlp.*",), widest=50)
     assert LayerSelection.from_facts(facts) == wanted

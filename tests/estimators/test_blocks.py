@@ -10,13 +10,13 @@ from estimators.curvature.fitting import fit_estimator
 from estimators.model.layers import LayerSelection, find_layers
 from estimators.model.tokens import collate
 from estimators.rescoring import (
-    query_directions,
     query_gradients,
     score_batch,
     score_batch_for_queries,
 )
 from estimators.sketching.sketch import Sketch, SketchPlan
 from tests import dense_reference as dense
+from tests.directions import query_directions
 from tests.estimators.test_capture import hook_gradients
 
 DAMPING = 0.1

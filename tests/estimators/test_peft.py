@@ -12,9 +12,10 @@ from torch import nn
 from estimators.curvature.fitting import fit_estimator
 from estimators.model.layers import LayerSelection, find_layers
 from estimators.model.tokens import Sequence1D, collate
-from estimators.rescoring import query_directions, query_gradients, score_batch_for_queries
+from estimators.rescoring import query_gradients, score_batch_for_queries
 from service.models import load_model
 from tests import dense_reference as dense
+from tests.directions import query_directions
 from tests.estimators.test_capture import hook_gradients
 from tests.service_fixtures import Workspace, make_model
 

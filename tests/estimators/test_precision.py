@@ -9,15 +9,15 @@ from estimators.curvature.fitting import fit_estimator
 from estimators.curvature.kronecker import Covariances
 from estimators.model.layers import LinearLayer, find_layers
 from estimators.model.tokens import collate
-from estimators.registry import ESTIMATORS
+from estimators.registry import FACTORS
 from estimators.rescoring import (
-    query_directions,
     query_gradients,
     score_batch,
     score_batch_for_queries,
 )
 from estimators.sketching.sketch import Sketch, SketchPlan
 from tests import dense_reference as dense
+from tests.directions import query_directions
 from tests.estimators.test_capture import hook_gradients
 
 DAMPING = 0.1
@@ -37,7 +37,7 @@ def test_gradients_are_near_those_in_float32(rounded, sequences):
     assert dense.worst_error(low, high) < NEAR
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", FACTORS)
 def test_scores_and_sketches_are_near_those_in_float32(rounded, name, sequences, queries):
     # One estimator, fitted in float32, so that only passes over examples and queries differ.
     high, low = rounded
@@ -57,7 +57,7 @@ def test_scores_and_sketches_are_near_those_in_float32(rounded, name, sequences,
     assert dense.relative_error(sketches[1], sketches[0]) < NEAR
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", FACTORS)
 def test_every_route_agrees_on_a_bfloat16_model(rounded, name, sequences, queries):
     # No sum is rounded to bfloat16: two orders of summation agree to float32's precision.
     _, low = rounded

@@ -23,10 +23,11 @@ from estimators.curvature.fitting import fit_estimator
 from estimators.model.capture import freeze
 from estimators.model.layers import LayerSelection, find_layers
 from estimators.model.tokens import Sequence1D, collate
-from estimators.rescoring import query_directions, query_gradients, score_batch
+from estimators.rescoring import query_gradients, score_batch
 from estimators.storage import fingerprint_model, fingerprint_tensors
 from service.models import load_model
 from tests import dense_reference as dense
+from tests.directions import query_directions
 from tests.estimators.test_capture import hook_gradients
 from tests.service_fixtures import CONTEXT, make_model
 

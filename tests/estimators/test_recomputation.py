@@ -12,9 +12,10 @@ from estimators.model.layers import LayerSelection, find_layers
 from estimators.model.measurement import next_token_logits
 from estimators.model.recomputation import recompute_blocks
 from estimators.model.tokens import collate
-from estimators.rescoring import query_directions, query_gradients, score_batch
+from estimators.rescoring import query_gradients, score_batch
 from estimators.sketching.sketch import Sketch, SketchPlan
 from estimators.storage import fingerprint_model, fingerprint_tensors
+from tests.directions import query_directions
 from tests.estimators.test_capture import Toy, hook_gradients
 
 DAMPING = 0.1

@@ -10,21 +10,21 @@ from torch import Tensor, nn
 from estimators.curvature.fitting import fit_estimator
 from estimators.model.layers import LinearLayer, find_layers
 from estimators.model.tokens import Sequence1D, collate
-from estimators.registry import ESTIMATORS
+from estimators.registry import FACTORS
 from estimators.rescoring import (
     NonFiniteGradientError,
-    query_directions,
     query_gradients,
     score_batch,
     score_batch_for_queries,
 )
 from tests import dense_reference as dense
+from tests.directions import query_directions
 
 DAMPING = 0.1
 EXACT = 1e-9  # float64 rounding through model and preconditioner, with room to spare
 
 
-@pytest.fixture(scope="module", params=ESTIMATORS)
+@pytest.fixture(scope="module", params=FACTORS)
 def scored(request, model, sequences, queries):
     """Layers, estimator and directions of each query."""
     layers = find_layers(model).layers

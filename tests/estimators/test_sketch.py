@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from estimators.curvature.fitting import fit_estimator
 from estimators.model.layers import LinearLayer, find_layers
 from estimators.model.tokens import Sequence1D, TokenBatch, collate
-from estimators.rescoring import query_directions, query_gradients, score_batch_for_queries
+from estimators.rescoring import query_gradients, score_batch_for_queries
 from estimators.sketching.sketch import Sketch, SketchPlan
 from estimators.sketching.whitening import LayerWhitening
 from tests import dense_reference as dense
 from tests.dense_reference import batched_inner_product as inner_product
+from tests.directions import query_directions
 
 DAMPING = 0.1
 SEEDS = 200

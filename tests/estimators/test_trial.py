@@ -12,8 +12,9 @@ from estimators.model.capture import freeze
 from estimators.model.layers import LayerSelection, find_layers
 from estimators.model.recomputation import recompute_blocks
 from estimators.model.tokens import Sequence1D, collate
-from estimators.rescoring import query_directions, query_gradients, score_batch_for_queries
+from estimators.rescoring import query_gradients, score_batch_for_queries
 from tests import dense_reference as dense
+from tests.directions import query_directions
 from tests.estimators.test_capture import Toy, hook_gradients
 
 SEQUENCES = [Sequence1D(tokens=(1, 2, 3)), Sequence1D(tokens=(4, 0, 1, 3), row=1)]

@@ -12,12 +12,13 @@ import torch
 from estimators.curvature.fitting import fit_estimator
 from estimators.model.layers import find_layers
 from estimators.model.tokens import collate
-from estimators.rescoring import query_directions, query_gradients, score_batch_for_queries
+from estimators.rescoring import query_gradients, score_batch_for_queries
 from scripts.bench.recall import layouts as bench_layouts
 from scripts.bench.recall.corpora import dictionary_pieces, speech_paragraphs
 from scripts.bench.recall.layouts import LowRank, TwoSided, other_layouts, top_factors
 from scripts.bench.recall.recall import Row, judged, quarters, recall
 from service.models import LoadedModel
+from tests.directions import query_directions
 
 ROW = Row(
     corpus="c",

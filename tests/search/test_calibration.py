@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from scripts.bench.certificates.trials import Fixed
 from scripts.bench.certificates.worlds import Known
 from service.models import BadQuery
 from service.search.calibrating import calibrate_index
-from service.search.calibration import FILE_NAME, find_calibration
+from service.search.calibration import FILE_NAME
 from service.search.opening import open_index
 from service.search.proxies import Proxies, RankedProxies
 from service.search.query import Query
@@ -274,11 +275,15 @@ def test_answers_from_a_calibrated_index_say_so(workshop, calibrated):
 def test_what_the_calibration_does_not_cover_is_refused(workshop, calibrated):
     folder, _ = calibrated
     retriever = Retriever(open_index(folder, workshop.loaded))
-    query = Query(prompt=ASKED[0][0], completion=ASKED[0][1], k=5, damping=0.5)
+    query = Query(prompt=ASKED[0][0], completion=ASKED[0][1], k=5, parameters={"damping": 0.5})
     certificate = retriever.answer(query).certificates[-1]
     assert certificate.status == "refused"
-    assert "own damping" in certificate.sentence
-    known = find_calibration(folder)
+    assert "its own parameters" in certificate.sentence
+    other = replace(query, parameters={}, estimator="kfac")
+    certificate = retriever.answer(other).certificates[-1]
+    assert certificate.status == "refused"
+    assert "for the estimator 'ekfac', not for 'kfac'" in certificate.sentence
+    known = retriever.index.calibration
     assert known is not None
     assert "up to 120 results, not 121" in str(known.stale(Query(prompt="p", k=121)))
 

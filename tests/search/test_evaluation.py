@@ -18,6 +18,7 @@ from service.scoring.exhaustive import exact_scores
 from service.scoring.rows import GradientScorer
 from service.search.answer import Answer, MeasuredTerm, Result
 from service.search.opening import open_index
+from tests.directions import query_directions
 
 pytest_plugins = ["tests.index_fixtures"]
 
@@ -36,7 +37,7 @@ def queries(opened):
 def test_exhaustive_scores_are_those_of_the_scorer_however_queries_are_split(
     opened, queries, monkeypatch
 ):
-    own = {"own": (opened.estimator, 0.1)}
+    own = {"own": opened.estimators.own.directions}
     together = exact_scores(opened.loaded, own, opened.examples, queries)["own"]
     monkeypatch.setattr(exhaustive, "MOST_BYTES", 1)  # one query at a time
     apart = exact_scores(opened.loaded, own, opened.examples, queries, token_budget=64)["own"]
@@ -48,7 +49,7 @@ def test_exhaustive_scores_are_those_of_the_scorer_however_queries_are_split(
         gradients, _ = exhaustive.query_gradients(
             opened.loaded.model, opened.loaded.coverage.layers, [query]
         )
-        directions = exhaustive.query_directions(opened.estimator, gradients, 0.1)
+        directions = query_directions(opened.estimators.own.part, gradients, 0.1)
         one = {name: value[0] for name, value in directions.items()}
         scorer = GradientScorer(opened.loaded, opened.examples, token_budget=256)
         (exact,) = scorer.score([(one, np.arange(len(scores)))])
@@ -117,6 +118,9 @@ def answer(rows: list[int], bound: float) -> Answer:
     return Answer(
         terms=(term,),
         estimator="ekfac",
+        parameters={"damping": 0.1},
+        estimator_sha256="",
+        ranking="normalised",
         partial=False,
         results=results,
         sided_certificates=[("proponents", certificate)],

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from service.errors import UnknownEstimator
 from service.models import BadQuery, load_model
 from service.search.answer import Answer
 from service.search.explaining import token_texts
@@ -123,9 +124,9 @@ def test_conditions_compare_values_of_the_same_kind(condition, held, not_held):
     assert not any(condition.holds(value) for value in not_held)
 
 
-def test_another_estimator_than_the_index_was_built_for_is_refused(retriever):
-    with pytest.raises(BadQuery, match="built for the estimator 'ekfac', not 'kfac'"):
-        retriever.answer(Query(prompt=PROMPT, completion=" Paris", estimator="kfac"))
+def test_an_estimator_that_does_not_exist_is_refused(retriever):
+    with pytest.raises(UnknownEstimator, match="no estimator 'kfca'; this version has bm25, ekfac"):
+        retriever.answer(Query(prompt=PROMPT, completion=" Paris", estimator="kfca"))
     asked = Query(prompt=PROMPT, completion=" Paris", estimator="ekfac")
     assert retriever.answer(asked).estimator == "ekfac"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from estimators.registry import ESTIMATORS
+from estimators.registry import FACTORS
 from index.certificates.statement import Certificate
 from index.errors import IndexMismatch
 from service.models import BadQuery, LoadedModel, load_model
@@ -61,7 +61,8 @@ def dense_scores(
     copied = dense.trainable(loaded.model)
     f = -dense.loss(copied, sequence)
     gradient = dense.weight_gradients(copied, loaded.coverage.layers, f)
-    preconditioned = index.estimator.precondition(gradient, damping)
+    own = index.estimators.own.part
+    preconditioned = own.precondition(gradient, damping)
     return np.array([-dense.inner_product(preconditioned, row) for row in gradients])
 
 
@@ -185,7 +186,9 @@ def test_damping_of_the_query_changes_scores_and_stays_exact(retriever, gradient
     usual = replace(usual, calibration_rows=ROWS, seed=1)
     found = {}
     for damping in (None, 0.1, 0.01, 1.0):
-        answer = retriever.answer(replace(usual, damping=damping))
+        answer = retriever.answer(
+            replace(usual, parameters={} if damping is None else {"damping": damping})
+        )
         scores = dense_scores(retriever.index, gradients, usual, damping or 0.1)
         values = np.empty(ROWS)
         values[[r.row for r in answer.results]] = [r.score for r in answer.results]
@@ -201,7 +204,8 @@ def test_proxies_follow_the_damping_of_the_query(retriever, gradients, damping):
     prompt, completion = QUESTIONS[1]
     query = Query(prompt=prompt, completion=completion)
     sequence = retriever.loaded.encode_query(prompt, completion)
-    directions, _ = retriever.directions(sequence, damping)
+    estimator = retriever.index.estimators.choose_gradients("ekfac", {"damping": damping})
+    directions, _ = retriever.directions(sequence, estimator)
     scores = dense_scores(retriever.index, gradients, query, damping)
     for ranking in RANKINGS:
         proxies = retriever.proxies(directions, ranking)
@@ -211,7 +215,7 @@ def test_proxies_follow_the_damping_of_the_query(retriever, gradients, damping):
         assert np.abs(residuals).max() < 5
 
 
-@pytest.mark.parametrize("name", sorted(set(ESTIMATORS) - {"ekfac"}))
+@pytest.mark.parametrize("name", sorted(set(FACTORS) - {"ekfac"}))
 def test_every_other_estimator_works_through_the_same_index(workshop, gradients, tmp_path, name):
     manifest = workshop.build(tmp_path, factors=workshop.fit(name))
     assert manifest.estimator.name == name
@@ -433,10 +437,10 @@ LONG = " ".join(sentences(10))
         ({"completion": LONG}, f"the model reads {CONTEXT} at most; shorten"),
         ({"prompt": LONG}, f"the model reads {CONTEXT} at most; shorten"),
         ({"prompt": LONG, "completion": None}, "leaves no room.*shorten it"),
-        ({"damping": 0.0}, "Damping must be positive and finite, got 0"),
-        ({"damping": -0.1}, "Damping must be positive and finite, got -0.1"),
-        ({"damping": math.nan}, "Damping must be positive and finite, got nan"),
-        ({"damping": math.inf}, "Damping must be positive and finite, got inf"),
+        ({"parameters": {"damping": 0.0}}, "'damping' of 'ekfac' must be from.*got 0"),
+        ({"parameters": {"damping": -0.1}}, "must be from 1e-06 to 1e.06, got -0.1"),
+        ({"parameters": {"damping": math.nan}}, "must be from.*got nan"),
+        ({"parameters": {"rank": 3.0}}, "no parameter 'rank'; its parameters: damping"),
         ({"recall": 0.0}, "recall target must be above 0"),
         ({"recall": 1.1}, "recall target must be above 0 and at most 1, got 1.1"),
         ({"confidence": 1.0}, "confidence must be between 0 and 1"),

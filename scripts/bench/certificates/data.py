@@ -1,7 +1,7 @@
 """What certificates are tried on: exact scores of all rows, proxies by many sketches; made once."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from estimators.contracts import Estimator
+from estimators.contracts import Factors
+from estimators.grounds import Questions
 from estimators.model.tokens import Sequence1D, collate, plan_batches
-from estimators.registry import rebuild_estimator
-from estimators.rescoring import query_directions, query_gradients
+from estimators.registry import rebuild_factors
+from estimators.rescoring import query_gradients
+from estimators.scorers.bm25 import BM25
 from estimators.sketching.sketch import Sketch, SketchPlan, training_sketches
-from estimators.storage import load_estimator
-from index.bm25 import BM25
+from estimators.sketching.whitening import LayerWhitening
+from estimators.storage import load_factors
 from index.codes.onebit import OneBitIndex
 from index.manifest import NoiseRecord
 from scripts.bench.recall.corpora import Subject, trained
@@ -138,7 +140,7 @@ class Ground:
 
     def bm25(self) -> Estimates:
         """BM25 of prompt and completion together, a proposer that knows nothing of the model."""
-        lexical = BM25([self.index.examples[row].text for row in range(self.rows)])
+        lexical = BM25(self.index.examples.texts)
         scores = [lexical.scores(f"{prompt}{said}") for prompt, said in self.subject.queries]
         return Estimates(cosines=np.stack(scores), noise=0.0, relative=0.0, lawful=False)
 
@@ -147,23 +149,25 @@ class Ground:
     ) -> "Redraws":
         """One-bit proxies of some rows by many draws of the sketch, for EK-FAC or the identity."""
         asked = self.asked[: NOISE_QUERIES + queries]
-        estimator = self._estimator(name)
+        estimator = self.index.estimators.choose_gradients(name)
 
         def make() -> dict[str, np.ndarray]:
             layers = self.loaded.coverage.layers
             gradients, _ = query_gradients(self.loaded.model, layers, asked)
-            directions = query_directions(estimator, gradients, DAMPING)
+            questions = Questions(sequences=[[(one, 1.0)] for one in asked], gradients=gradients)
+            directions = estimator.directions(questions)
             sequences = [self.sequences[row] for row in rows]
             exact = exact_scores(
                 self.loaded,
-                {"": (estimator, DAMPING)},
+                {"": estimator.directions},
                 self.index.examples,
                 asked,
                 rows=list(rows),
                 token_budget=TOKEN_BUDGET,
                 progress=show_progress,
             )[""]
-            return redraw(self.loaded, estimator, sequences, directions, exact, plans)
+            whitening = self._factors(name).whitening(layers, DAMPING)
+            return redraw(self.loaded, whitening, sequences, directions, exact, plans)
 
         plan = plans[0]
         key = f"redraws-{name}-{len(rows)}-{len(plans)}-{plan.dimensions}-{plan.rank}"
@@ -174,8 +178,8 @@ class Ground:
             exact=kept["exact"],
         )
 
-    def _estimator(self, name: str) -> Estimator:
-        return load_estimator(self.factors)[1] if name == "ekfac" else rebuild_estimator(name, {})
+    def _factors(self, name: str) -> Factors:
+        return load_factors(self.factors)[1] if name == "ekfac" else rebuild_factors(name, {})
 
     def _open(self, codes: str, dimensions: int) -> OpenIndex:
         folder = self.folder / f"index-{codes}-{dimensions}"
@@ -191,7 +195,7 @@ class Ground:
         norms: list[Tensor] = []
         exact = exact_scores(
             self.loaded,
-            {"": (self.index.estimator, DAMPING)},
+            {"": self.index.estimators.own.directions},
             self.index.examples,
             self.asked,
             token_budget=TOKEN_BUDGET,
@@ -228,7 +232,7 @@ class Redraws:
 
 def redraw(
     loaded: LoadedModel,
-    estimator: Estimator,
+    whitening: Mapping[str, LayerWhitening],
     sequences: Sequence[Sequence1D],
     directions: dict[str, Tensor],
     exact: Float[np.ndarray, "query row"],
@@ -239,7 +243,6 @@ def redraw(
     The first ``NOISE_QUERIES`` queries only serve to measure the noise.
     """
     layers = loaded.coverage.layers
-    whitening = estimator.whitening(layers, DAMPING)
     batches = list(plan_batches([len(s.tokens) for s in sequences], TOKEN_BUDGET))
     sampled = np.random.default_rng(0).permutation(len(sequences))[:NOISE_ROWS]
     found, records, cosines = [], [], np.zeros_like(exact)

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from estimators.contracts import Estimator
 from estimators.model.capture import visit_gradients
-from estimators.model.gradients import Gradients, sum_over_tokens, widen
+from estimators.model.gradients import Gradients, negated, sum_over_tokens, widen
 from estimators.model.layers import LinearLayer
 from estimators.model.progress import Progress, no_progress
 from estimators.model.tokens import Sequence1D, collate, plan_batches
-from estimators.rescoring import query_directions, query_gradients
+from estimators.operators.ekfac import EKFac
+from estimators.rescoring import query_gradients
 from service.models import LoadedModel
 
 SIDE = 16
@@ -33,7 +33,7 @@ Proxies = dict[str, tuple[int, Float[np.ndarray, "query row"]]]
 
 def other_layouts(
     loaded: LoadedModel,
-    estimator: Estimator,
+    estimator: EKFac,
     damping: float,
     examples: Sequence[Sequence1D],
     queries: Sequence[Sequence1D],
@@ -43,7 +43,7 @@ def other_layouts(
     """Proxies of every layout for every example, in one pass over the examples."""
     layers = loaded.coverage.layers
     gradients, _ = query_gradients(loaded.model, layers, queries)
-    directions = query_directions(estimator, gradients, damping)
+    directions = negated(estimator.precondition(gradients, damping))
     white = estimator.whitening(layers, damping)
     maps = {
         name: tuple((w.left_map(dual=dual), w.right_map(dual=dual).T) for dual in (False, True))

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from rich.table import Table
 
 from estimators.model.tokens import Sequence1D
-from estimators.storage import load_estimator
+from estimators.operators.ekfac import EKFac
+from estimators.storage import load_factors
 from scripts import options
 from scripts.bench.recall.bergson import bergson_installed, bergson_proxies
 from scripts.bench.recall.corpora import TEXTS, Subject, factbook, trained
@@ -191,7 +192,7 @@ class Measurement:
         ]
         truth = exact_scores(
             self._loaded,
-            {"own": (index.estimator, DAMPING)},
+            {"own": index.estimators.own.directions},
             index.examples,
             asked,
             token_budget=self._budget,
@@ -218,9 +219,9 @@ class Measurement:
         return open_index(folder, self._loaded)
 
     def _others(self, examples: Sequence[Sequence1D], asked: Sequence[Sequence1D]) -> Proxies:
-        _, estimator, _ = load_estimator(self._factors)
+        ekfac = EKFac(load_factors(self._factors)[1].tensors())
         found = other_layouts(
-            self._loaded, estimator, DAMPING, examples, asked, self._budget, show_progress
+            self._loaded, ekfac, DAMPING, examples, asked, self._budget, show_progress
         )
         if bergson_installed():
             model = self._subject.model

@@ -1,0 +1,133 @@
+"""What an estimator stands on when it is asked: model, factors, training examples, questions."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from estimators.model.gradients import Gradients
+from estimators.model.layers import LinearLayer
+from estimators.model.tokens import Sequence1D
+
+
+class Unavailable(ValueError):  # noqa: N818 - named for what is wrong
+    """An index lacks what an estimator needs; the message says what, and how to have it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """A number that a query may set.
+
+    Attributes:
+        summary: what it does, in one sentence.
+        default: where the query leaves it out.
+        least: smallest value.
+        most: largest value.
+    """
+
+    summary: str
+    default: float
+    least: float
+    most: float
+
+
+DAMPING = Parameter(
+    summary="Added to the curvature of each layer, as a multiple of its mean eigenvalue.",
+    default=0.1,
+    least=1e-6,
+    most=1e6,
+)
+"""Of operators that invert curvature; an index built with another damping has that as default."""
+
+
+class Examples(Protocol):
+    """The training examples of an index, by row."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def tokens(self, row: int) -> tuple[int, ...]:
+        """What the model read."""
+        ...
+
+    def texts(self) -> list[str]:
+        """What a person reads, of all rows in order."""
+        ...
+
+
+class Cache(Protocol):
+    """Tensors that an estimator fitted for an index and finds again, beside it or in memory."""
+
+    def load(self, key: str) -> Mapping[str, Tensor] | None:
+        """What was kept under ``key``, if anything was."""
+        ...
+
+    def keep(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep ``tensors`` under ``key`` (letters, digits, dots and hyphens)."""
+        ...
+
+
+class MemoryCache:
+    """A cache that ends with the process."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Mapping[str, Tensor]] = {}
+
+    def load(self, key: str) -> Mapping[str, Tensor] | None:
+        """What was kept under ``key``, if anything was."""
+        return self._kept.get(key)
+
+    def keep(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep ``tensors`` under ``key``."""
+        self._kept[key] = tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grounds:
+    """What estimators may use; passes over training data are theirs to run.
+
+    Attributes:
+        model: frozen, in evaluation mode.
+        layers: attributed layers, of one checkpoint or of several (``LinearLayer.checkpoint``).
+        factors: tensors of the factors that the index was built with.
+        examples: the training examples of the index.
+        sha256: of model, factors and examples; part of whatever is kept of them.
+        cache: of what was fitted for this index.
+        token_budget: padded tokens in a batch.
+    """
+
+    model: nn.Module
+    layers: Sequence[LinearLayer]
+    factors: Mapping[str, Tensor]
+    examples: Examples
+    sha256: str = ""
+    cache: Cache = field(default_factory=MemoryCache)
+    token_budget: int = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """Questions as estimators see them.
+
+    Attributes:
+        sequences: of each question, its sequences (prompt and completion) with their weights; the
+            measured value f is the weighted sum of their log-probabilities, in nats.
+        gradients: ``grad f``, [question, in, out] a layer; empty where no gradient was asked for.
+        texts: of each question, prompt and completion together.
+    """
+
+    sequences: Sequence[Sequence[tuple[Sequence1D, float]]]
+    gradients: Gradients = field(default_factory=dict)
+    texts: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.sequences)
+
+    def fingerprint(self, number: int) -> str:
+        """SHA-256 of the tokens and weights of one question."""
+        parts = [(s.tokens, s.first_target, weight) for s, weight in self.sequences[number]]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Estimators without gradients, one a file."""
