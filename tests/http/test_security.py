@@ -20,7 +20,7 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
-from service.app import create_app
+from service.http.app import create_app
 from typer.testing import CliRunner
 
 from scripts import serve
