@@ -326,10 +326,12 @@ from service.build.corpus import CorpusSource
 from service.models import load_model
 torch.set_num_threads(1)
 g = json.loads(sys.argv[1])
+loaded = load_model(g["model"])
+print("ready", flush=True)
 build_share(
-    Path(g["folder"]), load_model(g["model"]), Path(g["factors"]),
+    Path(g["folder"]), loaded, Path(g["factors"]),
     CorpusSource(data=g["corpus"], id_column="id"), BuildOptions(**g["options"]),
-    Worker(number=int(sys.argv[2]), count=2),
+    Worker(number=1, count=2),
 )
 """
 
@@ -343,15 +345,18 @@ def test_two_workers_at_the_same_time_share_a_folder(workshop, whole, tmp_path):
         "options": {**vars(workshop.options), "rows_per_shard": 10},
     }
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", PARALLEL, json.dumps(given), str(number)],
-            cwd=ROOT,
-            env=environment,
-        )
-        for number in range(2)
-    ]
-    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    other = subprocess.Popen(
+        [sys.executable, "-c", PARALLEL, json.dumps(given)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+    )
+    with other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"ready\n"
+        source = CorpusSource(data=given["corpus"], id_column="id")
+        share(workshop, tmp_path, Worker(number=0, count=2), source)
+        assert other.wait(timeout=300) == 0
     assert_same_files(tmp_path, whole)
 
 
