@@ -1,6 +1,7 @@
 """Shape checks for ``estimators`` and tiny seeded models, none of which is downloaded."""
 
 import copy
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -42,8 +43,9 @@ from estimators.model.capture import freeze  # noqa: E402
 from estimators.model.tokens import Sequence1D  # noqa: E402
 
 # Matrices of 10 x 10 gain nothing from a second thread, and threads that wait for each other on a
-# busy machine made these tests ten times slower.
-torch.set_num_threads(1)
+# busy machine made these tests ten times slower. Commands that tests start are told the same.
+# `make test-processors` runs with two as well: they add in another order.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 if TYPE_CHECKING:
     from tests.service_fixtures import Workspace

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -320,11 +319,9 @@ def test_a_worker_beyond_the_count_is_refused(number, count):
 PARALLEL = """
 import json, sys
 from pathlib import Path
-import torch
 from service.build.building import BuildOptions, Worker, build_share
 from service.build.corpus import CorpusSource
 from service.models import load_model
-torch.set_num_threads(1)
 g = json.loads(sys.argv[1])
 loaded = load_model(g["model"])
 print("ready", flush=True)
@@ -344,11 +341,9 @@ def test_two_workers_at_the_same_time_share_a_folder(workshop, whole, tmp_path):
         "corpus": str(whole.parent / "a.jsonl"),
         "options": {**vars(workshop.options), "rows_per_shard": 10},
     }
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     other = subprocess.Popen(
         [sys.executable, "-c", PARALLEL, json.dumps(given)],
         cwd=ROOT,
-        env=environment,
         stdout=subprocess.PIPE,
     )
     with other:

@@ -259,7 +259,7 @@ def test_bad_choices_are_one_sentence(
 
 def environment(**variables: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ETYMON_")}
-    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
+    return {**kept, "HF_HUB_OFFLINE": "1", **variables}
 
 
 def test_serve_and_query_from_start_to_sigterm(built: Built) -> None:
