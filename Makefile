@@ -1,7 +1,10 @@
 # make demo   set up, then run the main job on real text (ten to fifteen minutes on two cores)
 # make demo-smollm  the same with a real pretrained model, SmolLM2-135M (downloads 93 MB;
 #                   20 to 25 minutes on two cores; with DEVICE=cuda the whole corpus)
-# make test   set up, then run the tests
+# make test   set up, then run the tests, a process a processor; TESTS="tests/index -k code" runs
+#             some, WORKERS=0 runs them in one process, DURATIONS=25 prints the slowest
+# make test-processors  the numerical tests as other processors would compute: fewer instructions,
+#             one thread and two (half an hour on two cores); PROCESSORS and NUMERICAL choose some
 # make test-page  the tests of the page alone, after installing Debian's chromium if there is none
 #                 (as root); `make test` leaves them out where there is no chromium
 # make record  time setup, test and demo in a fresh clone; keeps the figures
@@ -27,11 +30,20 @@ READY := $(VENV)/.ready
 SMOLLM := $(VENV)/.ready-smollm
 TEXTS := $(or $(PEERS),$(VENV))/.ready-texts
 DEVICE ?= cpu
+TESTS ?= tests
+WORKERS ?= auto
+DURATIONS ?= 0
+PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --durations=$(DURATIONS)
+# What numbers depend on if they depend on the processor: MKL's and PyTorch's own instructions.
+PROCESSORS ?= MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE
+THREADS ?= 1 2
+NUMERICAL ?= tests/estimators tests/index tests/search tests/build/test_parts.py \
+	tests/build/test_dirty_data.py tests/build/test_building.py
 # A PyTorch with a working GPU that is already installed is used; otherwise one is installed.
 GPU := $(shell $(PYTHON) -c "import torch; print('yes' if torch.cuda.is_available() else '')" 2>/dev/null)
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo demo-smollm test test-page record lint format clean bench-build bench-certificates bench-recall bench-kills bench-prediction bench-search bench-service
+.PHONY: setup demo demo-smollm test test-page test-processors record lint format clean bench-build bench-certificates bench-recall bench-kills bench-prediction bench-search bench-service
 
 setup: $(READY)
 
@@ -58,7 +70,13 @@ demo-smollm: $(SMOLLM)
 	@$(BIN)/python -m scripts.demo.smollm_demo --device $(DEVICE)
 
 test: $(READY)
-	@$(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=1 $(PYTEST) $(TESTS)
+
+test-processors: $(READY)
+	@set -e; for processor in $(PROCESSORS); do for threads in $(THREADS); do \
+		echo "$$processor, threads: $$threads" >&2; \
+		env $$processor OMP_NUM_THREADS=$$threads $(PYTEST) $(NUMERICAL); \
+	done; done
 
 test-page: $(READY)
 	@command -v chromium > /dev/null || (apt-get -q update && apt-get -q install -y chromium)

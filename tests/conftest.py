@@ -1,7 +1,9 @@
 """Shape checks for ``estimators`` and tiny seeded models, none of which is downloaded."""
 
 import copy
+import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -41,8 +43,12 @@ from estimators.model.capture import freeze  # noqa: E402
 from estimators.model.tokens import Sequence1D  # noqa: E402
 
 # Matrices of 10 x 10 gain nothing from a second thread, and threads that wait for each other on a
-# busy machine made these tests ten times slower.
-torch.set_num_threads(1)
+# busy machine made these tests ten times slower. Commands that tests start are told the same.
+# `make test-processors` runs with two as well: they add in another order.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+
+if TYPE_CHECKING:
+    from tests.service_fixtures import Workspace
 
 VOCABULARY = 11
 
@@ -202,3 +208,11 @@ def queries() -> list[Sequence1D]:
         Sequence1D(tokens=(3, 8, 10, 0), first_target=1),
         Sequence1D(tokens=(5, 5, 6, 1, 2, 8, 4), first_target=5),
     ]
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> "Workspace":
+    """A tiny trained model with corpus, factors and index; tests only read them."""
+    from tests.service_fixtures import make_workspace  # the service loads long
+
+    return make_workspace(tmp_path_factory.mktemp("workspace"))

@@ -154,7 +154,6 @@ def test_without_a_seed_one_is_drawn_and_kept(workshop, tmp_path):
 CHILD = """
 import json, sys, time
 from pathlib import Path
-import torch
 from service.build.building import BuildOptions, build_index
 from service.build.corpus import CorpusSource
 from service.models import load_model
@@ -165,7 +164,6 @@ def stop_after_one(description, items):
             time.sleep(600)
         yield item
 
-torch.set_num_threads(1)
 given = json.loads(sys.argv[1])
 build_index(
     Path(given["folder"]),
@@ -190,7 +188,6 @@ def test_a_killed_build_resumes_and_ends_identical(workshop, built, tmp_path):
         [sys.executable, "-c", CHILD, json.dumps(given)],
         cwd=ROOT,
         stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
         deadline = time.monotonic() + 120

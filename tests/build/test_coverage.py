@@ -27,6 +27,7 @@ from service.search.opening import OpenIndex, open_index
 from service.search.query import Query
 from service.search.retrieval import Retriever
 from tests.estimators.test_peft import with_adapters
+from tests.rankings import assert_best_first
 from tests.scripts.test_scripts import invoke, json_line
 from tests.service_fixtures import CONTEXT, Workspace, make_model
 
@@ -121,9 +122,10 @@ def test_from_fit_to_answer(name, fitting, both, folders, workspace, tmp_path):
     )
     answer = Retriever(opened).answer(query)
     exact = _exact(opened.loaded, opened, query)
-    best = np.argsort(-exact)[:5]
-    assert [result.row for result in answer.results] == best.tolist()
-    assert [r.score for r in answer.results] == pytest.approx(exact[best].tolist(), rel=1e-3)
+    rows = [result.row for result in answer.results]
+    assert len(rows) == 5
+    assert_best_first(rows, exact, 1e-3)
+    assert [r.score for r in answer.results] == pytest.approx(exact[rows].tolist(), rel=1e-3)
 
 
 def _exact(loaded: LoadedModel, opened: OpenIndex, query: Query) -> np.ndarray:

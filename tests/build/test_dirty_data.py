@@ -64,7 +64,9 @@ def test_rows_of_every_kind_are_found_by_id_and_ranked(workshop, dirty):
     assert len(by_id) == manifest.rows
     assert by_id["null"].score == by_id["nan"].score == by_id["empty"].score == 0
     assert by_id["twin"].score == pytest.approx(by_id["good-0"].score, rel=1e-4)
-    assert by_id["twin"].proxy == pytest.approx(by_id["good-0"].proxy, rel=1e-4)
+    # Another batch rounds otherwise, which may decide one of 2,048 bits.
+    largest = max(abs(result.score) for result in answer.results)
+    assert by_id["twin"].proxy == pytest.approx(by_id["good-0"].proxy, abs=0.02 * largest)
     assert all(np.isfinite(result.score) for result in answer.results)
 
 
@@ -94,11 +96,9 @@ def test_ids_of_a_table_keep_their_leading_zeros(workshop, tmp_path):
     assert manifest.parts[0].data.null_rows == 1
 
 
-@pytest.fixture(scope="module")
-def long(workshop, tmp_path_factory):
-    """One text of more than 100,000 tokens among short ones."""
-    folder = tmp_path_factory.mktemp("long")
-    book = " ".join(np.random.default_rng(0).choice(TEXTS, 10_000))
+def with_book(workshop, folder, sentences):
+    """An index of one text of so many sentences among short ones; its manifest and that text."""
+    book = " ".join(np.random.default_rng(0).choice(TEXTS, sentences))
     rows = [{"id": f"s{i}", "text": text} for i, text in enumerate(TEXTS)]
     rows.insert(5, {"id": "book", "text": book})
     source = CorpusSource(data=str(write_jsonl(folder / "a.jsonl", rows)), id_column="id")
@@ -106,8 +106,14 @@ def long(workshop, tmp_path_factory):
     return folder / "index", manifest, book
 
 
-def test_a_text_of_100_000_tokens_is_cut_into_windows_that_lead_back(workshop, long):
-    folder, manifest, book = long
+@pytest.fixture(scope="module")
+def story(workshop, tmp_path_factory):
+    """One text of some hundred windows among short ones."""
+    return with_book(workshop, tmp_path_factory.mktemp("story"), 600)
+
+
+def test_a_text_of_100_000_tokens_is_cut_into_windows_that_lead_back(workshop, tmp_path):
+    folder, manifest, book = with_book(workshop, tmp_path, 10_000)
     store = open_index(folder, workshop.loaded).examples
     rows = store.rows_of_document("book")
     tokens = workshop.loaded.encode(book)
@@ -118,8 +124,8 @@ def test_a_text_of_100_000_tokens_is_cut_into_windows_that_lead_back(workshop, l
     assert manifest.parts[0].data.documents == len(TEXTS) + 1
 
 
-def test_a_documents_score_is_the_sum_over_its_windows(workshop, long):
-    folder, manifest, _ = long
+def test_a_documents_score_is_the_sum_over_its_windows(workshop, story):
+    folder, manifest, _ = story
     retriever = Retriever(open_index(folder, workshop.loaded))
     rows = manifest.rows
     query = Query(prompt="The bridge", completion=" of Porto", k=40, ranking="score", budget=rows)
@@ -138,8 +144,8 @@ def test_a_documents_score_is_the_sum_over_its_windows(workshop, long):
         assert document.score == pytest.approx(sum(scores[document.document]), rel=1e-3, abs=1e-3)
 
 
-def test_a_document_with_more_rows_than_the_budget_has_no_score(workshop, long):
-    folder, _, _ = long
+def test_a_document_with_more_rows_than_the_budget_has_no_score(workshop, story):
+    folder, _, _ = story
     retriever = Retriever(open_index(folder, workshop.loaded))
     query = Query(prompt="The bridge", completion=" of Porto", k=40, budget=100, documents=True)
     scores = {d.document: d.score for d in retriever.answer(query).documents}

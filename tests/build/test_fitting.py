@@ -16,10 +16,12 @@ from estimators.curvature import kronecker
 from estimators.model.layers import LayerSelection
 from index.errors import DiskFull, IndexBusy, IndexMismatch
 from index.files import exclusive, write_whole
+from scripts import fit_estimator
 from service.build import fitting
 from service.build.corpus import CorpusSource
 from service.build.fitting import FitOptions, fit_factors
 from service.models import LoadedModel, load_model
+from tests.scripts.test_scripts import invoke
 from tests.service_fixtures import Workspace, make_model
 
 ROOT = Path(__file__).parents[2]
@@ -252,18 +254,28 @@ def test_nothing_is_written_before_the_interval_is_over(fit: Fit, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def command(workspace: Workspace, out: Path) -> list[str]:
+def arguments(workspace: Workspace, out: Path) -> list[str]:
     source = ["--model", str(workspace.model), "--data", str(workspace.corpus)]
     small = ["--token-budget", "20", "--checkpoint-seconds", "0", "--out", str(out)]
-    return [sys.executable, "-m", "scripts.fit_estimator", *source, *small]
+    return [*source, *small]
 
 
-def test_a_killed_command_goes_on_if_it_is_repeated(workspace: Workspace, tmp_path: Path):
+def test_a_killed_command_goes_on_if_it_is_repeated(
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
     """The command as people run it, with its own intervals; SIGKILL in the second pass."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    place = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}
+    monkeypatch.undo()
     out = tmp_path / "factors"
-    child = subprocess.Popen(command(workspace, out), **place)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "scripts.fit_estimator", *arguments(workspace, out)],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert child.stderr is not None
     for line in child.stderr:
         if line.startswith("eigenvalues: 4 of"):
@@ -271,9 +283,9 @@ def test_a_killed_command_goes_on_if_it_is_repeated(workspace: Workspace, tmp_pa
     assert child.wait() == -signal.SIGKILL
     child.stderr.close()
     assert not out.exists()
-    resumed = subprocess.run(command(workspace, out), check=True, stdout=subprocess.PIPE, **place)
+    assert invoke(fit_estimator, *arguments(workspace, out)).code == 0
+    assert "Going on with an interrupted fit" in caplog.text
     assert is_clean(out)
     again = tmp_path / "uninterrupted" / "factors"
-    subprocess.run(command(workspace, again), check=True, stdout=subprocess.PIPE, **place)
+    assert invoke(fit_estimator, *arguments(workspace, again)).code == 0
     assert out.read_bytes() == again.read_bytes()
-    assert "Going on with an interrupted fit" in resumed.stderr

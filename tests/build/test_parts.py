@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -49,9 +48,17 @@ def everything(folder, workshop, ranking="score"):
 
 
 def assert_same_answers(one, other):
+    """Equal but for rounding, which may decide a bit of a code: then a proxy moves, by less than it
+    is off anyway, in few rows."""
     assert one.keys() == other.keys()
-    for identifier, values in one.items():
-        assert values == pytest.approx(other[identifier], rel=1e-4, abs=1e-5), identifier
+    scores, proxies, norms = np.array(list(one.values())).T
+    other_scores, other_proxies, other_norms = np.array([other[identifier] for identifier in one]).T
+    largest = np.abs(scores).max()
+    np.testing.assert_allclose(other_scores, scores, rtol=1e-4, atol=1e-6 * largest)
+    np.testing.assert_allclose(other_norms, norms, rtol=1e-4)
+    moved = np.abs(other_proxies - proxies)
+    assert (moved > 1e-4 * (np.abs(proxies) + 0.01 * largest)).mean() < 0.1
+    assert moved.max() < 0.5 * np.sqrt(np.square(proxies - scores).mean())
 
 
 @pytest.fixture(scope="module")
@@ -312,16 +319,16 @@ def test_a_worker_beyond_the_count_is_refused(number, count):
 PARALLEL = """
 import json, sys
 from pathlib import Path
-import torch
 from service.build.building import BuildOptions, Worker, build_share
 from service.build.corpus import CorpusSource
 from service.models import load_model
-torch.set_num_threads(1)
 g = json.loads(sys.argv[1])
+loaded = load_model(g["model"])
+print("ready", flush=True)
 build_share(
-    Path(g["folder"]), load_model(g["model"]), Path(g["factors"]),
+    Path(g["folder"]), loaded, Path(g["factors"]),
     CorpusSource(data=g["corpus"], id_column="id"), BuildOptions(**g["options"]),
-    Worker(number=int(sys.argv[2]), count=2),
+    Worker(number=1, count=2),
 )
 """
 
@@ -334,16 +341,17 @@ def test_two_workers_at_the_same_time_share_a_folder(workshop, whole, tmp_path):
         "corpus": str(whole.parent / "a.jsonl"),
         "options": {**vars(workshop.options), "rows_per_shard": 10},
     }
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", PARALLEL, json.dumps(given), str(number)],
-            cwd=ROOT,
-            env=environment,
-        )
-        for number in range(2)
-    ]
-    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    other = subprocess.Popen(
+        [sys.executable, "-c", PARALLEL, json.dumps(given)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+    )
+    with other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"ready\n"
+        source = CorpusSource(data=given["corpus"], id_column="id")
+        share(workshop, tmp_path, Worker(number=0, count=2), source)
+        assert other.wait(timeout=300) == 0
     assert_same_files(tmp_path, whole)
 
 

@@ -12,7 +12,7 @@ from estimators.curvature.fitting import fit_estimator
 from estimators.model.layers import LinearLayer, find_layers
 from estimators.model.tokens import Sequence1D, TokenBatch, collate
 from estimators.rescoring import query_gradients, score_batch_for_queries
-from estimators.sketching.sketch import Sketch, SketchPlan
+from estimators.sketching.sketch import Sketch, SketchPlan, training_sketches
 from estimators.sketching.whitening import LayerWhitening
 from tests import dense_reference as dense
 from tests.dense_reference import batched_inner_product as inner_product
@@ -110,23 +110,28 @@ def scored_gpt2(gpt2, sequences, queries):
     return score(gpt2, sequences, queries)
 
 
+def redraw(layers, whitening, **sizes: int) -> list[Sketch]:
+    """Sketches that differ in their seeds alone; they share one pass through the model."""
+    return [Sketch(layers, whitening, SketchPlan(seed=s, **sizes)) for s in range(SEEDS)]
+
+
 @pytest.mark.parametrize("rank", [WHOLE, 6])
 def test_float_sketch_of_scores_is_unbiased(scored_gpt2, rank):
     model, layers, whitening, directions, batch, exact = scored_gpt2
-    estimates = []
-    for seed in range(SEEDS):
-        sketch = Sketch(layers, whitening, SketchPlan(seed=seed, dimensions=256, rank=rank))
-        estimates.append(sketch.query(directions)[0] @ sketch.training(model, batch)[0].T)
+    sketches = redraw(layers, whitening, dimensions=256, rank=rank)
+    trained = training_sketches(sketches, model, batch)
+    estimates = [s.query(directions)[0] @ x.T for s, (x, _) in zip(sketches, trained, strict=True)]
     assert_unbiased(torch.stack(estimates), exact)
 
 
 def test_one_bit_proxy_of_scores_is_unbiased(scored_gpt2):
     model, layers, whitening, directions, batch, exact = scored_gpt2
-    estimates = []
-    for seed in range(SEEDS):
-        sketch = Sketch(layers, whitening, SketchPlan(seed=seed, dimensions=1024, rank=WHOLE))
-        y, y_norm = sketch.query(directions)
-        estimates.append(one_bit(y, y_norm, *sketch.training(model, batch)))
+    sketches = redraw(layers, whitening, dimensions=1024, rank=WHOLE)
+    trained = training_sketches(sketches, model, batch)
+    estimates = [
+        one_bit(*sketch.query(directions), *found)
+        for sketch, found in zip(sketches, trained, strict=True)
+    ]
     assert_unbiased(torch.stack(estimates), exact)
 
 

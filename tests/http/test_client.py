@@ -30,21 +30,19 @@ from service.http.app import create_app
 from service.schemas.queries import CandidatesEvent, ProgressEvent, QueryRequest, QueryResponse
 from service.settings import Settings
 from tests.page.page_server import serving
-from tests.service_fixtures import HOSTILE_ID, HOSTILE_TEXT, make_workspace, rounded
+from tests.service_fixtures import HOSTILE_ID, HOSTILE_TEXT, Workspace, rounded
 
 ASKED: dict[str, Any] = {"prompt": "The capital of France is", "completion": " Paris", "seed": 1}
 KEY = "a-key-of-the-tests-long-enough"
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("client")
-    workspace = make_workspace(folder)
+def url(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     settings = Settings(
         model=str(workspace.model),
         indexes={"default": workspace.index},
         api_keys=(KEY,),
-        jobs_path=folder / "jobs.sqlite",
+        jobs_path=tmp_path_factory.mktemp("client") / "jobs.sqlite",
     )
     with serving(create_app(settings)) as address:
         yield address

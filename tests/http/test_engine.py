@@ -31,7 +31,7 @@ from service.search.batching import Batcher, Ticket
 from service.search.query import Query
 from service.search.retrieval import Retriever
 from service.settings import Settings
-from tests.service_fixtures import Client, Workspace, corpus_rows, make_workspace, rounded
+from tests.service_fixtures import Client, Workspace, corpus_rows, rounded
 
 PROMPT = "The capital of France is"
 ASKED = {"prompt": PROMPT, "completion": " Paris"}
@@ -42,11 +42,6 @@ MODELS: dict[str, Any] = {
     "progress": ProgressEvent,
     "result": QueryResponse,
 }
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return make_workspace(tmp_path_factory.mktemp("engine"))
 
 
 @pytest.fixture

@@ -16,8 +16,6 @@ import httpx
 import pytest
 
 from estimators.model.memory import OutOfMemory
-from service.client import Client as ServiceClient
-from service.client import Connection
 from service.errors import Conflict, NotReady, TooManyJobs, UnknownJob
 from service.http.app import create_app
 from service.http.job_routes import describe
@@ -27,15 +25,10 @@ from service.jobs.runner import JobRunner
 from service.jobs.store import APPLICATION, JobStore
 from service.schemas.queries import QueryRequest, QueryResponse
 from service.settings import Settings
-from tests.service_fixtures import COUNTRIES, Client, Workspace, make_workspace
+from tests.service_fixtures import COUNTRIES, Client, Workspace
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "The capital of France is"
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return make_workspace(tmp_path_factory.mktemp("jobs"))
 
 
 @pytest.fixture
@@ -337,11 +330,13 @@ def test_a_job_survives_sigkill_and_each_query_is_answered_once(
         before = httpx.get(f"{url}/v1/jobs/{job}/results").json()["results"]
         process.send_signal(signal.SIGKILL)
     assert 0 < len(before) < count
-    process, url = start(workspace, tmp_path / "jobs.sqlite")
-    with process, ServiceClient(Connection(url=url)) as service:
-        assert service.wait(job, every=0.05).answered == count
-        after = [o.model_dump(mode="json") for o in service.results(job)]
-        process.send_signal(signal.SIGTERM)
+    indexes = {"default": workspace.index}
+    settings = Settings(
+        model=str(workspace.model), indexes=indexes, jobs_path=tmp_path / "jobs.sqlite"
+    )
+    with Client(create_app(settings)) as restarted:
+        assert ended(restarted, job)["answered"] == count
+        after = restarted.get(f"/v1/jobs/{job}/results", params={"limit": count}).json()["results"]
     assert [outcome["number"] for outcome in after] == list(range(count))
     kept = {outcome["number"]: outcome for outcome in after}
     assert all(kept[outcome["number"]] == outcome for outcome in before)

@@ -29,7 +29,7 @@ from service.http.app import create_app
 from service.http.telemetry import Telemetry
 from service.schemas.queries import QueryRequest
 from service.settings import Settings
-from tests.service_fixtures import Client, Workspace, make_workspace
+from tests.service_fixtures import Client, Workspace
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "security.md").read_text()
@@ -164,11 +164,6 @@ def sent_raw(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
 
 
 # Keys
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return make_workspace(tmp_path_factory.mktemp("security"))
 
 
 @pytest.fixture(scope="module")

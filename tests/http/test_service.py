@@ -41,18 +41,12 @@ from tests.service_fixtures import (
     Client,
     Workspace,
     corpus_rows,
-    make_workspace,
     rounded,
 )
 
 PROMPT = "The capital of France is"
 ASKED = {"prompt": PROMPT, "completion": " Paris"}
 ROWS = len(corpus_rows())
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return make_workspace(tmp_path_factory.mktemp("service"))
 
 
 @pytest.fixture(scope="module")

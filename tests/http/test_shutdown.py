@@ -10,17 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
-from tests.service_fixtures import Workspace, make_workspace
+from tests.service_fixtures import Workspace
 
 ROOT = Path(__file__).parents[2]
 ASKED = {"prompt": "The capital of France is", "completion": " Paris", "k": 3, "tokens": True}
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return make_workspace(tmp_path_factory.mktemp("shutdown"))
 
 
 def start(workspace: Workspace) -> tuple[subprocess.Popen[str], str]:

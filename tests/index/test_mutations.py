@@ -1,6 +1,8 @@
 """Tests of the tests: certificates that are subtly wrong fail the trials that right ones pass."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,15 +18,23 @@ POPULATION, SAMPLED, K = 20, 10, 10
 """Few rows, so that the exact limit's steps are large."""
 
 
+@functools.cache
+def stated(above: int, merged: int, limit: Callable[..., int]) -> float:
+    """The bound of an audit that found so much; ``limit`` is the limit that it uses."""
+    assert audit_module.hypergeometric_upper_limit is limit
+    found = AuditSample(population=POPULATION, sampled=SAMPLED, above=above, merged=merged)
+    bound = certify_audit(found, K, 0.9, 0.95).recall_lower_bound
+    assert bound is not None
+    return bound
+
+
 def audited(seed: int, beating: int = 3) -> float:
     """By how much the bound of an audit exceeds the recall; so many rows beat the threshold."""
     values = np.zeros(POPULATION)
     values[:beating] = 2.0
     sample = draw_sample(np.arange(POPULATION), SAMPLED, seed)
     above, merged = count_above(values[sample], 1.0)
-    found = AuditSample(population=POPULATION, sampled=SAMPLED, above=above, merged=merged)
-    bound = certify_audit(found, K, 0.9, 0.95).recall_lower_bound
-    assert bound is not None
+    bound = stated(above, merged, audit_module.hypergeometric_upper_limit)
     # The answer lacks what is above the threshold and was not in the sample.
     return bound - (1 - (beating - merged) / K)
 

@@ -7,14 +7,13 @@ import pytest
 from service.http.app import create_app
 from service.settings import Settings
 from tests.page.page_server import serving
-from tests.service_fixtures import make_workspace
+from tests.service_fixtures import Workspace
 
 page_driver = pytest.importorskip("tests.page.page_driver", reason="needs playwright")
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator["page_driver.PageDriver"]:
-    workspace = make_workspace(tmp_path_factory.mktemp("page"))
+def driver(workspace: Workspace) -> Iterator["page_driver.PageDriver"]:
     settings = Settings(model=str(workspace.model), indexes={"default": workspace.index})
     with serving(create_app(settings)) as url, page_driver.chromium() as browser:
         yield page_driver.PageDriver(browser, url)

@@ -259,21 +259,7 @@ def test_bad_choices_are_one_sentence(
 
 def environment(**variables: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ETYMON_")}
-    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
-
-
-def run_command(module: str, *arguments: object) -> Ended:
-    """Run a command as a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=ROOT,
-        env=environment(COLUMNS="120"),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    return Ended(code=done.returncode, stdout=done.stdout, stderr=done.stderr)
+    return {**kept, "HF_HUB_OFFLINE": "1", **variables}
 
 
 def test_serve_and_query_from_start_to_sigterm(built: Built) -> None:
@@ -294,18 +280,9 @@ def test_serve_and_query_from_start_to_sigterm(built: Built) -> None:
         assert ready["indexes"] == ["default"]
         url = ready["url"]
         assert httpx.get(f"{url}/readyz").json() == {"status": "ok"}
-        answered = run_command(
-            "scripts.main",
-            "query",
-            "The capital of France is",
-            "--completion",
-            " Paris",
-            "--url",
-            url,
-            "--k",
-            18,
-        )
-        refused = run_command("scripts.query", "x", "--url", url, "--index", "[/red]")
+        asked = ("The capital of France is", "--completion", " Paris")
+        answered = invoke(query, *asked, "--url", url, "--k", 18)
+        refused = invoke(query, "x", "--url", url, "--index", "[/red]")
         process.send_signal(signal.SIGTERM)
         rest, log = process.communicate(timeout=PATIENCE)
     finally:
@@ -314,8 +291,8 @@ def test_serve_and_query_from_start_to_sigterm(built: Built) -> None:
     assert rest == ""
     assert f"curl -s {url}/v1/query" in log
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
-    asked = [line for line in lines if line["event"] == "request"]
-    assert [line["status"] for line in asked if line["route"] == "/v1/query"] == [200, 404]
+    requests = [line for line in lines if line["event"] == "request"]
+    assert [line["status"] for line in requests if line["route"] == "/v1/query"] == [200, 404]
     assert "The capital" not in "".join(map(json.dumps, lines))
     assert "Traceback" not in log
     check_answered(answered)
@@ -344,7 +321,7 @@ def check_answered(answered: Ended) -> None:
 
 def test_a_missing_index_ends_serve_with_one_sentence(built: Built, tmp_path: Path) -> None:
     model, index = built.workspace.model, f"default={tmp_path / 'nowhere'}"
-    ended = run_command("scripts.serve", "--model", model, "--index", index, "--port", 0)
+    ended = invoke(serve, "--model", model, "--index", index, "--port", 0)
     assert sentence(ended).startswith("No complete index in")
     assert "Uvicorn" not in ended.stderr
 
@@ -354,7 +331,7 @@ def test_a_damaged_index_ends_serve_with_one_sentence(built: Built, tmp_path: Pa
     folder.mkdir()
     (folder / "manifest.json").write_text("{}")
     model, index = built.workspace.model, f"default={folder}"
-    ended = run_command("scripts.serve", "--model", model, "--index", index, "--port", 0)
+    ended = invoke(serve, "--model", model, "--index", index, "--port", 0)
     assert "manifest.json was changed after it was written" in sentence(ended)
 
 
@@ -479,7 +456,7 @@ def test_bad_settings_end_serve_with_one_sentence(arguments: list[str], says: st
 
 
 def test_a_missing_model_ends_serve_with_one_sentence() -> None:
-    ended = run_command("scripts.serve", "--model", "/nowhere", "--index", "a=x", "--port", 0)
+    ended = invoke(serve, "--model", "/nowhere", "--index", "a=x", "--port", 0)
     assert "Cannot load a causal language model" in sentence(ended)
 
 

@@ -1,5 +1,7 @@
 """What judges a retrieval: exhaustive scores, causal effect, the audit's figures, predictions."""
 
+import resource
+
 import numpy as np
 import pytest
 import torch
@@ -39,9 +41,10 @@ def test_exhaustive_scores_are_those_of_the_scorer_however_queries_are_split(
     together = exact_scores(opened.loaded, own, opened.examples, queries)["own"]
     monkeypatch.setattr(exhaustive, "MOST_BYTES", 1)  # one query at a time
     apart = exact_scores(opened.loaded, own, opened.examples, queries, token_budget=64)["own"]
-    np.testing.assert_allclose(apart, together, rtol=1e-4, atol=1e-4 * np.abs(together).max())
+    rounding = {"rtol": 1e-4, "atol": 1e-4 * np.abs(together).max()}
+    np.testing.assert_allclose(apart, together, **rounding)
     some = exact_scores(opened.loaded, own, opened.examples, queries, rows=[7, 3])["own"]
-    np.testing.assert_allclose(some, together[:, [7, 3]], rtol=1e-3)
+    np.testing.assert_allclose(some, together[:, [7, 3]], **rounding)
     for query, scores in zip(queries, together, strict=True):
         gradients, _ = exhaustive.query_gradients(
             opened.loaded.model, opened.loaded.coverage.layers, [query]
@@ -180,7 +183,9 @@ def test_a_measured_command_gives_its_time_its_memory_and_what_it_said(tmp_path)
     figures, said = measure(["sh", "-c", "echo one; sleep 0.2; echo two"], tmp_path)
     assert said == "one\ntwo\n"
     assert 0.2 < figures["seconds"] < 20
-    assert 0 < figures["largest_process_peak_memory_mb"] < 1000
+    # Linux counts what a child inherits of its parent's memory before it becomes the command.
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    assert 0 < figures["largest_process_peak_memory_mb"] < own + 100
     with pytest.raises(RuntimeError, match="status 3"):
         measure(["sh", "-c", "exit 3"], tmp_path)
 

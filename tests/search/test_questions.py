@@ -1,6 +1,5 @@
 """What can be asked: contrasts, weighted batches, opponents, filters; and explanations."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +13,7 @@ from service.search.explaining import token_texts
 from service.search.opening import open_index
 from service.search.query import Condition, Query, Term
 from service.search.retrieval import Retriever
-from tests.service_fixtures import COUNTRIES, HOSTILE_ID, Workspace, corpus_rows, make_workspace
+from tests.service_fixtures import COUNTRIES, HOSTILE_ID, Workspace, corpus_rows
 
 PROMPT = "The capital of France is"
 ROWS = len(corpus_rows())
@@ -22,9 +21,8 @@ WHOLE: dict[str, Any] = {"k": ROWS, "budget": ROWS, "ranking": "score", "seed": 
 
 
 @pytest.fixture(scope="module")
-def retriever(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Retriever]:
-    workspace: Workspace = make_workspace(tmp_path_factory.mktemp("questions"))
-    yield Retriever(open_index(workspace.index, load_model(str(workspace.model))))
+def retriever(workspace: Workspace) -> Retriever:
+    return Retriever(open_index(workspace.index, load_model(str(workspace.model))))
 
 
 def scores(answer: Answer) -> np.ndarray:
