@@ -116,12 +116,12 @@ class Questions:
         sequences: of each question, its sequences (prompt and completion) with their weights; the
             measured value f is the weighted sum of their log-probabilities, in nats.
         gradients: ``grad f``, [question, in, out] a layer; empty where no gradient was asked for.
-        texts: of each question, prompt and completion together.
+        texts: of each question, prompts and completions together, with the same weights.
     """
 
     sequences: Sequence[Sequence[tuple[Sequence1D, float]]]
     gradients: Gradients = field(default_factory=dict)
-    texts: Sequence[str] = ()
+    texts: Sequence[Sequence[tuple[str, float]]] = ()
 
     def __len__(self) -> int:
         """How many there are."""

@@ -174,7 +174,7 @@ def _true_values(
     """
     index, first = retriever.index, answered[0]
     sequences = [retriever.loaded.encode_query(a.prompt, a.completion) for a in first]
-    texts = [a.prompt + a.completion for a in first]
+    texts = [[(a.prompt + a.completion, 1.0)] for a in first]
     questions = Questions(sequences=[[(sequence, 1.0)] for sequence in sequences], texts=texts)
     chosen = [index.estimators.choose(a[0].estimator, a[0].parameters) for a in answered]
     scores = exact_scores(

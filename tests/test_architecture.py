@@ -39,12 +39,7 @@ ROOMS = {
     "scripts": {"service"},
     "scripts/demo": {"scripts"},
     "scripts/bench": {"scripts", "scripts/demo"},
-    "scripts/bench/certificates": {
-        "scripts",
-        "scripts/bench",
-        "scripts/bench/recall",
-        "scripts/demo",
-    },
+    "scripts/bench/certificates": {"scripts", "scripts/bench", "scripts/demo"},
     "scripts/bench/recall": {"scripts", "scripts/bench", "scripts/demo"},
     "scripts/dev": {"scripts"},
 }

@@ -46,8 +46,11 @@ class BM25:
         return chosen
 
     def propose(self, questions: Questions) -> Float[np.ndarray, "question row"]:
-        """Scores of all rows for the words of prompt and completion."""
-        return np.stack([self.scores(text) for text in questions.texts])
+        """Scores of all rows for the words of prompt and completion, summed over a question."""
+        found = []
+        for texts in questions.texts:
+            found.append(sum(weight * self.scores(text) for text, weight in texts))
+        return np.stack(found)
 
     def scores(self, query: str) -> Float[np.ndarray, "row"]:
         """Scores of all rows; 0 where no word is shared."""

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from estimators.chosen import GradientEstimator
 from scripts import options
-from scripts.bench.recall.corpora import TEXTS, Subject, factbook, trained
+from scripts.bench.corpora import TEXTS, Subject, factbook, trained
 from scripts.bench.record import write_record
 from scripts.console import one_sentence_errors, print_json, show_progress, stderr
 from scripts.demo.steps import Steps

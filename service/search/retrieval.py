@@ -116,15 +116,15 @@ class Retriever:
     def _run(
         self, prepared: "_Prepared", found: Measured, place: int, seed: int
     ) -> Run | Exception:
-        fault = found.faults[place]
-        if fault is not None:
+        query, clock, fault = prepared.query, prepared.clock, found.faults[place]
+        by_gradients = isinstance(prepared.estimator, GradientEstimator)
+        if fault is not None and (by_gradients or query.proposer == CODES):
             return NonFiniteGradientError(fault)
-        query, clock = prepared.query, prepared.clock
         gradients = {n: value[place : place + 1] for n, value in found.gradients.items()}
         questions = Questions(
             sequences=[_weighted(prepared.asked)],
             gradients=gradients,
-            texts=[one.term.prompt + one.completion for one in prepared.asked[:1]],
+            texts=[_texts(prepared.asked)],
         )
         scoring, target = self._scoring(prepared.estimator, questions)
         clock.stop("gradient")
@@ -166,18 +166,16 @@ class Retriever:
 
     def _proposed(self, prepared: "_Prepared", questions: Questions, target: Target) -> Proxies:
         """Estimates of every row, or just an order of all rows."""
-        query, estimator = prepared.query, prepared.estimator
-        own = estimator.name if estimator.name in PROPOSERS else CODES
-        name = query.proposer or own
-        exact = isinstance(estimator, GradientEstimator)
-        if name != CODES:
+        query, name = prepared.query, prepared.query.proposer
+        by_gradients = isinstance(prepared.estimator, GradientEstimator)
+        if name is not None and name != CODES:
             values = self.index.estimators.proposer(name).propose(questions)[0]
         elif isinstance(target, Questions):
             directions = _single(self.index.estimators.own, questions)
             values = self.proxies(directions, "normalised").values
         else:
             return self.proxies(target, query.ranking, query.tail)
-        return order_rows(self.index, values, query.ranking, by_gradients=exact)
+        return order_rows(self.index, values, query.ranking, by_gradients=by_gradients)
 
     def _asked(self, term: Term) -> "_Asked":
         completion = term.completion
@@ -264,7 +262,7 @@ class _Prepared:
 
 
 def _settled(query: Query, estimator: GradientEstimator | RowEstimator) -> Query:
-    """The query with its estimator and parameters as they are, not as they were left out.
+    """The query with estimator, parameters and proposer filled in where they were left out.
 
     Raises:
         BadQuery: it asks for what only gradients give.
@@ -275,8 +273,10 @@ def _settled(query: Query, estimator: GradientEstimator | RowEstimator) -> Query
             f"The estimator '{estimator.name}' has no gradients, so its scores cannot be split by "
             f"token or layer; leave tokens and layers out."
         )
+    usual = estimator.name if estimator.name in PROPOSERS else CODES
     return replace(
         query,
+        proposer=query.proposer or usual,
         estimator=estimator.name,
         parameters=estimator.values,
         ranking=query.ranking if by_gradients else "score",
@@ -294,6 +294,15 @@ def _weighted(asked: Sequence[_Asked]) -> list[tuple[Sequence1D, float]]:
         parts.append((one.sequence, one.term.weight))
         if one.against is not None:
             parts.append((one.against, -one.term.weight))
+    return parts
+
+
+def _texts(asked: Sequence[_Asked]) -> list[tuple[str, float]]:
+    parts = []
+    for one in asked:
+        parts.append((one.term.prompt + one.completion, one.term.weight))
+        if one.term.against is not None:
+            parts.append((one.term.prompt + one.term.against, -one.term.weight))
     return parts
 
 

@@ -13,8 +13,8 @@ from estimators.curvature.fitting import fit_estimator
 from estimators.model.layers import find_layers
 from estimators.model.tokens import collate
 from estimators.rescoring import query_gradients, score_batch_for_queries
+from scripts.bench.corpora import dictionary_pieces, speech_paragraphs
 from scripts.bench.recall import layouts as bench_layouts
-from scripts.bench.recall.corpora import dictionary_pieces, speech_paragraphs
 from scripts.bench.recall.layouts import LowRank, TwoSided, other_layouts, top_factors
 from scripts.bench.recall.recall import Row, judged, quarters, recall
 from service.models import LoadedModel
@@ -157,7 +157,7 @@ def test_dictionary_is_read_and_cut(tmp_path, monkeypatch):
     entry = ("word " * 150).strip()
     texts = ["about itself " * 20, f"{{linked}} {entry}", "short"]
     content = "".join(texts).encode()
-    monkeypatch.setattr("scripts.bench.recall.corpora.DICTIONARY", Path("/nowhere/dictd"))
+    monkeypatch.setattr("scripts.bench.corpora.DICTIONARY", Path("/nowhere/dictd"))
     folder = tmp_path / "package" / "nowhere" / "dictd"
     folder.mkdir(parents=True)
     (folder / "foldoc.dict.dz").write_bytes(gzip.compress(content))

@@ -20,10 +20,11 @@ from estimators.model.layers import at_checkpoint
 from estimators.model.tokens import Sequence1D, collate
 from estimators.operators.identity import Identity
 from estimators.rescoring import measure_queries, score_batch_for_queries
+from estimators.scorers.bm25 import BM25
 from estimators.sketching.sketch import Sketch, SketchPlan
 from service.models import BadQuery
 from service.search.opening import open_index
-from service.search.query import Query
+from service.search.query import Query, Term
 from service.search.retrieval import Retriever
 from tests import dense_reference as dense
 
@@ -297,3 +298,23 @@ def test_values_of_parameters_are_checked():
     for value in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="'damping' of 'toy' must be from 1e-06"):
             settle_values("toy", known, {"damping": float(value)})
+
+
+# --- the one scorer that the product has ----------------------------------------------------------
+
+
+def test_bm25_answers_as_any_estimator_and_sums_over_a_question(retriever):
+    index = retriever.index
+    lexical = BM25(index.examples.texts)
+    terms = (Term(prompt="The market", completion=" of Porto", weight=2.0),)
+    terms += (Term(prompt="Every", completion=" spring", against=" autumn"),)
+    query = Query(batch=terms, estimator="bm25", k=5, budget=120, seed=2)
+    texts = ("The market of Porto", "Every spring", "Every autumn")
+    weighted = [w * lexical.scores(t) for t, w in zip(texts, (2.0, 1.0, -1.0), strict=True)]
+    expected = np.sum(weighted, axis=0)
+    answer = retriever.answer(query)
+    best = np.sort(expected)[::-1][:5]
+    np.testing.assert_allclose([r.score for r in answer.results], best, rtol=1e-5)
+    assert answer.rescored_rows <= 32  # its own order is the exact one
+    audit = next(c for c in answer.certificates if c.type == "audit")
+    assert audit.observed["sampled_above_threshold"] == 0

@@ -22,7 +22,7 @@ from estimators.sketching.whitening import LayerWhitening
 from estimators.storage import load_factors
 from index.codes.onebit import OneBitIndex
 from index.manifest import NoiseRecord
-from scripts.bench.recall.corpora import Subject, trained
+from scripts.bench.corpora import Subject, trained
 from scripts.console import show_progress, stderr
 from scripts.demo.steps import Steps
 from service.build.building import BuildOptions, build_index

@@ -17,8 +17,8 @@ from estimators.model.tokens import Sequence1D
 from estimators.operators.ekfac import EKFac
 from estimators.storage import load_factors
 from scripts import options
+from scripts.bench.corpora import TEXTS, Subject, factbook, trained
 from scripts.bench.recall.bergson import bergson_installed, bergson_proxies
-from scripts.bench.recall.corpora import TEXTS, Subject, factbook, trained
 from scripts.bench.recall.layouts import Proxies, other_layouts
 from scripts.bench.record import write_record
 from scripts.console import one_sentence_errors, print_json, show_progress, stderr
