@@ -75,7 +75,8 @@ test: $(READY)
 test-processors: $(READY)
 	@set -e; for processor in $(PROCESSORS); do for threads in $(THREADS); do \
 		echo "$$processor, threads: $$threads" >&2; \
-		env $$processor OMP_NUM_THREADS=$$threads $(PYTEST) $(NUMERICAL); \
+		env $$processor OMP_NUM_THREADS=$$threads \
+			$(PYTEST) -n $$(($$(nproc) / threads)) $(NUMERICAL); \
 	done; done
 
 test-page: $(READY)
