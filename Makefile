@@ -32,8 +32,8 @@ TEXTS := $(or $(PEERS),$(VENV))/.ready-texts
 DEVICE ?= cpu
 TESTS ?= tests
 WORKERS ?= auto
-DURATIONS ?= 0
-PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --durations=$(DURATIONS)
+DURATIONS ?=
+PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope $(if $(DURATIONS),--durations=$(DURATIONS))
 # What numbers depend on if they depend on the processor: MKL's and PyTorch's own instructions.
 PROCESSORS ?= MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE
 THREADS ?= 1 2
@@ -75,7 +75,8 @@ test: $(READY)
 test-processors: $(READY)
 	@set -e; for processor in $(PROCESSORS); do for threads in $(THREADS); do \
 		echo "$$processor, threads: $$threads" >&2; \
-		env $$processor OMP_NUM_THREADS=$$threads $(PYTEST) $(NUMERICAL); \
+		env $$processor OMP_NUM_THREADS=$$threads \
+			$(PYTEST) -n $$(($$(nproc) / threads)) $(NUMERICAL); \
 	done; done
 
 test-page: $(READY)
