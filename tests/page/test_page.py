@@ -548,6 +548,7 @@ def test_a_link_holds_all_inputs_and_sends_nothing_by_itself(
     assert service.asked[1] == service.asked[0]
     assert service.asked[0]["filters"] == {"a&b=c#": {"any_of": ["x", "y"]}}
     assert ("parameters" in service.asked[0]) == (estimator == "")
+    driver.open_options()
     page.select_option("[name=estimator]", "")
     expect(page.get_by_label("Damping")).to_have_value("0.5")
 
