@@ -263,7 +263,9 @@ def test_scores_are_sums_over_checkpoints(workshop, other_model):
         *first.coverage.layers,
         *at_checkpoint(second.coverage.layers, "step100", second.model),
     )
-    sequences = [Sequence1D(tokens=tuple(first.encode(text))) for text in ("Porto is", "The bridge")]
+    sequences = [
+        Sequence1D(tokens=tuple(first.encode(text))) for text in ("Porto is", "The bridge")
+    ]
     asked = first.encode_query(ASKED.prompt, ASKED.completion)
     measured = measure_queries(first.model, layers, [[(asked, 1.0)]], 1024)
     directions = Identity().directions(
