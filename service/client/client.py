@@ -207,7 +207,7 @@ class Client:
         return read(self._send(_get("/v1/index")), IndexesResponse)
 
     def estimators(self) -> EstimatorsResponse:
-        """Estimators, and the indexes that were built for each."""
+        """Estimators, with the parameters and defaults that each index answers for."""
         return read(self._send(_get("/v1/estimators")), EstimatorsResponse)
 
     def example(self, identifier: str, index: str = "default") -> ExampleResponse:
@@ -310,7 +310,7 @@ class AsyncClient:
         return read(await self._send(_get("/v1/index")), IndexesResponse)
 
     async def estimators(self) -> EstimatorsResponse:
-        """Estimators, and the indexes that were built for each."""
+        """Estimators, with the parameters and defaults that each index answers for."""
         return read(await self._send(_get("/v1/estimators")), EstimatorsResponse)
 
     async def example(self, identifier: str, index: str = "default") -> ExampleResponse:

@@ -12,6 +12,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from service.http.pages import install_page
+from service.schemas.indexes import (
+    EstimatorSchema,
+    EstimatorsResponse,
+    OfferSchema,
+    ParameterSchema,
+)
 from service.schemas.queries import (
     CandidatesEvent,
     CertificateSchema,
@@ -52,6 +58,46 @@ LAYERS = [
     for block in range(4)
     for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 ]
+DEFAULTS = {"ekfac": {"damping": 0.1}, "kfac": {"damping": 0.2, "block_size": 64.0}}
+"""Of the parameters; other estimators have none."""
+OWN = {"default": "ekfac", "<b>b</b>": "kfac"}
+LACKING = "The index has no <b>factors</b>\u202e of EK-FAC; build it with them."
+
+
+def canned_estimators() -> EstimatorsResponse:
+    """Four estimators; the second index answers for all but EK-FAC."""
+    summaries = {
+        "bm25": "Lexical similarity, a baseline.",
+        "ekfac": "EK-FAC influence: <b>curvature</b> in K-FAC's eigenbasis.",
+        "identity": "The dot product of gradients.",
+        "kfac": "K-FAC influence.",
+    }
+    return EstimatorsResponse(
+        estimators=[
+            EstimatorSchema(
+                name=name,
+                summary=summary,
+                by_gradients=name != "bm25",
+                indexes=[canned_offer(name, index) for index in OWN],
+            )
+            for name, summary in summaries.items()
+        ]
+    )
+
+
+def canned_offer(name: str, index: str) -> OfferSchema:
+    """Whether an index answers for an estimator."""
+    return OfferSchema(
+        index=index,
+        own=OWN[index] == name,
+        parameters={
+            parameter: ParameterSchema(
+                summary=f"Of {name}, a {parameter}.", default=default, least=1e-6, most=1e6
+            )
+            for parameter, default in DEFAULTS.get(name, {}).items()
+        },
+        unavailable=LACKING if (name, index) == ("ekfac", "<b>b</b>") else None,
+    )
 
 
 def canned_result(request: QueryRequest, direction: str, rank: int, text: str) -> ResultSchema:
@@ -170,10 +216,13 @@ def canned_certificates(request: QueryRequest, direction: str) -> list[Certifica
 def canned_answer(request: QueryRequest) -> QueryResponse:
     """The whole answer."""
     sides = sides_of(request)
+    estimator = request.estimator or OWN[request.index]
     return QueryResponse(
         measurement=canned_measurement(request),
         index=request.index,
-        estimator="ekfac",
+        estimator=estimator,
+        parameters={**DEFAULTS.get(estimator, {}), **request.parameters},
+        estimator_sha256="5e" * 32,
         ranking=request.ranking,
         results=[
             canned_result(request, side, rank, text)
@@ -205,13 +254,17 @@ class CannedService:
         self.hung_up = threading.Event()
 
     def app(self) -> FastAPI:
-        """The page and the two routes that it uses."""
+        """The page and the three routes that it uses."""
         app = FastAPI()
         install_page(app)
 
         @app.get("/v1/index")
         async def indexes() -> dict[str, Any]:
             return {"indexes": [{"name": "default", "rows": ROWS}, {"name": "<b>b</b>", "rows": 1}]}
+
+        @app.get("/v1/estimators")
+        async def estimators() -> EstimatorsResponse:
+            return canned_estimators()
 
         @app.post("/v1/query/stream")
         async def stream(request: Request) -> Any:

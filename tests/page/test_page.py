@@ -132,8 +132,8 @@ def test_a_question_is_answered(open_page: Open, service: CannedService) -> None
     expect(first).to_contain_text("year 1991")
     assert driver.texts()[0] == PLAIN_TEXTS[0]
     expect(driver.page.locator(".tools")).to_contain_text(
-        f"32 of 8,072 rows rescored and 128 sampled, in 0.93 s; index “default”, estimator ekfac, "
-        f"ranked by normalised score, seed {BIG_SEED}."
+        f"32 of 8,072 rows rescored and 128 sampled, in 0.93 s; index “default”, estimator ekfac "
+        f"(damping 0.1), ranked by normalised score, seed {BIG_SEED}."
     )
     assert len(service.asked) == 1
 
@@ -155,6 +155,13 @@ def test_every_option_is_sent(open_page: Open, service: CannedService) -> None:
     for name, value in (("direction", "opponents"), ("ranking", "score"), ("index", "<b>b</b>")):
         page.select_option(f"[name={name}]", value)
     page.select_option("[name=until]", "calibration")
+    page.select_option("[name=estimator]", "identity")
+    expect(page.locator("[name=parameter]")).to_have_count(0)
+    page.select_option("[name=estimator]", "")
+    page.get_by_label("Damping").fill("0.5")
+    page.get_by_label("Block size").fill("32")
+    page.select_option("[name=index]", "default")
+    page.select_option("[name=estimator]", "kfac")
     wanted = {"k": 3, "recall": 0.8, "confidence": 0.99, "budget": 64, "deadline": 2.5}
     for name, number in {**wanted, "seed": BIG_SEED}.items():
         page.fill(f"[name={name}]", str(number))
@@ -178,7 +185,9 @@ def test_every_option_is_sent(open_page: Open, service: CannedService) -> None:
             **wanted,
             "prompt": ASKED[0],
             "completion": ASKED[1],
-            "index": "<b>b</b>",
+            "index": "default",
+            "estimator": "kfac",
+            "parameters": {"damping": 0.5, "block_size": 32},
             "direction": "opponents",
             "ranking": "score",
             "until": "calibration",
@@ -195,6 +204,108 @@ def test_every_option_is_sent(open_page: Open, service: CannedService) -> None:
     ]
     expect(driver.shown("partial")).to_contain_text("Partial answer")
     expect(driver.shown("documents")).to_contain_text("not scored")
+
+
+def options_of(driver: PageDriver) -> list[tuple[str, str | None]]:
+    """The estimators to choose from, and why one cannot be."""
+    expect(driver.page.locator("[name=estimator] option")).to_have_count(4)
+    return [
+        (option.inner_text(), option.get_attribute("title"))
+        for option in driver.page.locator("[name=estimator] option").all()
+    ]
+
+
+def test_the_estimators_are_those_of_the_chosen_index(open_page: Open) -> None:
+    driver = open_page()
+    driver.open_options()
+    own = [("the index's own: ekfac", None), ("bm25", None), ("identity", None), ("kfac", None)]
+    assert options_of(driver) == own
+    damping = driver.page.get_by_label("Damping")
+    for name, value in (
+        ("placeholder", "0.1"),
+        ("min", "0.000001"),
+        ("max", "1000000"),
+        ("title", "Of ekfac, a damping."),
+    ):
+        expect(damping).to_have_attribute(name, value)
+    expect(driver.shown("estimator-note")).to_contain_text("<b>curvature</b>")
+    driver.page.select_option("[name=index]", "<b>b</b>")
+    expect(damping).to_have_attribute("placeholder", "0.2")
+    lacking = "The index has no <b>factors</b>⟨RLO⟩ of EK-FAC; build it with them."
+    own = [("the index's own: kfac", None), ("bm25", None), ("ekfac", lacking), ("identity", None)]
+    assert options_of(driver) == own
+    expect(driver.page.locator("[name=estimator] option[value=ekfac]")).to_be_disabled()
+
+
+def test_a_chosen_estimator_and_its_parameters_outlive_a_change_of_index(open_page: Open) -> None:
+    driver = open_page()
+    page = driver.page
+    driver.open_options()
+    page.select_option("[name=estimator]", "kfac")
+    page.get_by_label("Damping").fill("0.5")
+    page.get_by_label("Block size").fill("8")
+    page.select_option("[name=index]", "<b>b</b>")
+    expect(page.locator("[name=estimator]")).to_have_value("kfac")
+    expect(page.get_by_label("Damping")).to_have_value("0.5")
+    page.select_option("[name=estimator]", "bm25")
+    expect(page.locator("[name=parameter]")).to_have_count(0)
+    page.select_option("[name=index]", "default")
+    page.select_option("[name=estimator]", "")
+    expect(page.get_by_label("Damping")).to_have_value("0.5")
+    expect(page.get_by_label("Block size")).to_have_count(0)
+    driver.open("#prompt=x&index=%3Cb%3Eb%3C%2Fb%3E&estimator=ekfac")
+    expect(page.locator("[name=estimator]")).to_have_value("ekfac")
+    expect(driver.shown("estimator-note")).to_contain_text("Not for this index: The index has no")
+
+
+def test_an_estimator_without_gradients_is_asked_and_shown_without_their_parts(
+    open_page: Open, service: CannedService
+) -> None:
+    driver = open_page()
+    driver.open_options()
+    driver.page.get_by_label("Damping").fill("0.5")
+    driver.page.check("[name=documents]")
+    driver.page.select_option("[name=estimator]", "bm25")
+    for name in ("tokens", "layers", "ranking"):
+        expect(driver.page.locator(f"[name={name}]")).to_be_disabled()
+    driver.ask(*ASKED)
+    (asked,) = service.asked
+    assert asked["estimator"] == "bm25"
+    assert not {"tokens", "layers", "parameters"} & set(asked)
+    expect(driver.page.locator(".tools")).to_contain_text("estimator bm25, ranked")
+    assert "nats" not in driver.shown("result").first.inner_text()
+    assert "nats" not in driver.shown("documents").inner_text()
+    expect(driver.page.locator(".unit")).to_contain_text("without unit")
+    assert '"document","score","normalised_score"' in driver.download("Download CSV")
+
+
+@pytest.mark.parametrize("estimator", ["", "kfac"])
+def test_without_the_list_of_estimators_a_question_is_answered(
+    open_page: Open, service: CannedService, estimator: str
+) -> None:
+    driver = open_page()
+    driver.context.route("**/v1/estimators", lambda route: route.abort())
+    driver.open(f"#prompt=x&completion=y&estimator={estimator}&parameter=damping%3D0.5")
+    driver.open_options()
+    options = driver.page.locator("[name=estimator] option")
+    expect(options).to_have_text(["the index's own", *([estimator] if estimator else [])])
+    expect(driver.page.get_by_label("Damping")).to_have_value("0.5")
+    driver.page.click("text=Ask")
+    driver.wait_for_answer()
+    assert service.asked[0].get("estimator", "") == estimator
+    assert service.asked[0]["parameters"] == {"damping": 0.5}
+    driver.complaints.clear()
+
+
+def test_a_number_out_of_bounds_is_shown_where_it_is(
+    open_page: Open, service: CannedService
+) -> None:
+    driver = open_page()
+    driver.open("#prompt=x&completion=y&parameter=damping%3D-1")
+    expect(driver.page.get_by_label("Damping")).to_have_value("-1")
+    driver.page.click("text=Ask")
+    expect(driver.page.get_by_label("Damping")).to_be_focused()
+    assert service.asked == []
 
 
 def test_results_and_their_bound_appear_before_the_answer_ends(
@@ -408,14 +519,17 @@ def test_nothing_is_sent_without_prompt_or_completion(
     assert service.asked == []
 
 
+@pytest.mark.parametrize("estimator", ["", "identity"])
 def test_a_link_holds_all_inputs_and_sends_nothing_by_itself(
-    open_page: Open, service: CannedService
+    open_page: Open, service: CannedService, estimator: str
 ) -> None:
     driver = open_page()
     page = driver.page
     driver.open_options()
     page.select_option("[name=direction]", "both")
     page.select_option("[name=index]", "<b>b</b>")
+    page.get_by_label("Damping").fill("0.5")
+    page.select_option("[name=estimator]", estimator)
     page.fill("[name=k]", "4")
     page.fill("[name=seed]", str(BIG_SEED))
     page.uncheck("[name=tokens]")
@@ -426,22 +540,32 @@ def test_a_link_holds_all_inputs_and_sends_nothing_by_itself(
     fragment = page.evaluate("location.hash")
     driver.open(fragment)
     expect(driver.shown("notice")).to_contain_text("Nothing was sent yet")
+    expect(page.locator("[name=estimator]")).to_have_value(estimator)
     page.wait_for_timeout(200)
     assert len(service.asked) == 1
     page.click("text=Ask")
     driver.wait_for_answer()
     assert service.asked[1] == service.asked[0]
     assert service.asked[0]["filters"] == {"a&b=c#": {"any_of": ["x", "y"]}}
+    assert ("parameters" in service.asked[0]) == (estimator == "")
+    driver.open_options()
+    page.select_option("[name=estimator]", "")
+    expect(page.get_by_label("Damping")).to_have_value("0.5")
 
 
 def test_a_spoilt_link_fills_what_it_can(open_page: Open, service: CannedService) -> None:
     driver = open_page()
+    parameters = "parameter=damping&parameter=__proto__%3D1&parameter=damping%3Dx&estimator=none"
     filters = "filter=%5B1%5D&filter=nonsense&filter=%5B%22a%22%2C%22steal%22%2C%22b%22%5D"
-    driver.open(f"#prompt=x&direction=sideways&k=many&filters=1&__proto__=1&{filters}&complete=1")
+    driver.open(
+        f"#prompt=x&direction=sideways&k=many&filters=1&parameters=1&{parameters}&{filters}&complete=1"
+    )
     expect(driver.page.locator("[name=prompt]")).to_have_value("x")
     expect(driver.page.locator("[name=direction]")).to_have_value("proponents")
     expect(driver.page.locator("[name=k]")).to_have_value("10")
     assert driver.page.locator(".filter").count() == 0
+    expect(driver.page.locator("[name=estimator]")).to_have_value("none")
+    assert driver.page.locator("[name=parameter]").count() == 0
     assert service.asked == []
 
 
@@ -526,6 +650,7 @@ def test_no_width_scrolls_sideways(open_page: Open, width: int) -> None:
     driver = open_page(viewport={"width": width, "height": 800})
     driver.open_options()
     driver.page.check("[name=documents]")
+    driver.page.select_option("[name=estimator]", "kfac")
     driver.page.click("text=Add a filter")
     driver.page.locator(".filter button").click()
     driver.page.select_option("[name=direction]", "both")
@@ -545,6 +670,8 @@ def test_axe_finds_no_fault(open_page: Open, scheme: str, width: int) -> None:
     driver.page.select_option("[name=direction]", "both")
     driver.ask(*ASKED, against="Kathmandu")
     driver.page.locator("details").evaluate_all("all => all.forEach(one => (one.open = true))")
+    assert driver.accessibility_faults() == []
+    driver.page.select_option("[name=estimator]", "bm25")
     assert driver.accessibility_faults() == []
 
 

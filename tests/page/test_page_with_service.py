@@ -29,6 +29,19 @@ def test_a_question_and_its_contrast(driver: "page_driver.PageDriver") -> None:
     assert driver.complaints == []
 
 
+def test_an_estimator_and_its_damping_are_chosen(driver: "page_driver.PageDriver") -> None:
+    driver.open_options()
+    used = driver.page.locator(".tools")
+    for estimator, text in (("kfac", "kfac (damping 0.5)"), ("bm25", "bm25, ranked by score")):
+        driver.page.get_by_label("Damping").fill("0.5")
+        driver.page.select_option("[name=estimator]", estimator)
+        driver.ask("The capital of France is", "Paris")
+        assert f"estimator {text}" in used.inner_text()
+        assert driver.texts()[0] == "The capital of France is Paris."
+        driver.page.select_option("[name=estimator]", "")
+    assert driver.complaints == []
+
+
 def test_a_hostile_example_is_shown_harmless(driver: "page_driver.PageDriver") -> None:
     driver.ask("The capital of [bold]France[/bold] is", "[/nonsense]")
     (hostile,) = [text for text in driver.texts() if "[/nonsense]" in text]

@@ -1,5 +1,6 @@
 // What an answer says, made ready to show.
 
+import { estimatorText } from "./estimators.js";
 import { count, counted, duration, number, percent, signed, valueText, visible } from "./format.js";
 import { strongest } from "./heatmap.js";
 
@@ -132,7 +133,7 @@ export function effortOf(answer) {
   return (
     `${count(answer.rescored_rows)} of ${counted(answer.rows, "row")} rescored and ` +
     `${count(answer.sampled_rows)} sampled, in ${duration(seconds)}; index ` +
-    `\u201c${answer.index}\u201d, estimator ${answer.estimator}, ` +
+    `\u201c${answer.index}\u201d, estimator ${estimatorText(answer.estimator, answer.parameters)}, ` +
     `ranked by ${answer.ranking === "score" ? "score" : "normalised score"}, seed ${answer.seed}.`
   );
 }

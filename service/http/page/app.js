@@ -5,18 +5,22 @@ import {
   boundOf, certificateOf, documentsOf, effortOf, measurementOf, sidesOf,
 } from "./answer.js";
 import { save, toCsv } from "./download.js";
+import { choicesOf, offerOf, parametersOf } from "./estimators.js";
 import { count, counted, duration, visible } from "./format.js";
 import { emptyForm, fromHash, newFilter, toBody, toHash } from "./form.js";
 import { fillText } from "./heatmap.js";
 import { drawLayers, sumLayers } from "./layers.js";
-import { ask, fetchIndexes, parse, Problem } from "./stream.js";
+import { ask, fetchEstimators, fetchIndexes, parse, Problem } from "./stream.js";
 
 const STAGES = ["Gradient", "Candidates", "Rescoring"];
 const QUIET_MS = 5000; // between two things that a screen reader is told while rows are rescored
 const RETRY_MS = 5000;
+const NO_UNIT = "score: of an estimator without gradients; no influence, and without unit.";
 
-function noAnswer() {
+/** Nothing to show yet; `nats`: scores will be influences, and not, say, similarities of texts. */
+function noAnswer(nats = true) {
   return {
+    nats,
     stage: 0,
     line: "",
     problem: null,
@@ -42,6 +46,7 @@ function page() {
   return {
     form: emptyForm(),
     indexes: [],
+    estimators: [],
     indexProblem: "",
     notice: "",
     state: "idle", // idle, running, finished, cancelled, failed
@@ -58,6 +63,7 @@ function page() {
       this.dark = scheme.matches;
       scheme.addEventListener("change", () => (this.dark = scheme.matches));
       this.loadIndexes();
+      this.loadEstimators();
     },
 
     async loadIndexes() {
@@ -75,10 +81,38 @@ function page() {
       }
     },
 
+    async loadEstimators() {
+      try {
+        this.estimators = await fetchEstimators();
+      } catch (error) {
+        // Without the list, the index's own estimator can still be asked.
+        if (error.status === 503) setTimeout(() => this.loadEstimators(), RETRY_MS);
+      }
+    },
+
     get indexChoices() {
       const known = this.indexes.some((index) => index.name === this.form.index);
       const own = { name: this.form.index, label: visible(this.form.index) };
       return known ? this.indexes : [own, ...this.indexes];
+    },
+    get estimatorChoices() {
+      return choicesOf(this.estimators, this.form);
+    },
+    get offer() {
+      return offerOf(this.estimators, this.form);
+    },
+    get parameters() {
+      return parametersOf(this.offer, this.form.parameters);
+    },
+    get estimatorNote() {
+      const { unavailable, summary } = this.offer;
+      return visible(unavailable ? `Not for this index: ${unavailable}` : summary);
+    },
+    get byGradients() {
+      return this.offer.by_gradients;
+    },
+    openOptions() {
+      this.$refs.options.open = true;
     },
 
     // The link
@@ -132,17 +166,22 @@ function page() {
       const { signal } = controller;
       this.state = "running";
       this.notice = "";
-      this.shown = noAnswer();
+      this.shown = noAnswer(this.byGradients);
       answerText = "";
       history.replaceState(null, "", toHash(this.form));
       this.say("Differentiating what was said.");
       try {
-        await ask(toBody(this.form), signal, (name, data, text) => {
+        await ask(this.body(), signal, (name, data, text) => {
           if (!signal.aborted) this.onEvent(name, data, text);
         });
       } catch (error) {
         if (!signal.aborted) this.fail(error);
       }
+    },
+
+    body() {
+      const parameters = this.parameters.map((parameter) => parameter.name);
+      return toBody(this.form, { byGradients: this.byGradients, parameters });
     },
 
     onEvent(name, data, text) {
@@ -184,7 +223,7 @@ function page() {
       answerText = text;
       const sided = new Set(answer.certificates.map((c) => c.direction)).size > 1;
       this.shown = {
-        ...noAnswer(),
+        ...noAnswer(this.shown.nats),
         stage: STAGES.length,
         measurement: measurementOf(answer.measurement),
         sides: sidesOf(answer.results),
@@ -193,7 +232,7 @@ function page() {
         layers: sumLayers(answer.results),
         effort: effortOf(answer),
         partial: answer.partial,
-        unit: answer.sign_and_unit,
+        unit: this.shown.nats ? answer.sign_and_unit : NO_UNIT,
       };
       const found = counted(answer.results.length, "training example");
       this.say(answer.partial ? `Out of time: ${found} found so far.` : `Done: ${found} found.`);
@@ -268,7 +307,7 @@ function page() {
       save("etymon-answer.json", "application/json", answerText);
     },
     downloadCsv() {
-      save("etymon-answer.csv", "text/csv", toCsv(parse(answerText).results));
+      save("etymon-answer.csv", "text/csv", toCsv(parse(answerText).results, this.shown.nats));
     },
   };
 }

@@ -7,6 +7,7 @@ export const CHOICES = {
 };
 export const CONDITIONS = ["any_of", "at_least", "at_most"];
 const NUMBERS = ["k", "recall", "confidence", "budget"];
+const LISTS = ["filters", "parameters"]; // fields of their own in a link
 const SWITCHES = ["complete", "contrast", "space", "tokens", "layers", "documents", "clusters"];
 
 /** The fields before anything is typed; numbers are kept as they are typed. */
@@ -19,6 +20,8 @@ export function emptyForm() {
     contrast: false,
     space: true,
     index: "default",
+    estimator: "", // the index's own
+    parameters: {}, // of any estimator, by name
     direction: "proponents",
     ranking: "normalised",
     until: "sketch",
@@ -43,16 +46,23 @@ export function newFilter(column = "", kind = "any_of", value = "") {
   return { number: filterNumber++, column, kind, value };
 }
 
-/** The request's body, as JSON. */
-export function toBody(form) {
+/**
+ * The request's body, as JSON; `byGradients` and `parameters` (names) are what the estimator takes.
+ */
+export function toBody(form, { byGradients, parameters }) {
   const request = { prompt: form.prompt };
   if (!form.complete) request.completion = spaced(form, form.completion);
   if (form.contrast) request.against = spaced(form, form.against);
   request.index = form.index;
+  if (form.estimator !== "") request.estimator = form.estimator;
+  const typed = parameters.filter((name) => (form.parameters[name] ?? "") !== "");
+  const numbers = typed.map((name) => [name, Number(form.parameters[name])]);
+  if (numbers.length > 0) request.parameters = Object.fromEntries(numbers);
   for (const name of Object.keys(CHOICES)) request[name] = form[name];
   for (const name of NUMBERS) request[name] = Number(form[name]);
   if (form.deadline !== "") request.deadline = Number(form.deadline);
-  for (const name of ["tokens", "layers", "documents", "clusters"]) request[name] = form[name];
+  const parts = byGradients ? ["tokens", "layers"] : [];
+  for (const name of [...parts, "documents", "clusters"]) request[name] = form[name];
   request.filters = conditions(form.filters);
   const body = JSON.stringify(request);
   // A seed can exceed what a JavaScript number holds exactly, so its digits go in as they are.
@@ -94,8 +104,11 @@ function scalar(written) {
 export function toHash(form) {
   const fields = new URLSearchParams();
   for (const [name, value] of Object.entries(form)) {
-    if (name === "filters" || value === "") continue;
+    if (LISTS.includes(name) || value === "") continue;
     fields.set(name, SWITCHES.includes(name) ? Number(value) : value);
+  }
+  for (const [name, value] of Object.entries(form.parameters)) {
+    if (value !== "") fields.append("parameter", `${name}=${value}`);
   }
   for (const { column, kind, value } of form.filters) {
     fields.append("filter", JSON.stringify([column, kind, value]));
@@ -109,10 +122,12 @@ export function fromHash(hash) {
   if (!fields.has("prompt")) return null;
   const form = emptyForm();
   for (const [name, value] of fields) {
-    if (!Object.hasOwn(form, name) || name === "filters") continue;
+    if (!Object.hasOwn(form, name) || LISTS.includes(name)) continue;
     if (SWITCHES.includes(name)) form[name] = value === "1";
     else if (fits(name, value)) form[name] = value;
   }
+  const parameters = fields.getAll("parameter").map(readParameter);
+  form.parameters = Object.fromEntries(parameters.filter((pair) => pair !== null));
   form.filters = fields.getAll("filter").map(readFilter).filter((row) => row !== null);
   return form;
 }
@@ -121,6 +136,11 @@ function fits(name, value) {
   if (CHOICES[name]) return CHOICES[name].includes(value);
   if (name === "seed") return /^\d+$/.test(value);
   return ![...NUMBERS, "deadline"].includes(name) || Number.isFinite(Number(value));
+}
+
+function readParameter(text) {
+  const [, name, value] = /^([a-z][a-z0-9_]*)=(.+)$/.exec(text) ?? [];
+  return name && Number.isFinite(Number(value)) ? [name, value.trim()] : null;
 }
 
 function readFilter(text) {

@@ -62,6 +62,12 @@ export async function fetchIndexes() {
   return (await response.json()).indexes;
 }
 
+/** The estimators, and which of them each index answers for. */
+export async function fetchEstimators() {
+  const response = await reach("v1/estimators", { headers: { Accept: "application/json" } });
+  return (await response.json()).estimators;
+}
+
 async function reach(path, options) {
   let response;
   try {
