@@ -226,7 +226,8 @@ def show(answer: dict[str, Any]) -> None:
             stderr.print(Text(direction, style="bold"))
         stderr.print(_table(results))
         heat = "; tokens: red +, blue -" if any(r["tokens"] for r in results) else ""
-        unit = f"score in nats: + raised the measured value, - lowered it{heat}"
+        nats = f"score in nats: + raised the measured value, - lowered it{heat}"
+        unit = nats if answer["by_gradients"] else answer["sign_and_unit"]
         stderr.print(Text(unit, style="dim"))
         _show_layers(results)
         for certificate in certificates:
@@ -278,10 +279,11 @@ def _table(results: list[dict[str, Any]]) -> Table:
             if copies[cluster] > 1:
                 text.append(f"  (+{copies[cluster] - 1} near-duplicates)", style="dim")
         style = "green" if result["score"] >= 0 else "red"
+        normalised = result["normalised_score"]
         table.add_row(
             Text(str(result["rank"])),
             Text(signed(result["score"]), style=style),
-            Text(signed(result["normalised_score"]), style=style),
+            Text("" if normalised is None else signed(normalised), style=style),
             Text(printable(result["document"])),
             text,
         )

@@ -147,24 +147,16 @@ def make_server(client: AsyncClient) -> "MCPServer":
         try:
             if estimator is not None:
                 given["estimator"], given["parameters"] = parse_estimator(estimator)
-            answer = await client.query(**given)
-            # An index's own estimator is always by gradients.
-            known = [] if estimator is None else (await client.estimators()).estimators
-            similar = [e.name for e in known if not e.by_gradients]
-            return as_text(answer, influence=answer.estimator not in similar)
+            return as_text(await client.query(**given))
         except (ServiceError, ValueError) as error:
             raise ToolError(str(error)) from error
 
     return server
 
 
-def as_text(answer: QueryResponse, *, influence: bool = True) -> str:
-    """An answer for an assistant: what was measured, the examples, what may be missing.
-
-    Args:
-        answer: of the service.
-        influence: whether its scores are influences, in nats.
-    """
+def as_text(answer: QueryResponse) -> str:
+    """An answer for an assistant: what was measured, the examples, what may be missing."""
+    influence = answer.by_gradients
     meaning = (
         "a positive score raised it, a negative one lowered it."
         if influence

@@ -16,6 +16,8 @@ SIGN_AND_UNIT = (
     "of the example's gradient."
 )
 
+NO_UNIT = "score: of an estimator without gradients; no influence, and without unit."
+
 
 class Schema(BaseModel):
     """A schema that refuses unknown fields."""
@@ -195,7 +197,9 @@ class ResultSchema(Schema):
     text: str
     metadata: dict[str, Any]
     score: float
-    normalised_score: float
+    normalised_score: float | None = Field(
+        description="null for estimators without gradients, whose scores have no such norm."
+    )
     proxy: float
     gradient_norm: float
     tokens: list[TokenSchema] | None = Field(default=None, description="null unless asked for.")
@@ -288,7 +292,10 @@ class QueryResponse(Schema):
         description="Of all that its scores depend on besides the question."
     )
     ranking: str
-    sign_and_unit: str = SIGN_AND_UNIT
+    by_gradients: bool = Field(
+        description="Scores are influences by gradients; otherwise they have no unit."
+    )
+    sign_and_unit: str
     results: list[ResultSchema] = Field(description="Proponents first, each direction best first.")
     documents: list[DocumentSchema] = Field(description="Empty unless asked for.")
     certificates: list[CertificateSchema] = Field(
@@ -311,6 +318,7 @@ class QueryResponse(Schema):
         fields["certificates"] = [
             CertificateSchema.from_certificate(c, side) for side, c in answer.sided_certificates
         ]
+        fields["sign_and_unit"] = SIGN_AND_UNIT if answer.by_gradients else NO_UNIT
         return cls(**fields, index=request.index)
 
 

@@ -19,7 +19,8 @@ class Result:
         text: of the example.
         metadata: further columns of the corpus.
         score: exact influence in nats, positive = training on it raised log p(completion).
-        normalised_score: score divided by ``gradient_norm`` (0 where that is 0).
+        normalised_score: score divided by ``gradient_norm`` (0 where that is 0); None for
+            estimators without gradients.
         proxy: the sketch's estimate of the value that the answer is ranked by.
         gradient_norm: whitened norm of the example's gradient.
         tokens: its tokens as text, each with the part of the score (nats) that passes through the
@@ -36,7 +37,7 @@ class Result:
     text: str
     metadata: dict[str, object]
     score: float
-    normalised_score: float
+    normalised_score: float | None
     proxy: float
     gradient_norm: float
     tokens: tuple[tuple[str, float], ...] | None = None
@@ -101,6 +102,7 @@ class Answer:
         estimator: that scored.
         parameters: of the estimator, all of them.
         estimator_sha256: of all that its scores depend on besides the question.
+        by_gradients: whether its scores are influences by gradients.
         ranking: by which results are ordered.
         results: proponents before opponents, each best first.
         documents: those of the results in order of their best one; empty unless asked for.
@@ -118,6 +120,7 @@ class Answer:
     estimator: str
     parameters: dict[str, float]
     estimator_sha256: str
+    by_gradients: bool
     ranking: Ranking
     results: list[Result]
     documents: list[DocumentScore]

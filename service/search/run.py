@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from estimators.grounds import Questions
 from estimators.rescoring import ScoreParts
 from index.certificates.statement import Certificate
 from service.scoring.rows import Scoring, Target
@@ -72,6 +73,11 @@ class Run:
         return int(self._scored.sum())
 
     @property
+    def by_gradients(self) -> bool:
+        """Whether scores are influences by gradients."""
+        return not isinstance(self.target, Questions)
+
+    @property
     def stage(self) -> str:
         """What it wants rows for: "calibrate" and "audit" are random, "rescore" its own."""
         return list(self.searches.values())[-1].stage if self.searches else "rescore"
@@ -102,6 +108,7 @@ class Run:
             estimator=query.estimator or self.index.manifest.estimator.name,
             parameters=dict(query.parameters),
             estimator_sha256=self.fingerprint,
+            by_gradients=self.by_gradients,
             ranking=query.ranking,
             results=results,
             documents=documents,
@@ -133,7 +140,7 @@ class Run:
                     text=example.text,
                     metadata=example.metadata,
                     score=score,
-                    normalised_score=score / norm if norm else 0.0,
+                    normalised_score=(score / norm if norm else 0.0) if self.by_gradients else None,
                     proxy=sign * float(search.proxies.values[local]),
                     gradient_norm=norm,
                 )

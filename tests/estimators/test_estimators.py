@@ -455,7 +455,7 @@ def test_files_that_hold_no_estimator_are_refused(tmp_path):
         load_factors(tmp_path / "absent")
     other = tmp_path / "other"
     save_file({"x": torch.ones(2)}, other)
-    with pytest.raises(ValueError, match=r"other holds no fitted estimator.*fit_estimator"):
+    with pytest.raises(ValueError, match=r"other holds no fitted estimator.*etymon fit"):
         load_factors(other)
 
 

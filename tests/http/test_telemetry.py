@@ -21,7 +21,13 @@ from starlette.routing import Mount
 from service.http import access, limits
 from service.http import problems as errors
 from service.http.telemetry import Telemetry, add_to_line, log, log_config
-from service.schemas.queries import CertificateSchema, MeasurementSchema, QueryResponse, TermSchema
+from service.schemas.queries import (
+    SIGN_AND_UNIT,
+    CertificateSchema,
+    MeasurementSchema,
+    QueryResponse,
+    TermSchema,
+)
 from service.settings import Settings
 from tests.service_fixtures import Client
 
@@ -63,6 +69,8 @@ def answer() -> QueryResponse:
         estimator="ekfac",
         parameters={"damping": 0.1},
         estimator_sha256="",
+        by_gradients=True,
+        sign_and_unit=SIGN_AND_UNIT,
         ranking="score",
         results=[],
         documents=[],

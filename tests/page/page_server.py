@@ -19,6 +19,8 @@ from service.schemas.indexes import (
     ParameterSchema,
 )
 from service.schemas.queries import (
+    NO_UNIT,
+    SIGN_AND_UNIT,
     CandidatesEvent,
     CertificateSchema,
     DocumentSchema,
@@ -223,6 +225,8 @@ def canned_answer(request: QueryRequest) -> QueryResponse:
         estimator=estimator,
         parameters={**DEFAULTS.get(estimator, {}), **request.parameters},
         estimator_sha256="5e" * 32,
+        by_gradients=estimator != "bm25",
+        sign_and_unit=NO_UNIT if estimator == "bm25" else SIGN_AND_UNIT,
         ranking=request.ranking,
         results=[
             canned_result(request, side, rank, text)

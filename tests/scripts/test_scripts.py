@@ -526,6 +526,8 @@ def hostile_answer(**explained: Any) -> dict[str, Any]:
         "estimator": "ekfac",
         "parameters": {"damping": 0.1},
         "estimator_sha256": "",
+        "by_gradients": True,
+        "sign_and_unit": "score: exact influence in nats",
         "ranking": "score",
         "results": [result],
         "documents": [],

@@ -120,6 +120,7 @@ def answer(rows: list[int], bound: float) -> Answer:
         estimator="ekfac",
         parameters={"damping": 0.1},
         estimator_sha256="",
+        by_gradients=True,
         ranking="normalised",
         partial=False,
         results=results,

@@ -43,7 +43,7 @@ function cardOf(result) {
     name: `Rank ${result.rank}`,
     score: signed(result.score),
     raised: result.score >= 0,
-    normalised: signed(result.normalised_score),
+    normalised: result.normalised_score === null ? "" : signed(result.normalised_score),
     id: visible(result.id),
     document: visible(result.document),
     facts: [

@@ -15,7 +15,6 @@ import { ask, fetchEstimators, fetchIndexes, parse, Problem } from "./stream.js"
 const STAGES = ["Gradient", "Candidates", "Rescoring"];
 const QUIET_MS = 5000; // between two things that a screen reader is told while rows are rescored
 const RETRY_MS = 5000;
-const NO_UNIT = "score: of an estimator without gradients; no influence, and without unit.";
 
 /** Nothing to show yet; `nats`: scores will be influences, and not, say, similarities of texts. */
 function noAnswer(nats = true) {
@@ -232,7 +231,7 @@ function page() {
         layers: sumLayers(answer.results),
         effort: effortOf(answer),
         partial: answer.partial,
-        unit: this.shown.nats ? answer.sign_and_unit : NO_UNIT,
+        unit: answer.sign_and_unit,
       };
       const found = counted(answer.results.length, "training example");
       this.say(answer.partial ? `Out of time: ${found} found so far.` : `Done: ${found} found.`);
