@@ -37,8 +37,8 @@ PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope $(if $(DURATI
 # What numbers depend on if they depend on the processor: MKL's and PyTorch's own instructions.
 PROCESSORS ?= MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE
 THREADS ?= 1 2
-NUMERICAL ?= tests/estimators tests/index tests/search tests/build/test_parts.py \
-	tests/build/test_dirty_data.py tests/build/test_building.py
+NUMERICAL ?= tests/estimators tests/index tests/search tests/indexing/test_parts.py \
+	tests/indexing/test_dirty_data.py tests/indexing/test_building.py
 # A PyTorch with a working GPU that is already installed is used; otherwise one is installed.
 GPU := $(shell $(PYTHON) -c "import torch; print('yes' if torch.cuda.is_available() else '')" 2>/dev/null)
 TORCH ?= torch==2.13.0

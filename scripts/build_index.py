@@ -11,8 +11,8 @@ from index.codes.vectors import KINDS
 from index.manifest import Manifest
 from scripts import options
 from scripts.console import one_sentence_errors, print_json, show_prediction, show_progress, stderr
-from service.build.building import BuildOptions, Mode, Worker, build_index, build_share
-from service.build.prediction import peak_memory, predict_build
+from service.indexing.building import BuildOptions, Mode, Worker, build_index, build_share
+from service.indexing.prediction import peak_memory, predict_build
 from service.models import load_model
 from service.search.calibrating import calibrate_index
 from service.search.opening import open_index

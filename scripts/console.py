@@ -23,7 +23,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from estimators.model.layers import Coverage, SkippedModule
-    from service.build.prediction import Prediction
+    from service.indexing.prediction import Prediction
 
 stderr = Console(stderr=True)
 """For people."""

@@ -17,8 +17,8 @@ from scripts.console import (
     show_prediction,
     show_progress,
 )
-from service.build.fitting import FitOptions, fit_factors
-from service.build.prediction import peak_memory, predict_fit
+from service.indexing.fitting import FitOptions, fit_factors
+from service.indexing.prediction import peak_memory, predict_fit
 from service.models import load_model
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

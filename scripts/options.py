@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from service.build.corpus import CorpusSource
+from service.indexing.corpus import CorpusSource
 
 Model = Annotated[
     str, typer.Option(help="Folder or name of a causal language model (Hugging Face format).")

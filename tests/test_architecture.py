@@ -24,7 +24,7 @@ ROOMS = {
     "index/codes": {"index"},
     "service": {"estimators", "index"},
     "service/scoring": {"service"},
-    "service/build": {"service", "service/scoring"},
+    "service/indexing": {"service", "service/scoring"},
     "service/search": {"service", "service/scoring"},
     "service/schemas": {"service/search"},
     "service/client": {"service/schemas"},
@@ -92,6 +92,12 @@ def imported_rooms(path: Path) -> set[str]:
 
 def test_every_room_has_its_place():
     assert {room_of(path) for path in MODULES} == set(ROOMS)
+
+
+def test_no_folder_has_a_name_that_tools_pass_over():
+    """Formatters and test runners leave out folders called build, dist or the like."""
+    folders = {part for path in [*MODULES, *(ROOT / "tests").rglob("*.py")] for part in path.parts}
+    assert not folders & {"build", "dist", "env", "node_modules", "venv"}
 
 
 def test_the_rooms_of_a_package_have_an_order():

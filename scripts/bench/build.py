@@ -28,8 +28,8 @@ from index.shards import write_shard
 from scripts.bench.build_peers import BergsonBuild, KronfluenceFit, installed
 from scripts.bench.record import write_record
 from scripts.console import one_sentence_errors, print_json, stderr
-from service.build.building import BuildOptions
-from service.build.sketching import ShardJob
+from service.indexing.building import BuildOptions
+from service.indexing.sketching import ShardJob
 from service.models import LoadedModel
 from service.versions import revision
 

@@ -11,8 +11,8 @@ from index.certificates.statement import Certificate
 from scripts.audit_recall import summarise
 from scripts.bench.commands import measure
 from scripts.demo.tail_patch import TailPatch
-from service.build.fitting import FitOptions
-from service.build.prediction import predict_build, predict_fit
+from service.indexing.fitting import FitOptions
+from service.indexing.prediction import predict_build, predict_fit
 from service.scoring import exhaustive
 from service.scoring.exhaustive import exact_scores
 from service.scoring.rows import GradientScorer

@@ -25,9 +25,9 @@ from index.manifest import NoiseRecord
 from scripts.bench.corpora import Subject, trained
 from scripts.console import show_progress, stderr
 from scripts.demo.steps import Steps
-from service.build.building import BuildOptions, build_index
-from service.build.corpus import CorpusSource
-from service.build.noise import noise_record
+from service.indexing.building import BuildOptions, build_index
+from service.indexing.corpus import CorpusSource
+from service.indexing.noise import noise_record
 from service.models import LoadedModel, load_model
 from service.scoring.exhaustive import exact_scores
 from service.search.opening import OpenIndex, open_index

@@ -23,8 +23,8 @@ from scripts.bench.recall.layouts import Proxies, other_layouts
 from scripts.bench.record import write_record
 from scripts.console import one_sentence_errors, print_json, show_progress, stderr
 from scripts.demo.steps import Steps
-from service.build.building import BuildOptions, build_index
-from service.build.corpus import CorpusSource
+from service.indexing.building import BuildOptions, build_index
+from service.indexing.corpus import CorpusSource
 from service.models import load_model
 from service.scoring.exhaustive import exact_scores
 from service.search.opening import OpenIndex, open_index

@@ -14,8 +14,8 @@ from index.examples import Example, ExampleStore, examples_path, write_examples
 from index.files import read_sealed, sha256_of, write_sealed
 from index.ids import HashColumn, first_repeated
 from index.manifest import CorpusRecord, DataRecord, FileRecord
-from service.build.corpus import CorpusSource, Dirt, describe, read_examples
-from service.build.plan import RECORD_NAME
+from service.indexing.corpus import CorpusSource, Dirt, describe, read_examples
+from service.indexing.plan import RECORD_NAME
 from service.models import LoadedModel
 
 

@@ -25,8 +25,8 @@ from index.errors import DiskFull, DuplicateIds, IndexCorrupt, IndexMismatch, In
 from index.examples import ExampleStore
 from index.manifest import FILE_NAME, Manifest
 from index.shards import codes_path, read_shard, receipt_path
-from service.build.corpus import CorpusSource, read_examples
-from service.build.plan import PLAN_NAME
+from service.indexing.corpus import CorpusSource, read_examples
+from service.indexing.plan import PLAN_NAME
 from service.models import load_model
 from service.search.opening import open_index
 from service.search.query import Query
@@ -154,8 +154,8 @@ def test_without_a_seed_one_is_drawn_and_kept(workshop, tmp_path):
 CHILD = """
 import json, sys, time
 from pathlib import Path
-from service.build.building import BuildOptions, build_index
-from service.build.corpus import CorpusSource
+from service.indexing.building import BuildOptions, build_index
+from service.indexing.corpus import CorpusSource
 from service.models import load_model
 
 def stop_after_one(description, items):

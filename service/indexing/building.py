@@ -35,12 +35,12 @@ from index.parts import (
     supersede,
 )
 from index.shards import find_receipt
-from service.build.corpus import CorpusSource, fingerprint_source
-from service.build.noise import measure_noise
-from service.build.plan import settle_plan
-from service.build.reading import find_corpus, read_corpus
-from service.build.sketching import ShardJob
 from service.coding import FACTORS_NAME, code_blocks, coded_index
+from service.indexing.corpus import CorpusSource, fingerprint_source
+from service.indexing.noise import measure_noise
+from service.indexing.plan import settle_plan
+from service.indexing.reading import find_corpus, read_corpus
+from service.indexing.sketching import ShardJob
 from service.models import LoadedModel
 from service.scoring.estimators import Estimators
 from service.versions import numerical_versions, versions

@@ -17,9 +17,9 @@ from estimators.model.layers import LayerSelection
 from index.errors import DiskFull, IndexBusy, IndexMismatch
 from index.files import exclusive, write_whole
 from scripts import fit_estimator
-from service.build import fitting
-from service.build.corpus import CorpusSource
-from service.build.fitting import FitOptions, fit_factors
+from service.indexing import fitting
+from service.indexing.corpus import CorpusSource
+from service.indexing.fitting import FitOptions, fit_factors
 from service.models import LoadedModel, load_model
 from tests.scripts.test_scripts import invoke
 from tests.service_fixtures import Workspace, make_model
@@ -210,7 +210,7 @@ def test_a_damaged_checkpoint_is_told_and_not_used(
     out = tmp_path / "factors"
     path = interrupt(fit, out)
     path.write_bytes(damage(path.read_bytes()))
-    with caplog.at_level(logging.WARNING, logger="service.build.fitting"):
+    with caplog.at_level(logging.WARNING, logger="service.indexing.fitting"):
         assert fit.run(out) == whole
     assert "damaged" in caplog.text
     assert fit.batches.count("covariances") == fit.batches.count("eigenvalues")
@@ -241,7 +241,7 @@ def test_a_full_disk_costs_only_the_checkpoint(
         write_whole(path, content)
 
     monkeypatch.setattr(fitting, "write_whole", write)
-    with caplog.at_level(logging.WARNING, logger="service.build.fitting"):
+    with caplog.at_level(logging.WARNING, logger="service.indexing.fitting"):
         assert fit.run(out) == whole
     assert "without this checkpoint: No room." in caplog.text
     assert is_clean(out)

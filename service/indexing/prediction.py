@@ -18,13 +18,13 @@ from estimators.model.tokens import Sequence1D, plan_batches
 from estimators.sketching.sketch import Sketch
 from estimators.storage import load_factors, serialise_factors
 from index.examples import Example, ExampleStore, examples_path, serialise_examples, write_examples
-from service.build.building import BuildOptions, check_factors
-from service.build.corpus import CorpusSource, read_examples
-from service.build.fitting import FitOptions, draw_sequences
-from service.build.noise import ROWS, measure_noise
-from service.build.reading import chunks
-from service.build.sketching import ShardJob
 from service.coding import coded_index
+from service.indexing.building import BuildOptions, check_factors
+from service.indexing.corpus import CorpusSource, read_examples
+from service.indexing.fitting import FitOptions, draw_sequences
+from service.indexing.noise import ROWS, measure_noise
+from service.indexing.reading import chunks
+from service.indexing.sketching import ShardJob
 from service.models import LoadedModel
 from service.scoring.estimators import Estimators
 
@@ -112,7 +112,7 @@ def predict_build(
 def predict_fit(
     loaded: LoadedModel, source: CorpusSource, options: FitOptions, interval: float = 60.0
 ) -> Prediction:
-    """Predict disk, memory and time of ``service.build.fitting.fit_factors``.
+    """Predict disk, memory and time of ``service.indexing.fitting.fit_factors``.
 
     A few batches are fitted in earnest. That includes the eigendecompositions, whose time does not
     depend on the number of examples: with very wide layers they make the prediction slow.

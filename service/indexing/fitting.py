@@ -26,7 +26,7 @@ from estimators.registry import factors_class
 from estimators.storage import fingerprint_tensors, serialise_factors
 from index.errors import DiskFull, IndexMismatch
 from index.files import exclusive, write_whole
-from service.build.corpus import CorpusSource, read_examples
+from service.indexing.corpus import CorpusSource, read_examples
 from service.models import LoadedModel
 
 logger = logging.getLogger(__name__)

@@ -17,14 +17,14 @@ from index.files import exclusive
 from index.ids import HashColumn, first_repeated
 from index.manifest import FILE_NAME, Manifest
 from index.shards import codes_path, receipt_path
-from service.build.building import Worker, build_share
-from service.build.corpus import CorpusSource
-from service.build.plan import PLAN_NAME
+from service.indexing.building import Worker, build_share
+from service.indexing.corpus import CorpusSource
+from service.indexing.plan import PLAN_NAME
 from service.search.opening import open_index
 from service.search.query import Query
 from service.search.retrieval import Retriever
-from tests.build.test_building import assert_same_files, contents, copy_index
 from tests.index_fixtures import sentences, write_jsonl
+from tests.indexing.test_building import assert_same_files, contents, copy_index
 
 pytest_plugins = ["tests.index_fixtures"]
 
@@ -319,8 +319,8 @@ def test_a_worker_beyond_the_count_is_refused(number, count):
 PARALLEL = """
 import json, sys
 from pathlib import Path
-from service.build.building import BuildOptions, Worker, build_share
-from service.build.corpus import CorpusSource
+from service.indexing.building import BuildOptions, Worker, build_share
+from service.indexing.corpus import CorpusSource
 from service.models import load_model
 g = json.loads(sys.argv[1])
 loaded = load_model(g["model"])

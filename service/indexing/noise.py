@@ -14,8 +14,8 @@ from estimators.sketching.sketch import Sketch
 from index.codes.vectors import DISTORTIONS
 from index.examples import ExampleStore
 from index.manifest import NoiseRecord
-from service.build.sketching import ShardJob
 from service.coding import coded_index
+from service.indexing.sketching import ShardJob
 from service.models import LoadedModel
 from service.scoring.exhaustive import exact_scores, queries_at_once
 
