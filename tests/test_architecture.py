@@ -96,7 +96,8 @@ def test_every_room_has_its_place():
 
 def test_no_folder_has_a_name_that_tools_pass_over():
     """Formatters and test runners leave out folders called build, dist or the like."""
-    folders = {part for path in [*MODULES, *(ROOT / "tests").rglob("*.py")] for part in path.parts}
+    files = [*MODULES, *(ROOT / "tests").rglob("*.py")]
+    folders = {part for path in files for part in path.relative_to(ROOT).parts}
     assert not folders & {"build", "dist", "env", "node_modules", "venv"}
 
 
