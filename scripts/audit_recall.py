@@ -284,7 +284,8 @@ def _allowed_violations(trials: int, rate: float) -> int:
 
 
 def _show(report: dict[str, Any], confidence: float) -> None:
-    table = Table(title=f"Recall audit of {report['queries']} queries", title_justify="left")
+    title = f"Recall audit of {report['queries']} queries by {_named(report)}"
+    table = Table(title=title, title_justify="left")
     for heading in ("certificate", "certified", "refused", "bounds that failed", "may fail"):
         table.add_column(heading)
     for kind, counts in report["certificates"].items():
@@ -313,14 +314,18 @@ def _show(report: dict[str, Any], confidence: float) -> None:
         stderr.print(_line(other), highlight=False, soft_wrap=True)
 
 
+def _named(report: dict[str, Any]) -> str:
+    """The estimator with its parameters."""
+    values = ", ".join(f"{key} {value:g}" for key, value in report["parameters"].items())
+    return f"{report['estimator']} ({values})" if values else str(report["estimator"])
+
+
 def _line(report: dict[str, Any]) -> str:
     """One more estimator's audit in a line."""
-    values = ", ".join(f"{key} {value:g}" for key, value in report["parameters"].items())
-    name = f"{report['estimator']} ({values})" if values else report["estimator"]
     sketch = report["certificates"]["sketch"]
     broken = sum(counts["violations"] for counts in report["certificates"].values())
     return (
-        f"{name}: recall@{report['k']} mean {report['mean_recall']:.3f}, lowest "
+        f"{_named(report)}: recall@{report['k']} mean {report['mean_recall']:.3f}, lowest "
         f"{report['lowest_recall']:.2f}; {sketch['certified']} of {report['queries']} certified by "
         f"the sketch, {broken} bounds broken; rescored {report['median_rescored_rows']:.0f} rows."
     )

@@ -318,11 +318,24 @@ def recall() -> list[str]:
     ]
 
 
+def one_index() -> list[str]:
+    passages = []
+    for row in newest("one_index")["rows"]:
+        values = ", ".join(f"{key} {value:g}" for key, value in row["parameters"].items())
+        name = f"`{row['estimator']}`" + (f", {values}" if values else "")
+        passages.append(
+            f"| {row['corpus']} | {name} | {row['r10_at_50']:.2f} | {row['noise_seen']:.4f} "
+            f"({row['noise_law']:.4f}) | {row['certified']} of {row['queries']} | "
+            f"{row['violations']} | {row['recall']:.3f} |"
+        )
+    return passages
+
+
 FIGURES: dict[str, tuple[Callable[[], list[str]], ...]] = {
     "README.md": (demo,),
     MEASURED: (
         *(kronfluence, coverage, usefulness, kills, build, search, service, prediction),
-        *(demo_costs, recall),
+        *(demo_costs, recall, one_index),
     ),
 }
 """By document, what it must contain of the records."""
