@@ -16,7 +16,7 @@ from tests.index_fixtures import CONTEXT, sentences, write_jsonl
 pytest_plugins = ["tests.index_fixtures"]
 
 TEXTS = sentences(24)
-LONG = 100_000
+LONG = 30_000
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +112,8 @@ def story(workshop, tmp_path_factory):
     return with_book(workshop, tmp_path_factory.mktemp("story"), 600)
 
 
-def test_a_text_of_100_000_tokens_is_cut_into_windows_that_lead_back(workshop, tmp_path):
-    folder, manifest, book = with_book(workshop, tmp_path, 10_000)
+def test_a_text_of_30_000_tokens_is_cut_into_windows_that_lead_back(workshop, tmp_path):
+    folder, manifest, book = with_book(workshop, tmp_path, 3_000)
     store = open_index(folder, workshop.loaded).examples
     rows = store.rows_of_document("book")
     tokens = workshop.loaded.encode(book)

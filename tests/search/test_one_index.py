@@ -32,7 +32,7 @@ def retriever(workshop, tmp_path_factory) -> Retriever:
 @pytest.fixture(scope="module")
 def asked() -> list[tuple[str, str]]:
     """Beginnings of held-out sentences and how they go on."""
-    words = [text.split(" ") for text in sentences(140)[120:]]
+    words = [text.split(" ") for text in sentences(132)[120:]]
     return [(" ".join(w[:3]), " " + " ".join(w[3:])) for w in words]
 
 
