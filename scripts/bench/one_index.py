@@ -74,7 +74,8 @@ def main(
         "rows": found,
         "corpora": described,
         "dimensions": dimensions,
-        "command": f"python -m scripts.bench.one_index --corpora {corpora} --queries {queries}",
+        "command": f"python -m scripts.bench.one_index --corpora {corpora} --queries {queries} "
+        f"--dimensions {dimensions} --rows {rows} --epochs {epochs}",
         "seconds": time.perf_counter() - start,
     }
     show(found)
