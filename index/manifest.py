@@ -19,9 +19,21 @@ class Record(BaseModel):
 
 
 class ModelRecord(Record):
-    """The model and tokenizer that the index belongs to."""
+    """The model and tokenizer that the index belongs to.
+
+    Attributes:
+        source: folder or name.
+        revision: of a repository, if one was chosen.
+        tokenizer: folder or name, if another than the one beside the weights was chosen.
+        base_model: folder or name, if another than the one that the adapter names was chosen.
+        model_sha256: of the weights.
+        tokenizer_sha256: of the tokenizer.
+    """
 
     source: str
+    revision: str | None = None
+    tokenizer: str | None = None
+    base_model: str | None = None
     model_sha256: str
     tokenizer_sha256: str
 
@@ -82,6 +94,22 @@ class SketchRecord(Record):
     noise: NoiseRecord
 
 
+class LossRecord(Record):
+    """How well the model predicts texts of a corpus, which tells whether it was trained on such.
+
+    Attributes:
+        mean: loss in nats a token.
+        uniform: that of a uniform guess over the vocabulary.
+        texts: how many were drawn at random.
+        tokens: predicted in them.
+    """
+
+    mean: float
+    uniform: float
+    texts: int
+    tokens: int
+
+
 class DataRecord(Record):
     """A corpus: where it came from and what it holds.
 
@@ -96,6 +124,7 @@ class DataRecord(Record):
         duplicate_rows: rows with the same tokens as an earlier one; kept.
         tokens: of all rows.
         max_tokens: longest window.
+        loss: of the model on some of the rows; None in indexes that are older than this record.
     """
 
     source: str
@@ -108,6 +137,7 @@ class DataRecord(Record):
     duplicate_rows: int
     tokens: int
     max_tokens: int
+    loss: LossRecord | None = None
 
 
 class FailedRow(Record):

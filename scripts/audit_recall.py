@@ -14,6 +14,7 @@ from scipy import stats
 from estimators.chosen import GradientEstimator, RowEstimator
 from estimators.grounds import Questions
 from index.certificates.calibration import SHARE
+from index.manifest import Manifest
 from scripts import options
 from scripts.console import one_sentence_errors, parse_estimator, print_json, show_progress, stderr
 from service.models import load_model
@@ -37,6 +38,10 @@ def main(
         Path,
         typer.Option(help="JSONL with 'prompt' and 'completion'; without it the model completes."),
     ],
+    revision: options.Revision = None,
+    tokenizer: options.Tokenizer = None,
+    base_model: options.BaseModel = None,
+    unused_weights: options.UnusedWeights = False,
     limit: Annotated[int, typer.Option(help="Use the first so many queries.")] = 100,
     k: Annotated[int, typer.Option(help="Training examples an answer.")] = 10,
     ranking: Annotated[
@@ -83,7 +88,9 @@ def main(
       --queries queries.jsonl --html audit.html
     """
     start = time.perf_counter()
-    loaded = load_model(model, device=device, dtype=dtype)
+    source = options.model_source(model, revision, tokenizer, base_model, unused_weights)
+    source = source.completed(Manifest.read(index).model)
+    loaded = load_model(source, device=device, dtype=dtype)
     retriever = Retriever(open_index(index, loaded), token_budget)
     asked = options.read_queries(queries, limit)
     rows = _rows_to_compare(len(retriever.index.examples), sample, seed)

@@ -10,7 +10,15 @@ import typer
 from index.codes.vectors import KINDS
 from index.manifest import Manifest
 from scripts import options
-from scripts.console import one_sentence_errors, print_json, show_prediction, show_progress, stderr
+from scripts.console import (
+    one_sentence_errors,
+    print_json,
+    print_plain,
+    show_logs,
+    show_prediction,
+    show_progress,
+    stderr,
+)
 from service.indexing.building import BuildOptions, Mode, Worker, build_index, build_share
 from service.indexing.prediction import peak_memory, predict_build
 from service.models import load_model
@@ -27,6 +35,10 @@ def main(
     data: options.Data,
     factors: Annotated[Path, typer.Option(help="File that etymon fit wrote.")],
     out: Annotated[Path, typer.Option(help="Folder of the index.")],
+    revision: options.Revision = None,
+    tokenizer: options.Tokenizer = None,
+    base_model: options.BaseModel = None,
+    unused_weights: options.UnusedWeights = False,
     split: options.Split = "train",
     text_column: options.TextColumn = "text",
     id_column: options.IdColumn = None,
@@ -87,11 +99,17 @@ def main(
       --id-column id --document-column document \
       --factors runs/demo/ekfac.safetensors --out runs/demo/index
     """
+    show_logs()
     start = time.perf_counter()
     asked = None if calibration_queries is None else options.read_queries(calibration_queries)
     loaded = load_model(
-        model, device=device, dtype=dtype, gradient_checkpointing=gradient_checkpointing
+        options.model_source(model, revision, tokenizer, base_model, unused_weights),
+        device=device,
+        dtype=dtype,
+        gradient_checkpointing=gradient_checkpointing,
     )
+    for note in loaded.notes:
+        print_plain(note)
     source = options.corpus_source(
         data, split, text_column, id_column, document_column, metadata_column, limit
     )

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import re
 import sys
 import time
@@ -22,8 +23,9 @@ from rich.progress import (
 from rich.text import Text
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
-    from estimators.model.layers import Coverage, SkippedModule
+    from estimators.model.layers import SkippedModule
     from service.indexing.prediction import Prediction
+    from service.models import LoadedModel
 
 stderr = Console(stderr=True)
 """For people."""
@@ -71,12 +73,29 @@ def print_progress(
         print(f"{description}: {done} of {total}{note}{tail}", file=sys.stderr, flush=True)
 
 
-def show_coverage(coverage: "Coverage") -> None:
-    """Print what share of the model is attributed and everything that is not.
+def show_logs() -> None:
+    """Print what the jobs log, warnings and plain facts, as lines on stderr from now on."""
+    log = logging.getLogger("service")
+    log.setLevel(logging.INFO)
+    if not any(isinstance(handler, _PlainLines) for handler in log.handlers):
+        log.addHandler(_PlainLines())
+
+
+class _PlainLines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        mark = "warning: " if record.levelno >= logging.WARNING else ""
+        print_plain(f"{mark}{record.getMessage()}")
+
+
+def show_model(loaded: "LoadedModel") -> None:
+    """Print how the model was loaded, what share of it is attributed and everything that is not.
 
     Modules that differ only in the numbers of their names, as those of identical blocks do, share
     a line; the manifest lists each.
     """
+    for note in loaded.notes:
+        print_plain(note)
+    coverage = loaded.coverage
     blocks = sum(layer.name != layer.module_name for layer in coverage.layers)
     split = f", {blocks} of them blocks of wider ones" if blocks else ""
     print_plain(

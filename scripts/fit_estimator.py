@@ -13,7 +13,8 @@ from scripts import options
 from scripts.console import (
     one_sentence_errors,
     print_json,
-    show_coverage,
+    show_logs,
+    show_model,
     show_prediction,
     show_progress,
 )
@@ -30,6 +31,10 @@ def main(
     model: options.Model,
     data: options.Data,
     out: Annotated[Path, typer.Option(help="File to write, e.g. runs/mine/ekfac.safetensors.")],
+    revision: options.Revision = None,
+    tokenizer: options.Tokenizer = None,
+    base_model: options.BaseModel = None,
+    unused_weights: options.UnusedWeights = False,
     estimator: Annotated[str, typer.Option(help=f"One of {', '.join(FACTORS)}.")] = "ekfac",
     examples: Annotated[
         int, typer.Option(help="Fit on at most this many examples, drawn at random.")
@@ -64,16 +69,17 @@ def main(
     etymon fit --model runs/demo/model --data runs/demo/corpus.jsonl \
       --out runs/demo/ekfac.safetensors
     """
+    show_logs()
     start = time.perf_counter()
     selection = LayerSelection(patterns=tuple(layers or ["*"]), widest=widest)
     loaded = load_model(
-        model,
+        options.model_source(model, revision, tokenizer, base_model, unused_weights),
         layers=selection,
         device=device,
         dtype=dtype,
         gradient_checkpointing=gradient_checkpointing,
     )
-    show_coverage(loaded.coverage)
+    show_model(loaded)
     source = options.corpus_source(data, split, text_column, None, None, [], limit)
     chosen = FitOptions(
         estimator=estimator,

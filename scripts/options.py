@@ -2,14 +2,46 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.indexing.corpus import CorpusSource
+if TYPE_CHECKING:  # they import torch or datasets, which take seconds
+    from service.checkpoints import ModelSource
+    from service.indexing.corpus import CorpusSource
 
 Model = Annotated[
-    str, typer.Option(help="Folder or name of a causal language model (Hugging Face format).")
+    str,
+    typer.Option(
+        help="Folder or name of a causal language model (Hugging Face format), or of a PEFT "
+        "adapter; NAME@REVISION for a branch, tag or commit of a repository."
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of the model's repository, e.g. step1000."),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder or name of the tokenizer that the model was trained with, where none lies "
+        "beside the weights. An index remembers it."
+    ),
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder or name of an adapter's base model, where it no longer lies where the "
+        "adapter says. An index remembers it."
+    ),
+]
+UnusedWeights = Annotated[
+    bool,
+    typer.Option(
+        "--unused-weights",
+        help="Go on although the checkpoint holds weights that the model does not use, e.g. a "
+        "value head.",
+    ),
 ]
 Layers = Annotated[
     list[str] | None,
@@ -69,6 +101,25 @@ DryRun = Annotated[
 ]
 
 
+def model_source(
+    model: str,
+    revision: str | None,
+    tokenizer: str | None,
+    base_model: str | None,
+    unused_weights: bool,
+) -> "ModelSource":
+    """The model that the options name, with what belongs to it."""
+    from service.checkpoints import ModelSource
+
+    return ModelSource.of(
+        model,
+        revision,
+        tokenizer=tokenizer,
+        base_model=base_model,
+        unused_weights=unused_weights,
+    )
+
+
 def corpus_source(
     data: str,
     split: str,
@@ -77,8 +128,10 @@ def corpus_source(
     document_column: str | None,
     metadata_column: list[str] | None,
     limit: int | None,
-) -> CorpusSource:
+) -> "CorpusSource":
     """The corpus that the options name."""
+    from service.indexing.corpus import CorpusSource
+
     return CorpusSource(
         data=data,
         split=split,

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from scripts import options
 from scripts.console import one_sentence_errors, print_json, stderr
 from service.http.access import has_keys, is_loopback
 from service.http.app import create_app
@@ -56,6 +57,10 @@ def main(
             "ETYMON_INDEXES."
         ),
     ] = None,
+    revision: options.Revision = None,
+    tokenizer: options.Tokenizer = None,
+    base_model: options.BaseModel = None,
+    unused_weights: options.UnusedWeights = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
@@ -104,6 +109,10 @@ def main(
         signal.signal(number, _end)
     settings = read_settings(
         model=model,
+        revision=revision,
+        tokenizer=tokenizer,
+        base_model=base_model,
+        unused_weights=unused_weights or None,
         indexes=parse_indexes(index) if index else None,
         device=device,
         dtype=dtype,

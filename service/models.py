@@ -1,24 +1,28 @@
 """The model under study: loading, fingerprints, text to tokens, completions."""
 
 import hashlib
-import importlib.util
 import json
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from estimators.model.capture import freeze
 from estimators.model.layers import EVERY_LAYER, Coverage, LayerSelection, find_layers
 from estimators.model.recomputation import recompute_blocks
 from estimators.model.tokens import Sequence1D
 from estimators.storage import fingerprint_model
+from index.manifest import ModelRecord
+from service.checkpoints import (
+    ModelSource,
+    check_vocabulary,
+    place,
+    read_model,
+    read_tokenizer,
+)
 
 
 class BadQuery(ValueError):  # noqa: N818 - named for what is wrong
@@ -30,7 +34,8 @@ class LoadedModel:
     """A frozen causal language model with its tokenizer.
 
     Attributes:
-        source: folder or name it was loaded from.
+        origin: where it and all that belongs to it were loaded from.
+        notes: what a user should know of how it was loaded, a sentence each.
         model: in evaluation mode, without weight gradients.
         tokenizer: a Hugging Face tokenizer.
         coverage: its attributed layers and what is left out.
@@ -40,14 +45,25 @@ class LoadedModel:
         turn: held by whoever runs the model, since gradients are captured by hooks on it.
     """
 
-    source: str
+    origin: ModelSource
     model: nn.Module
     tokenizer: Any
     coverage: Coverage
     context: int
     model_sha256: str
     tokenizer_sha256: str
+    notes: tuple[str, ...] = ()
     turn: threading.RLock = field(default_factory=threading.RLock, compare=False, repr=False)
+
+    @property
+    def source(self) -> str:
+        """Absolute path of its folder, or the name of its repository, without a revision."""
+        return place(self.origin.name)
+
+    @property
+    def record(self) -> ModelRecord:
+        """What an index keeps of it."""
+        return self.origin.recorded(self.model_sha256, self.tokenizer_sha256)
 
     @property
     def device(self) -> torch.device:
@@ -65,8 +81,8 @@ class LoadedModel:
         They are tokenised apart, so that the boundary between them is a token boundary.
 
         Raises:
-            BadQuery: a prompt or completion of nothing but white space, or more tokens than the
-                context.
+            BadQuery: a completion of nothing but white space, no token before it, or more tokens
+                than the context.
         """
         before = self._encode_prompt(prompt)
         after = self.tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
@@ -84,7 +100,8 @@ class LoadedModel:
         """The model's own greedy completion, up to but not including the first stop string.
 
         Raises:
-            BadQuery: empty prompt, a prompt that fills the context, or a completion that is empty.
+            BadQuery: no token to begin with, a prompt that fills the context, or a completion that
+                is empty.
         """
         tokens = self._encode_prompt(prompt)
         room = min(max_new_tokens, self.context - len(tokens))
@@ -114,17 +131,26 @@ class LoadedModel:
         return text
 
     def _encode_prompt(self, prompt: str) -> list[int]:
+        """The prompt's tokens; of an empty one the token that the model begins a text with."""
         tokens: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
-        if self.tokenizer.eos_token_id is not None:
-            while len(tokens) > 1 and tokens[-1] == self.tokenizer.eos_token_id:
+        end, begin = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        if end is not None:
+            while len(tokens) > 1 and tokens[-1] == end:
                 tokens = tokens[:-1]
-        if not tokens or not prompt.strip():
-            raise BadQuery("The prompt is empty; give the text that the model was asked with.")
+        if tokens == [end] and begin is not None:  # an end that was appended to nothing
+            tokens = [begin]
+        tokens = tokens or [begin] * (begin is not None)
+        if not tokens:
+            raise BadQuery(
+                "The prompt is empty, and this model's tokenizer has no token for the beginning of "
+                "a text, so that nothing stands before the completion; give the text that the "
+                "model was asked with."
+            )
         return tokens
 
 
 def load_model(
-    source: str,
+    source: str | ModelSource,
     *,
     layers: LayerSelection = EVERY_LAYER,
     device: str = "cpu",
@@ -138,7 +164,7 @@ def load_model(
     base model's where the folder has none.
 
     Args:
-        source: what ``from_pretrained`` takes.
+        source: what ``from_pretrained`` takes, alone or with all that belongs to it.
         layers: which layers to attribute.
         device: e.g. "cpu", "cuda".
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
@@ -147,29 +173,27 @@ def load_model(
             backward pass: less memory, a forward pass more, the same numbers.
 
     Raises:
-        ValueError: it cannot be loaded, or no layer is left to attribute.
+        UnusableModel: it cannot be loaded as it was trained.
+        ValueError: it cannot be put on the device, or no layer is left to attribute.
     """
-    transformers_logging.disable_progress_bar()
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(source), **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    except Exception as error:  # damaged files raise whatever their readers happen to raise
-        raise ValueError(
-            f"Cannot load a causal language model and its tokenizer from '{source}': "
-            f"{_one_line(error)}"
-        ) from error
+    if isinstance(source, str):
+        source = ModelSource.of(source)
+    weights = read_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    tokenizer = read_tokenizer(source, trust_remote_code=trust_remote_code)
+    model: Any = weights.model
+    check_vocabulary(model, tokenizer)
     try:
         if model.device != torch.device(device):  # quantised models may refuse to be moved at all
             model.to(device)
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"Cannot put the model on '{device}': {_one_line(error)}") from error
+        raise ValueError(f"Cannot put the model on '{device}': {error}") from error
     freeze(model)
     _keep_packing(model)
     if gradient_checkpointing:
         recompute_blocks(model)
     return LoadedModel(
-        source=str(Path(source).resolve()) if Path(source).exists() else source,
+        origin=source,
+        notes=weights.notes,
         model=model,
         tokenizer=tokenizer,
         coverage=find_layers(model, layers),
@@ -188,27 +212,6 @@ def _keep_packing(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             vars(module)["support_avx512bf16_for_cpu"] = False
-
-
-def _tokenizer_source(source: str) -> str:
-    """The folder itself, or of PEFT's adapter folders without a tokenizer the base model.
-
-    Raises:
-        ValueError: an adapter folder, but PEFT is not installed.
-    """
-    config = Path(source) / "adapter_config.json"
-    if not config.is_file():
-        return source
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError("it holds a PEFT adapter; install the extra 'peft' to load it")
-    if (Path(source) / "tokenizer_config.json").is_file():
-        return source
-    base: str = json.loads(config.read_text())["base_model_name_or_path"]
-    return base
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _context(model: Any, tokenizer: Any) -> int:

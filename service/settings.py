@@ -13,7 +13,24 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="ETYMON_", extra="forbid", frozen=True)
 
-    model: str = Field(description="Folder or name of the causal language model.")
+    model: str = Field(
+        description="Folder or name of the causal language model, also as NAME@REVISION."
+    )
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit of the model's repository."
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="Folder or name of the tokenizer; the first index's, if it remembers one.",
+    )
+    base_model: str | None = Field(
+        default=None,
+        description="Folder or name of an adapter's base model; the first index's, likewise.",
+    )
+    unused_weights: bool = Field(
+        default=False,
+        description="Go on although the checkpoint holds weights that the model does not use.",
+    )
     indexes: dict[str, Path] = Field(
         description='Indexes by name, as JSON in the environment: {"default": "runs/demo/index"}.',
         min_length=1,

@@ -72,7 +72,7 @@ def make_model(folder: Path) -> Workspace:
     corpus = folder / "corpus.jsonl"
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = [row["text"] for row in rows]
-    tokenizer = _tokenizer(texts)
+    tokenizer = byte_level_tokenizer(texts)
     torch.manual_seed(0)
     end = tokenizer.convert_tokens_to_ids(END)
     config = GPT2Config(
@@ -117,7 +117,7 @@ def make_workspace(folder: Path) -> Workspace:
     return workspace
 
 
-def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def byte_level_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

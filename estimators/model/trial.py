@@ -12,6 +12,9 @@ from torch import Tensor, nn
 TRIAL_SHAPE = (2, 4)
 """Sequences and tokens of the trial: the fewest that tell [batch, token] from other shapes."""
 
+FORESIGHT = 0.02
+"""Share of the largest logit by which rounding of packed weights may move others."""
+
 
 def find_obstacles(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Run the model forward and backward once and tell what keeps a module from being attributed.
@@ -28,8 +31,9 @@ def find_obstacles(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[s
         One clause for each module that cannot be attributed, by name.
 
     Raises:
-        ValueError: the model does not run, or gradients cannot pass through a module: those of
-            all earlier layers would silently lack a part.
+        ValueError: the model does not run; gradients cannot pass through a module: those of
+            all earlier layers would silently lack a part; or what it predicts depends on tokens
+            that come later.
     """
     embeddings = getattr(model, "get_input_embeddings", None)
     if not callable(embeddings):
@@ -46,7 +50,8 @@ def find_obstacles(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[s
         with torch.enable_grad(), embeddings_require_grad(model), warnings.catch_warnings():
             # What an undifferentiable kernel warns of is raised below, with the module's name.
             warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered")
-            logits = model(**trial_tokens(embeddings()), use_cache=False).logits
+            tokens = trial_tokens(embeddings())
+            logits = model(**tokens, use_cache=False).logits
             if logits.requires_grad:
                 logits.float().logsumexp(-1).sum().backward()
     except RuntimeError as error:
@@ -60,6 +65,7 @@ def find_obstacles(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[s
         for parameter in trained:
             parameter.requires_grad_(True)
     trial.refuse_opaque(modules)
+    _refuse_foresight(model, tokens, logits.detach())
     found = {name: trial.obstacle(name) for name in modules}
     return {name: reason for name, reason in found.items() if reason is not None}
 
@@ -85,6 +91,21 @@ def trial_tokens(embeddings: nn.Module) -> dict[str, Tensor]:
     vocabulary = int(getattr(embeddings, "num_embeddings", len(weight)))
     ids = (torch.arange(count, device=weight.device) % vocabulary).view(TRIAL_SHAPE)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@torch.no_grad()
+def _refuse_foresight(model: nn.Module, tokens: dict[str, Tensor], logits: Tensor) -> None:
+    """Raise ValueError if another last token changes what is predicted at an earlier one."""
+    ids = tokens["input_ids"].clone()
+    ids[:, -1] = ids[:, 0]
+    other = model(**{**tokens, "input_ids": ids}, use_cache=False).logits
+    moved = (other - logits)[:, :-1].abs().max()
+    if moved > FORESIGHT * logits.abs().max():
+        raise ValueError(
+            "The model is not causal: what it predicts for a token depends on tokens that come "
+            "later, so that its probabilities are none of what it would say. Give a model that "
+            "reads from left to right (is_decoder in its configuration)."
+        )
 
 
 class _Trial:

@@ -28,6 +28,7 @@ from index.shards import write_shard
 from scripts.bench.build_peers import BergsonBuild, KronfluenceFit, installed
 from scripts.bench.record import write_record
 from scripts.console import one_sentence_errors, print_json, stderr
+from service.checkpoints import ModelSource
 from service.indexing.building import BuildOptions
 from service.indexing.sketching import ShardJob
 from service.models import LoadedModel
@@ -240,7 +241,7 @@ class Build:
         self._codes = options.codes
         self._rows = options.rows_per_shard
         self._loaded = LoadedModel(
-            source=problem.name,
+            origin=ModelSource(name=problem.name),
             model=problem.model,
             tokenizer=None,
             coverage=coverage,

@@ -12,6 +12,8 @@ from starlette.concurrency import run_in_threadpool
 
 from index.current import current_folder
 from index.manifest import FILE_NAME as MANIFEST
+from index.manifest import Manifest
+from service.checkpoints import ModelSource
 from service.errors import (
     ClientGone,
     DeadlinePassed,
@@ -80,7 +82,7 @@ class Engine:
         """
         settings = self.settings
         self._loaded = load_model(
-            settings.model,
+            self._source(),
             device=settings.device,
             dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
@@ -90,6 +92,19 @@ class Engine:
             self._stamps[name] = _stamp(root)
             retrievers[name] = self._open(root)
         self.retrievers = retrievers
+
+    def _source(self) -> ModelSource:
+        """The model of the settings; the first index says what they leave out."""
+        settings = self.settings
+        source = ModelSource.of(
+            settings.model,
+            settings.revision,
+            tokenizer=settings.tokenizer,
+            base_model=settings.base_model,
+            unused_weights=settings.unused_weights,
+        )
+        first = next(iter(settings.indexes.values()))
+        return source.completed(Manifest.read(current_folder(first)).model)
 
     def _open(self, root: Path) -> Retriever:
         assert self._loaded is not None

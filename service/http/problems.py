@@ -16,6 +16,7 @@ from estimators.grounds import Unavailable
 from estimators.model.memory import OutOfMemory
 from estimators.rescoring import NonFiniteGradientError
 from index.errors import IndexCorrupt, IndexFault, IndexMismatch, IndexMissing
+from service.checkpoints import UnusableModel
 from service.errors import (
     ClientGone,
     Conflict,
@@ -86,6 +87,7 @@ PROBLEMS: dict[type[Exception], Problem] = {
     HeadTooLarge: Problem(status=431, title="Address and headers are too large", closes=True),
     ClientGone: Problem(status=499, title="Client closed the connection"),
     ProcessEnded: Problem(status=500, title="The process ended during this query"),
+    UnusableModel: Problem(status=503, title="The model cannot be used"),
     IndexMismatch: Problem(status=503, title="The index does not fit the model"),
     IndexCorrupt: Problem(status=503, title="The index is damaged"),
     IndexFault: Problem(status=503, title="The index cannot be used"),

@@ -19,7 +19,6 @@ from index.manifest import (
     EstimatorRecord,
     FileRecord,
     Manifest,
-    ModelRecord,
     NoiseRecord,
     PartRecord,
     ShardRecord,
@@ -39,6 +38,7 @@ from service.coding import FACTORS_NAME, code_blocks, coded_index
 from service.indexing.corpus import CorpusSource, fingerprint_source
 from service.indexing.noise import measure_noise
 from service.indexing.plan import settle_plan
+from service.indexing.plausibility import tell_loss
 from service.indexing.reading import find_corpus, read_corpus
 from service.indexing.sketching import ShardJob
 from service.models import LoadedModel
@@ -237,6 +237,7 @@ class _Build:
                 progress,
                 self._check_new_ids,
             )
+        tell_loss(corpus.data.loss)
         return part, corpus
 
     def _check_new_ids(self, files: list[Path]) -> None:
@@ -290,11 +291,7 @@ class _Build:
         )
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
-            model=ModelRecord(
-                source=self.loaded.source,
-                model_sha256=self.loaded.model_sha256,
-                tokenizer_sha256=self.loaded.tokenizer_sha256,
-            ),
+            model=self.loaded.record,
             estimator=self._estimator_record(),
             sketch=_sketch_record(part.sketch, noise, self._components(part.sketch)),
             codes=self.options.codes,

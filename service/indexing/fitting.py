@@ -27,6 +27,7 @@ from estimators.storage import fingerprint_tensors, serialise_factors
 from index.errors import DiskFull, IndexMismatch
 from index.files import exclusive, write_whole
 from service.indexing.corpus import CorpusSource, read_examples
+from service.indexing.plausibility import TextSample, measure_loss, tell_loss
 from service.models import LoadedModel
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,10 @@ def fit_factors(
     """
     factors_class(options.estimator)
     sequences = draw_sequences(loaded, source, options)
+    sample = TextSample()
+    for sequence in sequences:
+        sample.add(sequence.tokens)
+    tell_loss(measure_loss(loaded, sample))
     facts = {
         "model_sha256": loaded.model_sha256,
         **selection.to_facts(),

@@ -13,9 +13,10 @@ from index.errors import DuplicateIds
 from index.examples import Example, ExampleStore, examples_path, write_examples
 from index.files import read_sealed, sha256_of, write_sealed
 from index.ids import HashColumn, first_repeated
-from index.manifest import CorpusRecord, DataRecord, FileRecord
+from index.manifest import CorpusRecord, DataRecord, FileRecord, LossRecord
 from service.indexing.corpus import CorpusSource, Dirt, describe, read_examples
 from service.indexing.plan import RECORD_NAME
+from service.indexing.plausibility import TextSample, measure_loss
 from service.models import LoadedModel
 
 
@@ -51,7 +52,7 @@ def read_corpus(
     paths = [part / file.path for file in files]
     check_ids(tally.ids, paths)
     check_files(paths)
-    record = CorpusRecord(data=tally.record(), examples=files)
+    record = CorpusRecord(data=tally.record(measure_loss(loaded, tally.sample)), examples=files)
     write_sealed(part / RECORD_NAME, record.model_dump(mode="json"))
     return record
 
@@ -90,6 +91,7 @@ class _Tally:
     dirt: Dirt = field(default_factory=Dirt)
     ids: HashColumn = field(default_factory=HashColumn)
     contents: HashColumn = field(default_factory=HashColumn)
+    sample: TextSample = field(default_factory=TextSample)
     rows: int = 0
     empty_rows: int = 0
     documents: int = 0
@@ -108,8 +110,9 @@ class _Tally:
         self.documents += example.document != self._document
         self._document = example.document
         self.tokens += len(example.tokens)
+        self.sample.add(example.tokens)
 
-    def record(self) -> DataRecord:
+    def record(self, loss: LossRecord | None) -> DataRecord:
         return DataRecord(
             source=describe(self.source),
             sha256=self._digest.hexdigest(),
@@ -121,6 +124,7 @@ class _Tally:
             duplicate_rows=len(self.contents.repeated_rows()),
             tokens=self.tokens,
             max_tokens=self.max_tokens,
+            loss=loss,
         )
 
 

@@ -1,9 +1,9 @@
 """Requests and responses of the HTTP API."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from index.certificates.statement import Certificate
 from service.search.answer import Answer, MeasuredTerm, Result
@@ -45,7 +45,10 @@ class ConditionSchema(Schema):
         return self
 
 
-PROMPT = "What the model was asked."
+PROMPT = (
+    "What the model was asked; empty for what it says at the beginning of a text, if it has a "
+    "token for that."
+)
 COMPLETION = (
     "What it said; tokenised by itself, so begin it with its space. "
     "Left out: the model completes the prompt greedily, up to the first full stop."
@@ -56,12 +59,25 @@ AGAINST = (
 )
 
 
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {error.start + 1} is half of a pair (a lone surrogate), which is no text"
+        ) from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
 class TermRequest(Schema):
     """One weighted part of a measurement."""
 
-    prompt: str = Field(min_length=1, description=PROMPT)
-    completion: str | None = Field(default=None, description=COMPLETION)
-    against: str | None = Field(default=None, description=AGAINST)
+    prompt: Text = Field(description=PROMPT)
+    completion: Text | None = Field(default=None, description=COMPLETION)
+    against: Text | None = Field(default=None, description=AGAINST)
     weight: float = Field(
         default=1.0, ge=-1e6, le=1e6, description="Of this term in the sum; may be negative."
     )
@@ -72,9 +88,9 @@ class QueryRequest(Schema):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: str | None = Field(default=None, min_length=1, description=PROMPT)
-    completion: str | None = Field(default=None, description=COMPLETION)
-    against: str | None = Field(default=None, description=AGAINST)
+    prompt: Text | None = Field(default=None, description=PROMPT)
+    completion: Text | None = Field(default=None, description=COMPLETION)
+    against: Text | None = Field(default=None, description=AGAINST)
     batch: list[TermRequest] | None = Field(
         default=None,
         min_length=1,
@@ -229,6 +245,10 @@ class TermSchema(Schema):
     log_probability: float = Field(description="log p(completion | prompt), nats.")
     against_log_probability: float | None = Field(description="log p(against | prompt), nats.")
     completion_tokens: int
+    caution: str | None = Field(
+        description="Why the scores of such a question mean little, in a sentence; null if nothing "
+        "speaks against them."
+    )
 
 
 class MeasurementSchema(Schema):

@@ -76,6 +76,8 @@ class MeasuredTerm:
         log_probability: ``log p(completion | prompt)`` in nats.
         against_log_probability: ``log p(against | prompt)`` in nats, if asked.
         completion_tokens: how many tokens of the completion count.
+        caution: why the scores of such a question mean little, in a sentence; None if nothing
+            speaks against them.
     """
 
     prompt: str
@@ -86,6 +88,7 @@ class MeasuredTerm:
     log_probability: float
     against_log_probability: float | None
     completion_tokens: int
+    caution: str | None = None
 
     @property
     def value(self) -> float:

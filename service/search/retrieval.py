@@ -6,6 +6,7 @@ that the index stores, so that long or odd examples do not crowd the top; its un
 of whitened norm.
 """
 
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,9 @@ from service.search.proxies import Proxies
 from service.search.query import Query, Ranking, Term
 from service.search.run import Run
 from service.search.search import Clock
+
+CERTAIN, IMPOSSIBLE = -1e-6, -200.0
+"""Log-probabilities, in nats, beyond which a question is answered with a caution."""
 
 
 class Retriever:
@@ -134,7 +138,7 @@ class Retriever:
             query=query,
             index=self.index,
             scoring=scoring,
-            terms=_measured(prepared.asked, found.values[place]),
+            terms=_measured(prepared.asked, found.values[place], len(self.loaded.tokenizer)),
             target=target,
             fingerprint=prepared.estimator.fingerprint,
             proxies=proxies,
@@ -306,18 +310,46 @@ def _texts(asked: Sequence[_Asked]) -> list[tuple[str, float]]:
     return parts
 
 
-def _measured(asked: Sequence[_Asked], values: Sequence[float]) -> tuple[MeasuredTerm, ...]:
+def _measured(
+    asked: Sequence[_Asked], values: Sequence[float], vocabulary: int
+) -> tuple[MeasuredTerm, ...]:
     rest = iter(values)
-    return tuple(
-        MeasuredTerm(
-            prompt=one.term.prompt,
-            completion=one.completion,
-            against=one.term.against,
-            weight=one.term.weight,
-            completed_by_model=one.term.completion is None,
-            log_probability=next(rest),
-            against_log_probability=None if one.against is None else next(rest),
-            completion_tokens=one.sequence.targets,
+    terms = []
+    for one in asked:
+        said = next(rest)
+        against = None if one.against is None else next(rest)
+        cautions = [caution("completion", said, one.sequence.targets, vocabulary)]
+        if one.against is not None:
+            what = "contrasted completion"
+            cautions.append(caution(what, against or 0.0, one.against.targets, vocabulary))
+        terms.append(
+            MeasuredTerm(
+                prompt=one.term.prompt,
+                completion=one.completion,
+                against=one.term.against,
+                weight=one.term.weight,
+                completed_by_model=one.term.completion is None,
+                log_probability=said,
+                against_log_probability=against,
+                completion_tokens=one.sequence.targets,
+                caution=next((told for told in cautions if told), None),
+            )
         )
-        for one in asked
-    )
+    return tuple(terms)
+
+
+def caution(what: str, value: float, tokens: int, vocabulary: int) -> str | None:
+    """What to tell of a completion that is all but impossible or certain; ``value`` in nats."""
+    if value > CERTAIN:
+        return (
+            f"The model is all but certain of the {what} (log p = {value:.1g}), so that nearly no "
+            f"gradient is left: scores of this question say more about rounding than about "
+            f"training."
+        )
+    if value < IMPOSSIBLE and value < -tokens * math.log(vocabulary):
+        return (
+            f"The model finds the {what} impossible (log p = {value:.1f}, less than a random "
+            f"guess of its {tokens:,} tokens): scores of this question say more about rounding than about "
+            f"training."
+        )
+    return None

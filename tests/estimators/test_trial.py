@@ -5,7 +5,13 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    MixtralConfig,
+    Qwen2MoeConfig,
+)
 
 from estimators.curvature.fitting import fit_estimator
 from estimators.model.capture import freeze
@@ -205,3 +211,23 @@ def test_layers_are_the_same_in_checkpointed_blocks(model):
     recompute_blocks(checkpointed)
     names = [layer.name for layer in find_layers(model).layers]
     assert [layer.name for layer in find_layers(checkpointed).layers] == names
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_a_model_that_sees_later_tokens_is_refused(decoder):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        initializer_range=0.5,
+        is_decoder=decoder,
+    )
+    model = freeze(BertLMHeadModel(config))
+    if decoder:
+        assert len(find_layers(model).layers) == 13
+        return
+    with pytest.raises(ValueError, match="not causal: what it predicts for a token depends on"):
+        find_layers(model)

@@ -318,8 +318,6 @@ def test_startup_fails_with_the_reason(workspace: Workspace, tmp_path: Path) -> 
     ("fields", "status", "says"),
     [
         ({"index": "other"}, 404, "no index 'other'; this service has default"),
-        ({"prompt": ""}, 422, "prompt: "),
-        ({"prompt": " \n\t "}, 422, "The prompt is empty"),
         ({"completion": ""}, 422, "The completion is empty"),
         ({"completion": " \n"}, 422, "The completion is empty"),
         ({"completion": " Paris" * CONTEXT}, 422, f"the model reads {CONTEXT} at most"),

@@ -1,10 +1,13 @@
 """What can be asked: contrasts, weighted batches, opponents, filters; and explanations."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from service.errors import UnknownEstimator
 from service.models import BadQuery, load_model
@@ -12,9 +15,10 @@ from service.search.answer import Answer
 from service.search.explaining import token_texts
 from service.search.opening import open_index
 from service.search.query import Condition, Query, Term
-from service.search.retrieval import Retriever
-from tests.service_fixtures import COUNTRIES, HOSTILE_ID, Workspace, corpus_rows
+from service.search.retrieval import Retriever, caution
+from tests.service_fixtures import COUNTRIES, END, HOSTILE_ID, Workspace, corpus_rows
 
+COMPLETION = "The capital"
 PROMPT = "The capital of France is"
 ROWS = len(corpus_rows())
 WHOLE: dict[str, Any] = {"k": ROWS, "budget": ROWS, "ranking": "score", "seed": 1}
@@ -35,6 +39,60 @@ def scores(answer: Answer) -> np.ndarray:
 
 def alone(retriever: Retriever, completion: str) -> np.ndarray:
     return scores(retriever.answer(Query(prompt=PROMPT, completion=completion, **WHOLE)))
+
+
+def test_an_empty_prompt_asks_after_the_token_that_begins_a_text(retriever):
+    query = Query(prompt="", completion=COMPLETION, **WHOLE)
+    answer = retriever.answer(query)
+    written = retriever.answer(Query(prompt=END, completion=COMPLETION, **WHOLE))
+    assert answer.value == written.value
+    assert np.array_equal(scores(answer), scores(written))
+    assert retriever.answer(Query(prompt="\n", completion=COMPLETION)).value != answer.value
+
+
+def test_an_empty_prompt_is_refused_where_no_token_begins_a_text(retriever):
+    tokenizer = copy.deepcopy(retriever.loaded.tokenizer)
+    tokenizer.bos_token = None
+    loaded = replace(retriever.loaded, tokenizer=tokenizer)
+    for ask in (lambda: loaded.encode_query("", COMPLETION), lambda: loaded.complete("")):
+        with pytest.raises(BadQuery, match=r"prompt is empty, and .* no token for the beginning"):
+            ask()
+    assert loaded.encode_query("\n", COMPLETION).first_target == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "tokens", "told"),
+    [
+        (-1e-7, 1, "all but certain of the completion (log p = -1e-07)"),
+        (0.0, 3, "all but certain"),
+        (-1e-5, 1, None),
+        (-199.0, 1, None),
+        (-201.0, 1, "finds the completion impossible (log p = -201.0, less than a random guess"),
+        (-900.0, 200, None),  # 4.5 nats a token: long, and by no means impossible
+        (-900.0, 100, "impossible"),
+    ],
+)
+def test_extreme_completions_are_answered_with_a_caution(value, tokens, told):
+    found = caution("completion", value, tokens, vocabulary=400)
+    assert (found is None) == (told is None)
+    assert found is None or told in found
+
+
+def test_the_caution_is_that_of_the_model(workspace):
+    loaded = load_model(str(workspace.model))
+    with torch.no_grad():
+        loaded.model.lm_head.weight.mul_(200)
+    retriever = Retriever(
+        replace(open_index(workspace.index, load_model(str(workspace.model))), loaded=loaded)
+    )
+    own = retriever.answer(Query(prompt=PROMPT)).terms[0]
+    assert own.completed_by_model
+    assert "all but certain of the completion" in own.caution
+    contrast = Query(prompt=PROMPT, completion=own.completion, against=" Lima,")
+    assert "all but certain of the completion" in retriever.answer(contrast).terms[0].caution
+    other = retriever.answer(Query(prompt=PROMPT, completion=" Lima,")).terms[0]
+    assert "finds the completion impossible" in other.caution
+    assert retriever.index.loaded is loaded
 
 
 def test_a_contrast_is_the_difference_of_two_measurements(retriever):

@@ -439,8 +439,6 @@ LONG = " ".join(sentences(10))
         ({"k": ROWS + 1}, f"k must be from 1 to {ROWS}"),
         ({"k": 0}, f"k must be from 1 to {ROWS}.*got 0"),
         ({"k": 10, "budget": 9}, "budget must be at least k = 10, got 9"),
-        ({"prompt": ""}, "prompt is empty; give"),
-        ({"prompt": " \n"}, "prompt is empty; give"),
         ({"completion": ""}, "completion is empty; give"),
         ({"completion": LONG}, f"the model reads {CONTEXT} at most; shorten"),
         ({"prompt": LONG}, f"the model reads {CONTEXT} at most; shorten"),
