@@ -159,13 +159,13 @@ def _report(manifest: Manifest, out: Path, seconds: float) -> dict[str, Any]:
         stderr.print(f"row {failed.row} is not indexed: {failed.reason}", highlight=False)
     data = manifest.parts[-1].data
     for count, text in (
-        (data.empty_rows, "have no token to predict; they are kept but can never be found"),
-        (data.null_rows, "are null instead of text, and kept as empty"),
-        (data.replaced_rows, "hold U+FFFD, the mark of bytes that are not UTF-8"),
-        (data.duplicate_rows, "have the same tokens as an earlier row"),
+        (data.empty_rows, "without a token to predict, kept but never to be found"),
+        (data.null_rows, "with null instead of text, kept as empty"),
+        (data.replaced_rows, "with U+FFFD, the mark of bytes that are not UTF-8"),
+        (data.duplicate_rows, "with the same tokens as an earlier row"),
     ):
         if count:
-            stderr.print(f"{count:,} rows {text}.", highlight=False, soft_wrap=True)
+            stderr.print(f"rows {text}: {count:,}", highlight=False, soft_wrap=True)
     return {
         "out": str(out),
         "complete": True,

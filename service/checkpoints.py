@@ -1,5 +1,6 @@
 """Reading a checkpoint: its weights and its tokenizer, of which nothing may be made up."""
 
+import functools
 import importlib.util
 import json
 from collections.abc import Callable, Collection, Sequence
@@ -98,14 +99,7 @@ class ModelSource:
         Raises:
             UnusableModel: a base model is chosen, but there is no adapter.
         """
-        config = cached_file(
-            self.name,
-            ADAPTER_CONFIG,
-            revision=self.revision,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        config = _adapter_config(self.name, self.revision)
         if config is None:
             if self.base_model is not None:
                 raise UnusableModel(
@@ -120,6 +114,28 @@ class ModelSource:
         return ModelSource.of(
             self.base_model or named, revision, unused_weights=self.unused_weights
         )
+
+
+def _adapter_config(name: str, revision: str | None) -> str | None:
+    """Where an adapter's configuration lies, if it is one."""
+    if Path(name).is_dir():
+        path = Path(name) / ADAPTER_CONFIG
+        return str(path) if path.is_file() else None
+    return _repositorys_adapter_config(name, revision)
+
+
+@functools.lru_cache(maxsize=1)
+def _repositorys_adapter_config(name: str, revision: str | None) -> str | None:
+    """The same of a repository, asked for once, since a hub may be far away."""
+    found: str | None = cached_file(
+        name,
+        ADAPTER_CONFIG,
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -349,7 +349,7 @@ def caution(what: str, value: float, tokens: int, vocabulary: int) -> str | None
     if value < IMPOSSIBLE and value < -tokens * math.log(vocabulary):
         return (
             f"The model finds the {what} impossible (log p = {value:.1f}, less than a random "
-            f"guess of its {tokens:,} tokens): scores of this question say more about rounding than about "
-            f"training."
+            f"guess of its {tokens:,} tokens): scores of this question say more about rounding "
+            f"than about training."
         )
     return None

@@ -10,10 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
+from typer.testing import CliRunner
 
+from scripts import build_index, fit_estimator
 from service.checkpoints import ModelSource, UnusableModel
+from service.http.engine import Engine
+from service.http.telemetry import Telemetry
 from service.indexing.plausibility import TextSample, measure_loss, tell_loss
 from service.models import load_model
+from service.settings import Settings
 from tests.model_cases import DOWN, VALUE_HEAD, Bench, change_json, config, renamed, without
 from tests.service_fixtures import Workspace, corpus_rows, make_model
 
@@ -213,6 +218,28 @@ def test_a_name_may_end_in_a_revision_unless_a_folder_is_called_so(tmp_path: Pat
     assert ModelSource.of(str(folder)) == ModelSource(name=str(folder))
 
 
+def test_a_revision_of_a_repository_is_another_model(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    other = bench.save("later", LlamaForCausalLM(config()))
+    states = (("main", bench.root / "good"), ("step1000", other))
+    for letter, (revision, folder) in zip("ab", states, strict=True):
+        ignore = shutil.ignore_patterns("checkpoint-*")
+        shutil.copytree(folder, repository / "snapshots" / (letter * 40), ignore=ignore)
+        (repository / "refs" / revision).write_text(letter * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    first, second = load("someone/tiny"), load("someone/tiny@step1000")
+    assert first.model_sha256 == load(bench.root / "good").model_sha256
+    assert second.model_sha256 == load(other).model_sha256
+    assert load("someone/tiny", revision="step1000").model_sha256 == second.model_sha256
+    assert (second.record.source, second.record.revision) == ("someone/tiny", "step1000")
+    with pytest.raises(UnusableModel, match=r"language model from 'someone/tiny@step2000'"):
+        load("someone/tiny@step2000")
+
+
 @pytest.mark.parametrize("kind", ["sharded", "padded", "bfloat16", "linked", "ü and space"])
 def test_cases_that_were_right_stay_right(bench: Bench, tmp_path: Path, kind: str) -> None:
     if kind == "sharded":
@@ -315,3 +342,30 @@ def test_the_sample_is_uniform_and_repeats_itself() -> None:
     assert counts.sum() == 300 * 32
     assert float(counts.min()) > 0.8 * 96  # each text's turn comes at every place of the stream
     assert float(counts.max()) < 1.2 * 96
+
+
+def test_commands_take_a_tokenizer_and_the_index_remembers_it(
+    trained: Workspace, tmp_path: Path
+) -> None:
+    mute = tmp_path / "checkpoint-8"
+    shutil.copytree(trained.model, mute, ignore=shutil.ignore_patterns("*token*"))
+    named = ["--model", str(mute), "--data", str(trained.corpus)]
+    fit = [*named, "--out", str(tmp_path / "ekfac.safetensors")]
+    refused = CliRunner().invoke(fit_estimator.app, fit)
+    assert refused.exit_code == 1
+    assert "There is no tokenizer in" in refused.stderr
+    tokenizer = ["--tokenizer", str(trained.model)]
+    fitted = CliRunner().invoke(fit_estimator.app, [*fit, *tokenizer])
+    assert fitted.exit_code == 0, fitted.stderr
+    assert "The model's mean loss is" in fitted.stderr
+    index = tmp_path / "index"
+    build = [*named, *tokenizer, "--factors", fit[-1], "--out", str(index)]
+    small = ["--id-column", "id", "--dimensions", "512", "--rank", "8"]
+    built = CliRunner().invoke(build_index.app, [*build, *small])
+    assert built.exit_code == 0, built.stderr
+    loss = json.loads(built.stdout.splitlines()[-1])["corpora"][0]["loss"]
+    assert loss["mean"] < 0.5 * loss["uniform"]
+    settings = Settings(model=str(mute), indexes={"default": index})
+    engine = Engine(settings, Telemetry(settings))
+    engine.load()
+    assert engine.retriever("default").loaded.origin.tokenizer == str(trained.model)
