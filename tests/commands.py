@@ -129,10 +129,6 @@ class Nursery:
 
 def _serve(channel: socket.socket) -> None:
     """Fork a command for each message and tell its id, then its exit status, until nobody asks."""
-    import service.http.app
-    import service.indexing.building
-    import service.indexing.fitting
-    import transformers.models.gpt2.modeling_gpt2
     import typer.core  # noqa: F401
 
     while True:

@@ -334,7 +334,9 @@ def test_a_missing_column_is_named_with_those_there_are(workshop, tmp_path):
 
 def test_a_text_that_is_a_number_names_its_row(workshop, tmp_path):
     rows = [{"text": 1789}, {"text": 1848}]
-    with pytest.raises(ValueError, match="Row 0 has int in column 'text', expected text"):
+    with pytest.raises(
+        ValueError, match="Row 0 of the corpus has a number in column 'text', expected text"
+    ):
         workshop.build(tmp_path / "index", source=small_corpus(tmp_path, rows))
 
 
