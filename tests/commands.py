@@ -5,6 +5,7 @@ does so once; every command is a fork of it that runs a module as ``python -m`` 
 arguments, environment and streams.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -18,6 +19,14 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 ROOT = Path(__file__).parents[1]
+IMPORTED = (
+    "service.http.app",
+    "service.indexing.building",
+    "service.indexing.fitting",
+    "transformers.models.gpt2.modeling_gpt2",
+    "typer.core",
+)
+"""What takes long to import of what commands need."""
 PATIENCE = 120.0
 """Seconds for a process to begin or to end on a busy machine."""
 
@@ -129,8 +138,8 @@ class Nursery:
 
 def _serve(channel: socket.socket) -> None:
     """Fork a command for each message and tell its id, then its exit status, until nobody asks."""
-    import typer.core  # noqa: F401
-
+    for module in IMPORTED:
+        importlib.import_module(module)
     while True:
         message, streams, _, _ = socket.recv_fds(channel, 1 << 17, 2)
         if not message:
