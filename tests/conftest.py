@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -48,6 +48,7 @@ from estimators.model.tokens import Sequence1D  # noqa: E402
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 if TYPE_CHECKING:
+    from tests.commands import Nursery
     from tests.service_fixtures import Workspace
 
 VOCABULARY = 11
@@ -216,3 +217,13 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> "Workspace":
     from tests.service_fixtures import make_workspace  # the service loads long
 
     return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator["Nursery"]:
+    """Starts commands in processes of their own, quickly."""
+    from tests.commands import Nursery
+
+    nursery = Nursery()
+    yield nursery
+    nursery.close()

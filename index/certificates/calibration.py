@@ -71,10 +71,8 @@ def failures_allowed(queries: int, share: float, confidence: float) -> int:
     """
     check_confidence(confidence)
     check_confidence(share)
-    failures = -1
-    while stats.binom.cdf(failures + 1, queries, 1 - share) <= 1 - confidence:
-        failures += 1
-    return failures
+    at_most = stats.binom.cdf(np.arange(queries + 1), queries, 1 - share)
+    return int((at_most <= 1 - confidence).sum()) - 1
 
 
 def queries_needed(share: float, confidence: float) -> int:

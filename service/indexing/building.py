@@ -131,7 +131,7 @@ def build_index(
         IndexBusy: another process builds in the folder.
         DiskFull: no room; run again when there is.
         DuplicateIds: two examples have the same id.
-        ValueError: the corpus cannot be read or has no row.
+        ValueError: the corpus cannot be read or has nothing to learn from.
     """
     build = _Build(folder, loaded, factors, source, options, mode)
     with exclusive(folder):

@@ -131,11 +131,21 @@ def fit_factors(
 def draw_sequences(
     loaded: LoadedModel, source: CorpusSource, options: FitOptions
 ) -> list[Sequence1D]:
-    """The fitting examples; their rows seed their sampled labels."""
+    """The fitting examples; their rows seed their sampled labels.
+
+    Raises:
+        ValueError: the corpus cannot be read, or nothing drawn from it has two tokens.
+    """
     everything = list(read_examples(source, loaded, options.max_tokens or loaded.context))
     generator = np.random.default_rng(options.seed)
     chosen = np.sort(generator.permutation(len(everything))[: options.examples])
-    return [Sequence1D(tokens=everything[i].tokens, row=int(i)) for i in chosen]
+    drawn = [Sequence1D(tokens=everything[i].tokens, row=int(i)) for i in chosen]
+    if all(len(sequence.tokens) < 2 for sequence in drawn):
+        raise ValueError(
+            f"There is nothing to fit on: of {len(everything)} examples {len(drawn)} were drawn, "
+            f"none of which has two tokens. Fit on more examples, or take the empty ones out."
+        )
+    return drawn
 
 
 def _belongs(

@@ -75,7 +75,7 @@ def predict_build(
 
     Raises:
         IndexMismatch: the factors belong to another model.
-        ValueError: the corpus cannot be read or has no row.
+        ValueError: the corpus cannot be read or has nothing to learn from.
     """
     start_memory = peak_memory()
     name, fitted, facts = load_factors(factors)
@@ -88,8 +88,6 @@ def predict_build(
     for chunk in chunks(examples, options.rows_per_shard):
         survey.add(chunk)
     reading = time.perf_counter() - start
-    if not survey.shards:
-        raise ValueError(f"The corpus '{source.data}' has no row.")
     sketch = Sketch(
         layers,
         fitted.whitening(layers, options.damping),

@@ -36,7 +36,7 @@ def read_corpus(
 
     Raises:
         DuplicateIds: two rows have the same id.
-        ValueError: the corpus cannot be read or has no row.
+        ValueError: the corpus cannot be read or has nothing to learn from.
     """
     tally = _Tally(source=source, max_tokens=max_tokens)
     examples = read_examples(source, loaded, max_tokens, tally.dirt)
@@ -47,8 +47,6 @@ def read_corpus(
         files.append(FileRecord(path=str(path.relative_to(part)), sha256=sha256_of(path)))
         for example in chunk:
             tally.add(example)
-    if not files:
-        raise ValueError(f"The corpus '{source.data}' has no row.")
     paths = [part / file.path for file in files]
     check_ids(tally.ids, paths)
     check_files(paths)

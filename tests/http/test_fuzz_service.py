@@ -50,6 +50,15 @@ def described_and_served(app: FastAPI, folder: Path) -> Iterator[list[str]]:
         yield ["--openapi", str(description), "--url", f"http://127.0.0.1:{port}"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tables_made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Each run has a folder of its own, where it would compute Unicode's tables again."""
+    folder = tmp_path_factory.mktemp("hypothesis")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYPOTHESIS_STORAGE_DIRECTORY", str(folder))
+        yield
+
+
 def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(fuzz_service.app, [*arguments, "--examples", "5"])
 

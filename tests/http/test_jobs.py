@@ -5,8 +5,6 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from service.jobs.runner import JobRunner
 from service.jobs.store import APPLICATION, JobStore
 from service.schemas.queries import QueryRequest, QueryResponse
 from service.settings import Settings
+from tests.commands import Command, Nursery
 from tests.service_fixtures import COUNTRIES, Client, Workspace
 
 ROOT = Path(__file__).parents[2]
@@ -303,25 +302,21 @@ def test_what_says_nothing_of_a_query_leaves_it_open_and_deletion_drops_it(
     assert [job.queries for job in store.all()] == [1]
 
 
-def start(workspace: Workspace, jobs: Path) -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-m", "scripts.serve", "--model", str(workspace.model)]
-    process = subprocess.Popen(
-        [*command, "--index", f"default={workspace.index}", "--port", "0"],
-        cwd=ROOT,
-        env={**os.environ, "ETYMON_JOBS_PATH": str(jobs)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
+def start(nursery: Nursery, workspace: Workspace, jobs: Path) -> tuple[Command, str]:
+    process = nursery.start(
+        "scripts.serve",
+        *("--model", workspace.model, "--index", f"default={workspace.index}", "--port", 0),
+        environment={**os.environ, "ETYMON_JOBS_PATH": str(jobs)},
+        quiet=True,
     )
-    assert process.stdout is not None
     return process, json.loads(process.stdout.readline())["url"]
 
 
 def test_a_job_survives_sigkill_and_each_query_is_answered_once(
-    workspace: Workspace, tmp_path: Path
+    workspace: Workspace, nursery: Nursery, tmp_path: Path
 ) -> None:
     count = 60
-    process, url = start(workspace, tmp_path / "jobs.sqlite")
+    process, url = start(nursery, workspace, tmp_path / "jobs.sqlite")
     with process:
         job = httpx.post(f"{url}/v1/jobs", json={"queries": queries(count)}).json()["id"]
         deadline = time.monotonic() + 60

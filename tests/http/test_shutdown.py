@@ -3,36 +3,31 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import httpx
 
+from tests.commands import Command, Nursery
 from tests.service_fixtures import Workspace
 
-ROOT = Path(__file__).parents[2]
 ASKED = {"prompt": "The capital of France is", "completion": " Paris", "k": 3, "tokens": True}
 
 
-def start(workspace: Workspace) -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-m", "scripts.serve", "--model", str(workspace.model)]
-    process = subprocess.Popen(
-        [*command, "--index", f"default={workspace.index}", "--port", "0"],
-        cwd=ROOT,
-        env={**os.environ, "ETYMON_MAX_TOGETHER": "2", "ETYMON_MAX_IN_FLIGHT": "16"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
+def start(nursery: Nursery, workspace: Workspace) -> tuple[Command, str]:
+    process = nursery.start(
+        "scripts.serve",
+        *("--model", workspace.model, "--index", f"default={workspace.index}", "--port", 0),
+        environment={**os.environ, "ETYMON_MAX_TOGETHER": "2", "ETYMON_MAX_IN_FLIGHT": "16"},
+        quiet=True,
     )
-    assert process.stdout is not None
     return process, json.loads(process.stdout.readline())["url"]
 
 
-def test_sigterm_answers_or_refuses_everything_that_was_accepted(workspace: Workspace) -> None:
-    process, url = start(workspace)
+def test_sigterm_answers_or_refuses_everything_that_was_accepted(
+    workspace: Workspace, nursery: Nursery
+) -> None:
+    process, url = start(nursery, workspace)
     outcomes: list[Any] = []
     busy = threading.Event()
 

@@ -7,9 +7,6 @@ import json
 import os
 import signal
 import stat
-import subprocess
-import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -36,7 +33,7 @@ from tests.packed_codes import unpack
 
 pytest_plugins = ["tests.index_fixtures"]
 
-ROOT = Path(__file__).parents[2]
+BUILDER = "tests.indexing.builder"
 SHARDS = 4
 PART = "parts/000"
 
@@ -151,32 +148,8 @@ def test_without_a_seed_one_is_drawn_and_kept(workshop, tmp_path):
 
 # --- interruption and repair ------------------------------------------------------------------
 
-CHILD = """
-import json, sys, time
-from pathlib import Path
-from service.indexing.building import BuildOptions, build_index
-from service.indexing.corpus import CorpusSource
-from service.models import load_model
 
-def stop_after_one(description, items):
-    for number, item in enumerate(items):
-        if description == "index" and number == 1:
-            time.sleep(600)
-        yield item
-
-given = json.loads(sys.argv[1])
-build_index(
-    Path(given["folder"]),
-    load_model(given["model"]),
-    Path(given["factors"]),
-    CorpusSource(data=given["corpus"], id_column="id"),
-    BuildOptions(**given["options"]),
-    stop_after_one,
-)
-"""
-
-
-def test_a_killed_build_resumes_and_ends_identical(workshop, built, tmp_path):
+def test_a_killed_build_resumes_and_ends_identical(workshop, built, nursery, tmp_path):
     given = {
         "folder": str(tmp_path),
         "model": str(workshop.model_folder),
@@ -184,21 +157,10 @@ def test_a_killed_build_resumes_and_ends_identical(workshop, built, tmp_path):
         "corpus": str(workshop.corpus),
         "options": asdict(workshop.options),
     }
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, json.dumps(given)],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not receipt_path(tmp_path / PART, 0).is_file():
-            assert child.poll() is None, child.communicate()[1].decode()
-            assert time.monotonic() < deadline, "the child wrote no shard in two minutes"
-            time.sleep(0.05)
-    finally:
+    with nursery.start(BUILDER, "halted", json.dumps(given), quiet=True) as child:
+        assert child.stdout.readline() == "one shard\n"
         child.send_signal(signal.SIGKILL)
-        child.communicate(timeout=30)
-    assert child.returncode == -signal.SIGKILL
+        assert child.wait() == -signal.SIGKILL
     before = inodes(tmp_path)
     assert sorted(before) == ["00000.json", "00000.safetensors"]
     with pytest.raises(IndexMissing, match="No complete index"):
@@ -372,7 +334,9 @@ def test_a_missing_column_is_named_with_those_there_are(workshop, tmp_path):
 
 def test_a_text_that_is_a_number_names_its_row(workshop, tmp_path):
     rows = [{"text": 1789}, {"text": 1848}]
-    with pytest.raises(ValueError, match="Row 0 has int in column 'text', expected text"):
+    with pytest.raises(
+        ValueError, match="Row 0 of the corpus has a number in column 'text', expected text"
+    ):
         workshop.build(tmp_path / "index", source=small_corpus(tmp_path, rows))
 
 

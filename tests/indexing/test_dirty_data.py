@@ -73,7 +73,7 @@ def test_rows_of_every_kind_are_found_by_id_and_ranked(workshop, dirty):
 def test_a_line_that_is_no_json_is_named(workshop, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"id": "1", "text": "a"}\n{"id": "2", "text": "b\n')
-    with pytest.raises(ValueError, match=r"Cannot read the corpus .*a\.jsonl.*row 1"):
+    with pytest.raises(ValueError, match=r"Cannot read the corpus .*a\.jsonl.*line 2"):
         workshop.build(tmp_path / "index", source=CorpusSource(data=str(path)))
 
 

@@ -1,10 +1,7 @@
 """A fit that is interrupted anywhere goes on and ends with the same bits; or says why not."""
 
 import logging
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +18,7 @@ from service.indexing import fitting
 from service.indexing.corpus import CorpusSource
 from service.indexing.fitting import FitOptions, fit_factors
 from service.models import LoadedModel, load_model
+from tests.commands import Nursery
 from tests.scripts.test_scripts import invoke
 from tests.service_fixtures import Workspace, make_model
 
@@ -262,6 +260,7 @@ def arguments(workspace: Workspace, out: Path) -> list[str]:
 
 def test_a_killed_command_goes_on_if_it_is_repeated(
     workspace: Workspace,
+    nursery: Nursery,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -269,19 +268,11 @@ def test_a_killed_command_goes_on_if_it_is_repeated(
     """The command as people run it, with its own intervals; SIGKILL in the second pass."""
     monkeypatch.undo()
     out = tmp_path / "factors"
-    child = subprocess.Popen(
-        [sys.executable, "-m", "scripts.fit_estimator", *arguments(workspace, out)],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert child.stderr is not None
-    for line in child.stderr:
-        if line.startswith("eigenvalues: 4 of"):
-            child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    child.stderr.close()
+    with nursery.start("scripts.fit_estimator", *arguments(workspace, out)) as child:
+        for line in child.stderr:
+            if line.startswith("eigenvalues: 4 of"):
+                child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
     assert not out.exists()
     assert invoke(fit_estimator, *arguments(workspace, out)).code == 0
     assert "Going on with an interrupted fit" in caplog.text

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from service.search.opening import open_index
 from service.search.query import Query
 from service.search.retrieval import Retriever
 from tests.index_fixtures import sentences, write_jsonl
-from tests.indexing.test_building import assert_same_files, contents, copy_index
+from tests.indexing.test_building import BUILDER, assert_same_files, contents, copy_index
 
 pytest_plugins = ["tests.index_fixtures"]
 
@@ -316,24 +314,7 @@ def test_a_worker_beyond_the_count_is_refused(number, count):
         Worker(number=number, count=count)
 
 
-PARALLEL = """
-import json, sys
-from pathlib import Path
-from service.indexing.building import BuildOptions, Worker, build_share
-from service.indexing.corpus import CorpusSource
-from service.models import load_model
-g = json.loads(sys.argv[1])
-loaded = load_model(g["model"])
-print("ready", flush=True)
-build_share(
-    Path(g["folder"]), loaded, Path(g["factors"]),
-    CorpusSource(data=g["corpus"], id_column="id"), BuildOptions(**g["options"]),
-    Worker(number=1, count=2),
-)
-"""
-
-
-def test_two_workers_at_the_same_time_share_a_folder(workshop, whole, tmp_path):
+def test_two_workers_at_the_same_time_share_a_folder(workshop, whole, nursery, tmp_path):
     given = {
         "folder": str(tmp_path),
         "model": str(workshop.model_folder),
@@ -341,17 +322,11 @@ def test_two_workers_at_the_same_time_share_a_folder(workshop, whole, tmp_path):
         "corpus": str(whole.parent / "a.jsonl"),
         "options": {**vars(workshop.options), "rows_per_shard": 10},
     }
-    other = subprocess.Popen(
-        [sys.executable, "-c", PARALLEL, json.dumps(given)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-    )
-    with other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"ready\n"
+    with nursery.start(BUILDER, "share", json.dumps(given), quiet=True) as other:
+        assert other.stdout.readline() == "ready\n"
         source = CorpusSource(data=given["corpus"], id_column="id")
         share(workshop, tmp_path, Worker(number=0, count=2), source)
-        assert other.wait(timeout=300) == 0
+        assert other.wait() == 0
     assert_same_files(tmp_path, whole)
 
 

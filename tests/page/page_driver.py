@@ -101,10 +101,12 @@ class PageDriver:
             self.page.click(f"text={label}")
         return caught.value.path().read_bytes().decode()
 
-    def accessibility_faults(self) -> list[str]:
-        """Breaches of WCAG and of good practice that axe calls more than minor."""
-        self.page.evaluate(AXE.read_text())
-        found = self.page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+    def accessibility_faults(self, *rules: str) -> list[str]:
+        """Breaches of WCAG and of good practice that axe calls more than minor, or of ``rules``."""
+        if not self.page.evaluate("'axe' in window"):
+            self.page.evaluate(AXE.read_text())
+        options = {"resultTypes": ["violations"], **({"runOnly": list(rules)} if rules else {})}
+        found = self.page.evaluate("options => axe.run(document, options)", options)
         return [
             f"{fault['id']}: {node['html'][:200]} {node['failureSummary']}"
             for fault in found["violations"]

@@ -30,6 +30,7 @@ from scripts import audit_recall, build_index, fit_estimator, query, serve
 from service.client import Client
 from service.schemas.queries import QueryResponse
 from service.settings import Settings
+from tests.commands import Nursery
 from tests.service_fixtures import (
     HOSTILE_TEXT,
     Workspace,
@@ -367,27 +368,19 @@ def assert_waited(event: threading.Event) -> None:
     assert event.wait(PATIENCE)
 
 
-def test_sigterm_while_it_loads_ends_serve_at_once(built: Built) -> None:
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "scripts.serve", "--model", str(built.workspace.model)),
-            *("--index", f"default={built.workspace.index}", "--port", "0"),
-        ],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+def test_sigterm_while_it_loads_ends_serve_at_once(built: Built, nursery: Nursery) -> None:
+    process = nursery.start(
+        "scripts.serve",
+        *("--model", built.workspace.model, "--index", f"default={built.workspace.index}"),
+        *("--port", 0),
+        environment=environment(),
     )
-    try:
-        assert process.stderr is not None
+    with process:
         while "startup complete" not in process.stderr.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        said, log = process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()
-    assert process.returncode == 0
+        said, log = process.stdout.read(), process.stderr.read()
+        assert process.wait() == 0
     assert said == ""
     assert "Traceback" not in log
 
