@@ -22,6 +22,7 @@ from service.settings import Settings
 from tests.model_cases import DOWN, VALUE_HEAD, Bench, change_json, config, renamed, without
 from tests.service_fixtures import Workspace, corpus_rows, make_model
 
+TROUBLES = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 Sources = dict[str, Any]
 Case = Callable[[Bench], tuple[Path | str, Sources]]
 
@@ -78,47 +79,57 @@ def below_a_tokenizer(bench: Bench) -> Path:
 CASES: dict[str, tuple[Case, list[str]]] = {
     "a missing weight": (
         lambda b: (b.save("missing", edit=without(DOWN)), {}),
-        ["lacks 1 weight of the model, which would be random", DOWN, "as training wrote it"],
+        ["lacks 1 weight of the model", "which would be random", DOWN, "as training wrote it"],
     ),
     "a missing output head": (
         lambda b: (b.save("headless", edit=without("lm_head.weight")), {}),
-        ["lacks 1 weight", "random: lm_head.weight"],
+        ["lacks 1 weight", "which would be random", "random: lm_head.weight"],
     ),
     "a prefix that was not taken off": (
         lambda b: (b.save("prefixed", edit=renamed("model.", "module.")), {}),
-        ["lacks 20 weights", "and 16 more", "does not use: module.embed_tokens.weight"],
+        [
+            "lacks 20 weights",
+            "which would be random",
+            "and 16 more",
+            "does not use: module.embed_tokens.weight",
+        ],
     ),
     "a classifier": (
         lambda b: (b.classifier(), {}),
-        ["LlamaForSequenceClassification, not a causal language model", "it has 'score'"],
+        ["LlamaForSequenceClassification", "not a causal language model", "it has 'score'"],
     ),
     "an embedding model": (
         lambda b: (b.embedder(), {}),
-        ["a LlamaModel, not a causal language model"],
+        ["a LlamaModel,", "not a causal language model"],
     ),
     "a model that reads in both directions": (
         lambda b: (b.masked(), {}),
-        ["a BertForMaskedLM, not a causal language model"],
+        ["a BertForMaskedLM,", "not a causal language model"],
     ),
     "an encoder and decoder": (
         lambda b: (b.translator(), {}),
-        ["has a T5Config, and there is no causal language model of that kind"],
+        ["has a T5Config", "there is no causal language model of that kind"],
     ),
     "a value head left over": (
         lambda b: (b.save("valued", edit=lambda w: {**w, **VALUE_HEAD}), {}),
-        ["holds 1 weight that the model does not use: v_head.summary.weight", "--unused-weights"],
+        ["holds 1 weight", "that the model does not use", "use: v_head.summary.weight"],
     ),
     "a configuration with fewer layers": (
         lambda b: (b.save("shallow", configuration={"num_hidden_layers": 1}), {}),
-        ["holds 9 weights that the model does not use: model.layers.1."],
+        ["holds 9 weights", "that the model does not use", "use: model.layers.1."],
     ),
     "a weight of another shape": (
         lambda b: (b.save("shaped", edit=lambda w: {**w, DOWN: torch.zeros(32, 60)}), {}),
-        ["1 weight of another shape", f"{DOWN} is [32, 60], not [32, 64]"],
+        ["has 1 weight", "of another shape", f"{DOWN} is [32, 60], not [32, 64]"],
     ),
     "tokens that the embedding lacks": (
         lambda b: (b.save("longer", tokenizer=b.longer_tokenizer()), {}),
-        ["2 tokens beyond the 400 rows", "'<|user|>' (400), '<|model|>' (401)", "--tokenizer"],
+        [
+            "2 tokens beyond the 400",
+            "rows of the model's embedding",
+            "'<|user|>' (400), '<|model|>' (401)",
+            "--tokenizer",
+        ],
     ),
     "no tokenizer": (
         lambda b: (b.save("mute", tokenizer=False), {}),
@@ -134,11 +145,11 @@ CASES: dict[str, tuple[Case, list[str]]] = {
     ),
     "a folder's revision": (
         lambda b: (b.root / "good", {"revision": "step1000"}),
-        ["The revision 'step1000' is asked for, but", "is a folder"],
+        ["The revision 'step1000' is asked for", "is a folder, which has one state only"],
     ),
     "two revisions": (
         lambda b: ("someone/model@step1000", {"revision": "step2000"}),
-        ["Two revisions are asked for, 'step1000' in", "and 'step2000'"],
+        ["Two revisions are asked for", "'step1000' in", "and 'step2000'"],
     ),
     "an adapter whose base model moved": (
         lambda b: (moved_base(b), {}),
@@ -150,11 +161,11 @@ CASES: dict[str, tuple[Case, list[str]]] = {
     ),
     "an adapter that lacks a weight": (
         lambda b: (edited_adapter(b, "gap", first_gone), {}),
-        ["lacks 1 weight of the model, which would be random", "lora_A"],
+        ["lacks 1 weight of the model", "which would be random", "lora_A"],
     ),
     "an adapter of a deeper model": (
         lambda b: (edited_adapter(b, "deep", third_layer), {}),
-        ["holds 2 weights that the model does not use", "layers.2."],
+        ["holds 2 weights", "that the model does not use", "layers.2."],
     ),
     "a base model without an adapter": (
         lambda b: (b.root / "good", {"base_model": "elsewhere"}),
@@ -175,6 +186,13 @@ def test_cases_of_models_are_refused_in_a_sentence(bench: Bench, name: str) -> N
         assert part in sentence
     assert sentence.endswith(".")
     assert "\n" not in sentence
+
+
+def test_cases_of_models_stand_in_the_page_on_troubles() -> None:
+    page = TROUBLES.read_text().partition("## Models")[2].partition("\n## ")[0]
+    for name, (_, expected) in CASES.items():
+        told = [part for part in expected if part.strip(" ,.:") in page]
+        assert told, name
 
 
 def test_cases_that_are_allowed_give_the_weights_of_the_good_model(bench: Bench) -> None:
