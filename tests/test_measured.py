@@ -331,11 +331,25 @@ def one_index() -> list[str]:
     return passages
 
 
+def plausibility() -> list[str]:
+    rows = newest("plausibility")["rows"]
+    own = [row["share"] for row in rows if row["model"] == row["tokenizer"]]
+    others = [row for row in rows if row["model"] != row["tokenizer"]]
+    shares = [row["share"] for row in others if "share" in row]
+    assert all(row["told"] is (row["model"] != row["tokenizer"]) for row in rows)
+    return [
+        f"{len(own)} models with their own tokenizer: a mean loss of {min(own):.2f} to "
+        f"{max(own):.2f} of a uniform guess's, none warned of",
+        f"{len(shares)} pairs with another's: {min(shares):.2f} to {max(shares):.2f}, each warned "
+        f"of; {len(others) - len(shares)} more refused at load",
+    ]
+
+
 FIGURES: dict[str, tuple[Callable[[], list[str]], ...]] = {
     "README.md": (demo,),
     MEASURED: (
         *(kronfluence, coverage, usefulness, kills, build, search, service, prediction),
-        *(demo_costs, recall, one_index),
+        *(demo_costs, recall, one_index, plausibility),
     ),
 }
 """By document, what it must contain of the records."""
