@@ -102,12 +102,14 @@ class LossRecord(Record):
         uniform: that of a uniform guess over the vocabulary.
         texts: how many were drawn at random.
         tokens: predicted in them.
+        unknown: of these, how many are the token for what the tokenizer does not know.
     """
 
     mean: float
     uniform: float
     texts: int
     tokens: int
+    unknown: int = 0
 
 
 class DataRecord(Record):

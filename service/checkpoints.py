@@ -118,10 +118,13 @@ class ModelSource:
 
 def _adapter_config(name: str, revision: str | None) -> str | None:
     """Where an adapter's configuration lies, if it is one."""
-    if Path(name).is_dir():
-        path = Path(name) / ADAPTER_CONFIG
-        return str(path) if path.is_file() else None
-    return _repositorys_adapter_config(name, revision)
+    path = Path(name)
+    if path.exists() or path.is_absolute():
+        return str(path / ADAPTER_CONFIG) if (path / ADAPTER_CONFIG).is_file() else None
+    try:
+        return _repositorys_adapter_config(name, revision)
+    except OSError:  # no name of a repository; what is wrong is said when the model is loaded
+        return None
 
 
 @functools.lru_cache(maxsize=1)
@@ -260,7 +263,14 @@ def _why_not(source: ModelSource, error: Exception) -> str:
             f"Give the language model whose words you want to explain."
         )
     path = Path(source.name)
-    if not path.exists() and (path.is_absolute() or source.name.count("/") != 1):
+    if path.is_file():
+        text = "it is a file; name the folder of a model"
+    elif path.is_dir() and not (path / "config.json").is_file():
+        inside = sorted(found.parent.name for found in path.glob("*/config.json"))
+        text = "there is no config.json in it" + (
+            f"; its folders {_named(inside)} have one: name one of them" if inside else ""
+        )
+    elif not path.exists() and (path.is_absolute() or source.name.count("/") != 1):
         text = "there is no such folder"
     elif not path.exists():
         text = f"there is no such folder, and as the name of a repository: {text}"

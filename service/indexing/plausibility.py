@@ -21,6 +21,8 @@ TOKENS = 128
 """Of each text, from its beginning; a few seconds with a model of 135 million weights."""
 SUSPICIOUS = 0.75
 """Share of a uniform guess' loss above which a model is told to know nothing of the texts."""
+UNKNOWN = 0.1
+"""Share of unknown tokens above which a tokenizer is told not to know the texts."""
 ABSURD = 1000.0
 """Nats a token that no trained model loses; its probabilities are 0 and their gradients too."""
 
@@ -70,7 +72,21 @@ def measure_loss(loaded: LoadedModel, sample: TextSample) -> LossRecord | None:
                 total, tokens, texts = total + loss, tokens + sequence.targets, texts + 1
     if not texts or total / tokens > ABSURD:
         _refuse(loaded, sample.texts[0], total / max(tokens, 1))
-    return LossRecord(mean=total / tokens, uniform=math.log(vocabulary), texts=texts, tokens=tokens)
+    return LossRecord(
+        mean=total / tokens,
+        uniform=math.log(vocabulary),
+        texts=texts,
+        tokens=tokens,
+        unknown=_unknown(loaded, sample),
+    )
+
+
+def _unknown(loaded: LoadedModel, sample: TextSample) -> int:
+    """Predicted tokens that stand for what the tokenizer does not know."""
+    unknown, ends = loaded.tokenizer.unk_token_id, loaded.tokenizer.eos_token_id
+    if unknown is None or unknown == ends:  # some name the end of a text for both
+        return 0
+    return sum(text.tokens[1:].count(unknown) for text in sample.texts)
 
 
 def tell_loss(loss: LossRecord | None) -> None:
@@ -84,6 +100,14 @@ def tell_loss(loss: LossRecord | None) -> None:
         loss.texts,
         loss.uniform,
     )
+    if loss.unknown > UNKNOWN * loss.tokens:
+        logger.warning(
+            "Of %d tokens %d are the one for what the tokenizer does not know: it is another "
+            "model's, or made for another language. Check it before you rely on an answer "
+            "(--tokenizer).",
+            loss.tokens,
+            loss.unknown,
+        )
     if loss.mean > SUSPICIOUS * loss.uniform:
         logger.warning(
             "That is not far below a guess: this model was hardly trained on such texts, or its "

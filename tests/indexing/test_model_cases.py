@@ -72,6 +72,11 @@ def third_layer(weights: dict) -> dict:
     return {**weights, **{name: value.clone() for name, value in extra.items()}}
 
 
+def cut(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:-1000])
+    return path.parent
+
+
 def below_a_tokenizer(bench: Bench) -> Path:
     return bench.save("good/checkpoint-8", tokenizer=False)
 
@@ -139,9 +144,25 @@ CASES: dict[str, tuple[Case, list[str]]] = {
         lambda b: (below_a_tokenizer(b), {}),
         ["There is no tokenizer in", "its parent folder,", "good, has one"],
     ),
-    "a folder of nothing": (
+    "weights that were cut off": (
+        lambda b: (cut(b.save("cut") / "model.safetensors"), {}),
+        ["Cannot load a causal language model from", "SafetensorError"],
+    ),
+    "a folder of checkpoints": (
         lambda b: (b.root, {}),
-        ["Cannot load a causal language model from"],
+        ["Cannot load a causal language model from", "no config.json in it; its folders", "good"],
+    ),
+    "a folder that is not there": (
+        lambda b: (b.root / "god", {}),
+        ["Cannot load a causal language model from", "there is no such folder"],
+    ),
+    "a relative folder that is not there": (
+        lambda b: ("runs/somewhere/model", {}),
+        ["Cannot load a causal language model from", "there is no such folder"],
+    ),
+    "a file": (
+        lambda b: (b.root / "good" / "model.safetensors", {}),
+        ["Cannot load a causal language model from", "it is a file; name the folder of a model"],
     ),
     "a folder's revision": (
         lambda b: (b.root / "good", {"revision": "step1000"}),
@@ -258,13 +279,21 @@ def test_a_revision_of_a_repository_is_another_model(
         load("someone/tiny@step2000")
 
 
-@pytest.mark.parametrize("kind", ["sharded", "padded", "bfloat16", "linked", "ü and space"])
+KINDS = ["sharded", "padded", "pickled", "bfloat16", "linked", "ü and space"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_cases_that_were_right_stay_right(bench: Bench, tmp_path: Path, kind: str) -> None:
     if kind == "sharded":
         folder = bench.save(kind, max_shard_size="20KB")
         assert len(list(folder.glob("*.safetensors"))) > 1
     elif kind == "padded":
         folder = bench.save(kind, LlamaForCausalLM(config(vocab_size=448)))
+    elif kind == "pickled":
+        folder = bench.save(kind)
+        weights = load_file(folder / "model.safetensors")
+        torch.save(weights, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
     elif kind == "linked":
         folder = tmp_path / "snapshot"
         folder.mkdir()
@@ -277,6 +306,19 @@ def test_cases_that_were_right_stay_right(bench: Bench, tmp_path: Path, kind: st
     assert len(loaded.coverage.layers) == 14
     good = load(bench.root / "good")
     assert (loaded.model_sha256 == good.model_sha256) is (kind not in ("padded", "bfloat16"))
+
+
+def test_an_adapters_own_tokenizer_comes_before_its_bases(bench: Bench) -> None:
+    base = bench.save("base with a tokenizer")
+    without_one, with_one = (
+        load(bench.adapter(f"adapter, {own}", base, tokenizer=own)) for own in (False, True)
+    )
+    assert without_one.tokenizer_sha256 == with_one.tokenizer_sha256
+    (base / "tokenizer.json").unlink()
+    (base / "tokenizer_config.json").unlink()
+    assert load(with_one.source).tokenizer_sha256 == with_one.tokenizer_sha256
+    with pytest.raises(UnusableModel, match=r"There is no tokenizer in .*base with a tokenizer"):
+        load(without_one.source)
 
 
 def sample_of(loaded: Any) -> TextSample:
@@ -339,6 +381,21 @@ def test_a_tokenizer_of_another_model_is_warned_of(
     change_json(path, added_tokens=[], model={**_model_of(path), "vocab": turned})
     wrong = ModelSource.of(str(trained.model), tokenizer=str(other))
     assert warnings_of(wrong) == 1
+
+
+def test_a_tokenizer_that_does_not_know_the_texts_is_warned_of(
+    trained: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = load(trained.model)
+    loaded.tokenizer.unk_token = "a"
+    sample = TextSample()
+    unknown = loaded.tokenizer.unk_token_id
+    sample.add([5, unknown, 6, unknown, 7, 8])
+    found = measure_loss(loaded, sample)
+    assert (found.tokens, found.unknown) == (5, 2)
+    with caplog.at_level("INFO", logger="service"):
+        tell_loss(found)
+    assert "Of 5 tokens 2 are the one for what the tokenizer does not know" in caplog.text
 
 
 def _model_of(path: Path) -> dict[str, Any]:
