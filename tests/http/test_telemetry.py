@@ -71,6 +71,8 @@ def answer() -> QueryResponse:
         estimator_sha256="",
         by_gradients=True,
         sign_and_unit=SIGN_AND_UNIT,
+        effect=None,
+        effect_reason=None,
         ranking="score",
         results=[],
         documents=[],

@@ -35,6 +35,7 @@ from service.schemas.queries import (
     TermSchema,
     TokenSchema,
 )
+from service.search.answer import NO_SCALE
 
 ROWS = 8072
 BIG_SEED = 2**61 + 1
@@ -227,6 +228,8 @@ def canned_answer(request: QueryRequest) -> QueryResponse:
         estimator_sha256="5e" * 32,
         by_gradients=estimator != "bm25",
         sign_and_unit=NO_UNIT if estimator == "bm25" else SIGN_AND_UNIT,
+        effect=None,
+        effect_reason=NO_SCALE,
         ranking=request.ranking,
         results=[
             canned_result(request, side, rank, text)
