@@ -229,6 +229,9 @@ def show(answer: dict[str, Any]) -> None:
         ranks = f"score ranks within this question: + raised the measured value, - lowered it{heat}"
         unit = ranks if answer["by_gradients"] else answer["sign_and_unit"]
         stderr.print(Text(unit, style="dim"))
+        for share in answer["shares"]:
+            if share["direction"] == direction:
+                stderr.print(Text(printable(share["sentence"])))
         _show_layers(results)
         for certificate in certificates:
             stderr.print(_certificate(certificate))

@@ -172,6 +172,7 @@ def as_text(answer: QueryResponse) -> str:
         if results:
             parts.append(f"{direction.capitalize()}, best first:")
             parts += [_example(r, sizes[r.direction, r.cluster] > 1, influence) for r in results]
+    parts += [f"{share.direction.capitalize()}: {share.sentence}" for share in answer.shares]
     if answer.partial:
         parts.append("The deadline ended the search: this is what it had found.")
     parts.append("What may be missing:")

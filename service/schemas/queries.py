@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from index.certificates.statement import Certificate
+from index.certificates.statement import Certificate, Share
 from service.search.answer import Answer, MeasuredTerm, Result
 from service.search.query import Condition, Query, Side, Term
 
@@ -292,6 +292,28 @@ class CertificateSchema(Schema):
         return cls(**fields, direction=direction)
 
 
+class ShareSchema(Schema):
+    """What part of all influence in a direction, over all rows, the results carry together."""
+
+    direction: Literal["proponents", "opponents"]
+    estimate: float | None = Field(
+        description="The sum of the results' positive scores (opponents: negative ones) over that "
+        "of all rows that the filters leave; null if nothing can be said, see sentence."
+    )
+    low: float | None = Field(description="Of the confidence interval.")
+    high: float | None
+    confidence: float = Field(description="Of the interval; 1 if every row was scored.")
+    sampled: int = Field(
+        description="Random rows that the interval stands on; 0 if every row was scored."
+    )
+    sentence: str
+
+    @classmethod
+    def from_share(cls, share: Share, direction: Side) -> "ShareSchema":
+        """The engine's share as it is sent."""
+        return cls(**vars(share), direction=direction)
+
+
 class QueryResponse(Schema):
     """Ranked training examples, and what is known about those that were not looked at."""
 
@@ -316,6 +338,7 @@ class QueryResponse(Schema):
     certificates: list[CertificateSchema] = Field(
         description="Each holds at its own confidence; they do not share an error probability."
     )
+    shares: list[ShareSchema] = Field(description="One a direction.")
     partial: bool = Field(description="The deadline passed before the search had ended.")
     rescored_rows: int
     sampled_rows: int
@@ -333,6 +356,7 @@ class QueryResponse(Schema):
         fields["certificates"] = [
             CertificateSchema.from_certificate(c, side) for side, c in answer.sided_certificates
         ]
+        fields["shares"] = [ShareSchema.from_share(s, side) for side, s in answer.sided_shares]
         fields["effect"] = answer.effect and EffectSchema(**vars(answer.effect))
         fields["sign_and_unit"] = SIGN_AND_UNIT if answer.by_gradients else NO_UNIT
         return cls(**fields, index=request.index)

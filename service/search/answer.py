@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from index.certificates.statement import Certificate
+from index.certificates.statement import Certificate, Share
 from service.search.query import Ranking, Side
 
 
@@ -135,6 +135,7 @@ class Answer:
         documents: those of the results in order of their best one; empty unless asked for.
         sided_certificates: of each direction "sketch", "audit" and, if the index is calibrated,
             "calibration"; each a statement by itself at its own confidence.
+        sided_shares: of each direction, what part of all its influence the results carry.
         partial: whether the deadline ended the search.
         rescored_rows: rows rescored because of their proxies.
         sampled_rows: further rows scored exactly for the checks.
@@ -154,6 +155,7 @@ class Answer:
     results: list[Result]
     documents: list[DocumentScore]
     sided_certificates: list[tuple[Side, Certificate]]
+    sided_shares: list[tuple[Side, Share]]
     partial: bool
     rescored_rows: int
     sampled_rows: int

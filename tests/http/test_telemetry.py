@@ -77,6 +77,7 @@ def answer() -> QueryResponse:
         results=[],
         documents=[],
         certificates=[certificate, certificate],
+        shares=[],
         partial=False,
         rescored_rows=40,
         sampled_rows=2,

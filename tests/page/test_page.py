@@ -131,6 +131,7 @@ def test_a_question_is_answered(open_page: Open, service: CannedService) -> None
     expect(first).to_contain_text("Country 1: Capital")
     expect(first).to_contain_text("year 1991")
     assert driver.texts()[0] == PLAIN_TEXTS[0]
+    expect(driver.shown("share")).to_contain_text("carry 31% of all positive influence (24% to 39%")
     expect(driver.page.locator(".tools")).to_contain_text(
         f"32 of 8,072 rows rescored and 128 sampled, in 0.93 s; index “default”, estimator ekfac "
         f"(damping 0.1), ranked by normalised score, seed {BIG_SEED}."

@@ -225,7 +225,7 @@ function page() {
         ...noAnswer(this.shown.influence),
         stage: STAGES.length,
         measurement: measurementOf(answer.measurement),
-        sides: sidesOf(answer.results),
+        sides: sidesOf(answer.results, answer.shares),
         certificates: answer.certificates.map((c, key) => certificateOf(c, key, sided)),
         documents: documentsOf(answer),
         layers: sumLayers(answer.results),
