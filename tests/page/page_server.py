@@ -229,7 +229,7 @@ def canned_share(direction: str) -> ShareSchema:
             "confidence": 0.95,
             "sampled": 64,
             "sentence": f"The 6 results carry 31% of all {influence} influence (24% to 39% at 95% "
-            "confidence, from 64 random rows of the 7,976 not scored).",
+            "confidence, from 64 random rows of 7,976).",
         }
     )
 
