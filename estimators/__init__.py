@@ -12,6 +12,6 @@ Conventions used in every module:
 - The training loss of an example is the sum over its tokens of the next-token negative
   log-likelihood, in nats.
 - ``score(q, z) = -grad f(q)^T (H + damping)^-1 grad L(z)``; positive means that training on ``z``
-  raised ``f(q)`` (a proponent). Removing ``z`` from ``N`` examples changes ``f(q)`` by about
-  ``-score / N`` nats.
+  raised ``f(q)`` (a proponent). Scores rank examples within one question. Their unit is that of the
+  damped quadratic model of the training loss; a score is no change of ``f(q)`` (docs/concepts.md).
 """

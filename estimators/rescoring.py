@@ -31,7 +31,7 @@ class NonFiniteGradientError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreParts:
-    """Exact scores of one batch for one query, in nats, positive = proponent.
+    """Exact scores of one batch for one query, positive = proponent.
 
     Attributes:
         by_layer: the score's split over layers; a row sums to the example's score.

@@ -27,6 +27,8 @@ from service.search.retrieval import Retriever
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 TIE = 1e-5
 """Relative difference below which two exact scores count as tied (float32 batches differ so)."""
+SLACK = 1e-4
+"""By which a share may lie outside its interval for the same reason."""
 
 
 @app.command()
@@ -99,10 +101,15 @@ def main(
     )
     chosen = [replace(usual, **_estimator(text)) for text in estimator or []] or [usual]
     answered = [_answers(retriever, query, asked, seed) for query in chosen]
-    truths = _true_values(retriever, answered, rows, token_budget)
+    scored = _true_scores(retriever, answered, rows, token_budget)
+    norms = retriever.index.norms[rows]
+    truths = [_ranking_values(a, s, norms) for a, s in zip(answered, scored, strict=True)]
     reports = [
-        summarise(answers, truth, rows, k, confidence)
-        for answers, truth in zip(answered, truths, strict=True)
+        {
+            **summarise(answers, truth, rows, k, confidence),
+            "shares": summarise_shares(answers, scores, rows),
+        }
+        for answers, truth, scores in zip(answered, truths, scored, strict=True)
     ]
     if html is not None:
         first = answered[0], truths[0]
@@ -172,10 +179,10 @@ def _rows_to_compare(total: int, sample: int | None, seed: int) -> list[int]:
     return sorted(drawn.tolist())
 
 
-def _true_values(
+def _true_scores(
     retriever: Retriever, answered: Sequence[Sequence[Answer]], rows: list[int], budget: int
 ) -> list[np.ndarray]:
-    """For each estimator, exact ranking values [query, row] of ``rows``; -inf where there is none.
+    """For each estimator, exact scores [query, row] of ``rows``; NaN where there is none.
 
     Every training gradient is formed once, however many estimators ask for it.
     """
@@ -196,14 +203,15 @@ def _true_values(
     for one in chosen:
         if isinstance(one, RowEstimator):
             scores[one.fingerprint] = one.part.score(questions, np.array(rows), one.values)
-    norms = index.norms[rows]
-    found = []
-    for answers, one in zip(answered, chosen, strict=True):
-        values = scores[one.fingerprint]
-        if answers[0].ranking == "normalised":
-            values = np.divide(values, norms, out=np.zeros_like(values), where=norms > 0)
-        found.append(np.where(np.isfinite(values), values, -np.inf))
-    return found
+    return [scores[one.fingerprint] for one in chosen]
+
+
+def _ranking_values(answers: Sequence[Answer], scores: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    """What the answers are ranked by; -inf where there is no score."""
+    values = scores
+    if answers[0].ranking == "normalised":
+        values = np.divide(values, norms, out=np.zeros_like(values), where=norms > 0)
+    return np.where(np.isfinite(values), values, -np.inf)
 
 
 def summarise(
@@ -245,6 +253,32 @@ def summarise(
             }
         )
     return _totals(per_query, answers, len(rows), k, confidence)
+
+
+def summarise_shares(
+    answers: Sequence[Answer], scores: np.ndarray, rows: list[int]
+) -> dict[str, Any] | None:
+    """The share of all positive influence that results carry, and how many intervals held it.
+
+    None where only a sample of the rows was scored, or no answer states a share.
+    """
+    stated, true, held = [], [], []
+    for answer, exact in zip(answers, scores, strict=True):
+        ((_, share),) = answer.sided_shares
+        if len(rows) == answer.rows and share.low is not None and share.high is not None:
+            positive = np.maximum(np.nan_to_num(exact), 0).astype(np.float64)
+            carried = positive[[result.row for result in answer.results]].sum() / positive.sum()
+            stated.append(share.high - share.low)
+            true.append(float(carried))
+            held.append(share.low - SLACK <= carried <= share.high + SLACK)
+    if not stated:
+        return None
+    return {
+        "mean": float(np.mean(true)),
+        "intervals": len(stated),
+        "held": int(np.sum(held)),
+        "median_width": float(np.median(stated)),
+    }
 
 
 def _totals(
@@ -317,8 +351,18 @@ def _show(report: dict[str, Any], confidence: float) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if report["shares"] is not None:
+        stderr.print(_shares_line(report["shares"], confidence), highlight=False, soft_wrap=True)
     for other in report["others"]:
         stderr.print(_line(other), highlight=False, soft_wrap=True)
+
+
+def _shares_line(shares: dict[str, Any], confidence: float) -> str:
+    return (
+        f"The results carry {shares['mean']:.1%} of all positive influence (mean); "
+        f"{shares['held']} of {shares['intervals']} intervals, stated at {confidence:.0%} "
+        f"confidence, held the truth (median width {100 * shares['median_width']:.1f} points)."
+    )
 
 
 def _named(report: dict[str, Any]) -> str:

@@ -229,6 +229,11 @@ the exact estimator's own ranking, not against what caused the model's words.</p
 {{ "%.0f"|format(100 * confidence) }} % confidence. The calibration speaks of at least
 {{ "%.0f"|format(100 * share) }} % of queries of the kind that the index was calibrated with.
 "May be wrong" is what 99.9 % of audits stay within if each statement fails as often as it may.</p>
+{% if report.shares %}
+<p>The results carry {{ "%.1f"|format(100 * report.shares.mean) }} % of all positive influence
+(mean). {{ report.shares.held }} of {{ report.shares.intervals }} intervals around this share held
+the truth.</p>
+{% endif %}
 {% for svg, caption in plots %}
 <figure role="img" aria-label="{{ caption }}">{{ svg|safe }}<figcaption>{{ caption }}</figcaption>
 </figure>

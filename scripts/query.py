@@ -226,9 +226,12 @@ def show(answer: dict[str, Any]) -> None:
             stderr.print(Text(direction, style="bold"))
         stderr.print(_table(results))
         heat = "; tokens: red +, blue -" if any(r["tokens"] for r in results) else ""
-        nats = f"score in nats: + raised the measured value, - lowered it{heat}"
-        unit = nats if answer["by_gradients"] else answer["sign_and_unit"]
+        ranks = f"score ranks within this question: + raised the measured value, - lowered it{heat}"
+        unit = ranks if answer["by_gradients"] else answer["sign_and_unit"]
         stderr.print(Text(unit, style="dim"))
+        for share in answer["shares"]:
+            if share["direction"] == direction:
+                stderr.print(Text(printable(share["sentence"])))
         _show_layers(results)
         for certificate in certificates:
             stderr.print(_certificate(certificate))
@@ -320,7 +323,7 @@ def _show_layers(results: list[dict[str, Any]]) -> None:
 
 def _whole_document(document: dict[str, Any]) -> Text:
     score = document["score"]
-    told = "too many rows for the budget" if score is None else f"{signed(score)} nats"
+    told = "too many rows for the budget" if score is None else f"score {signed(score)}"
     return Text.assemble(
         ("document ", "bold"),
         f"{printable(document['document'])}: {told} over its {document['rows']:,} rows, "

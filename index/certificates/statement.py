@@ -1,4 +1,4 @@
-"""The form in which every certificate is reported."""
+"""The forms in which certificates and shares are reported."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -37,6 +37,39 @@ class Certificate:
     assumptions: tuple[str, ...]
     observed: dict[str, float | int | str] = field(default_factory=dict)
     sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What part of all positive scores some results carry.
+
+    Attributes:
+        estimate: in [0, 1]; None if nothing can be said.
+        low: lower end of its confidence interval.
+        high: upper end.
+        confidence: of the interval; 1 if every row was scored, 0 if nothing can be said.
+        sampled: random rows that the interval stands on; 0 if every row was scored.
+        sentence: one plain sentence for people, with the reason where there is no estimate.
+    """
+
+    estimate: float | None
+    low: float | None
+    high: float | None
+    confidence: float
+    sampled: int
+    sentence: str
+
+
+def no_share(reason: str) -> Share:
+    """Nothing can be said, and why."""
+    return Share(
+        estimate=None,
+        low=None,
+        high=None,
+        confidence=0.0,
+        sampled=0,
+        sentence=f"No share is stated: {reason}.",
+    )
 
 
 def allowed_misses(k: int, recall: float) -> int:

@@ -114,7 +114,7 @@ class Outcome:
     """What one side computed.
 
     Attributes:
-        scores: of each layer and of ``TOTAL``: [query, example] in nats, positive = proponent.
+        scores: of each layer and of ``TOTAL``: [query, example], positive = proponent.
         factors: of each layer.
     """
 

@@ -88,7 +88,7 @@ def measure(
     subject: Subject, out: Path, dimensions: int, token_budget: int
 ) -> list[dict[str, Any]]:
     """All estimators on one corpus, by an index that is built for it."""
-    retriever = Retriever(_built(subject, out, dimensions), token_budget)
+    retriever = Retriever(built(subject, out, dimensions), token_budget)
     index, loaded = retriever.index, retriever.loaded
     choose = index.estimators.choose_gradients
     chosen = [choose(name, given) for name, given in ESTIMATORS]
@@ -112,7 +112,7 @@ def measure(
     ]
 
 
-def _built(subject: Subject, out: Path, dimensions: int) -> Any:
+def built(subject: Subject, out: Path, dimensions: int) -> Any:
     """An index of the corpus with factors that hold K-FAC's eigenvalues, too."""
     factors, folder = out / "ekfac.safetensors", out / f"index-{dimensions}"
     shared = ("--model", str(subject.model), "--data", str(subject.corpus))

@@ -5,15 +5,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from index.certificates.statement import Certificate
+from index.certificates.statement import Certificate, Share
 from service.search.answer import Answer, MeasuredTerm, Result
 from service.search.query import Condition, Query, Side, Term
 
 SIGN_AND_UNIT = (
-    "score: exact influence in nats; positive = training on the example raised "
-    "log p(completion | prompt), negative = lowered it; leaving the example out of N training "
-    "examples changes it by about -score / N. normalised_score: score divided by the whitened norm "
-    "of the example's gradient."
+    "score: an estimate of influence that ranks examples within one question, in units of the "
+    "damped quadratic model of the training loss; positive = training on the example raised the "
+    "measured value, negative = lowered it. Its size is no change of log p. normalised_score: the "
+    "score divided by the whitened norm of the example's gradient."
 )
 
 NO_UNIT = "score: of an estimator without gradients; no influence, and without unit."
@@ -197,8 +197,8 @@ class TokenSchema(Schema):
 
     text: str
     score: float = Field(
-        description="nats; the part of the score that passes through the position that reads this "
-        "token; they sum to the example's score."
+        description="The part of the score that passes through the position that reads this token; "
+        "they sum to the example's score."
     )
 
 
@@ -220,7 +220,8 @@ class ResultSchema(Schema):
     gradient_norm: float
     tokens: list[TokenSchema] | None = Field(default=None, description="null unless asked for.")
     layers: dict[str, float] | None = Field(
-        default=None, description="nats by layer, summing to the score; null unless asked for."
+        default=None,
+        description="Parts of the score by layer, which sum to it; null unless asked for.",
     )
     cluster: int | None = Field(
         default=None,
@@ -274,9 +275,19 @@ class DocumentSchema(Schema):
     rows: int
     found: int = Field(description="How many of its rows are among the results.")
     score: float | None = Field(
-        description="nats, positive = proponent; null if it has more rows than the budget, or one "
+        description="The sum of their scores; null if it has more rows than the budget, or one "
         "that cannot be scored."
     )
+
+
+class EffectSchema(Schema):
+    """What one unit of score is worth, measured for the run, the estimator and its parameters."""
+
+    nats_per_unit: float = Field(description="Change of the measured value for one unit of score.")
+    low: float = Field(description="Of its confidence interval.")
+    high: float
+    confidence: float
+    measured_by: str = Field(description="How it was measured.")
 
 
 class CertificateSchema(Schema):
@@ -301,6 +312,28 @@ class CertificateSchema(Schema):
         return cls(**fields, direction=direction)
 
 
+class ShareSchema(Schema):
+    """What part of all influence in a direction, over all rows, the results carry together."""
+
+    direction: Literal["proponents", "opponents"]
+    estimate: float | None = Field(
+        description="The sum of the results' positive scores (opponents: negative ones) over that "
+        "of all rows that the filters leave; null if nothing can be said, see sentence."
+    )
+    low: float | None = Field(description="Of the confidence interval.")
+    high: float | None
+    confidence: float = Field(description="Of the interval; 1 if every row was scored.")
+    sampled: int = Field(
+        description="Random rows that the interval stands on; 0 if every row was scored."
+    )
+    sentence: str
+
+    @classmethod
+    def from_share(cls, share: Share, direction: Side) -> "ShareSchema":
+        """The engine's share as it is sent."""
+        return cls(**vars(share), direction=direction)
+
+
 class QueryResponse(Schema):
     """Ranked training examples, and what is known about those that were not looked at."""
 
@@ -316,11 +349,16 @@ class QueryResponse(Schema):
         description="Scores are influences by gradients; otherwise they have no unit."
     )
     sign_and_unit: str
+    effect: EffectSchema | None = Field(
+        description="The measured scale of the scores; null if none was measured."
+    )
+    effect_reason: str | None = Field(description="Why effect is null.")
     results: list[ResultSchema] = Field(description="Proponents first, each direction best first.")
     documents: list[DocumentSchema] = Field(description="Empty unless asked for.")
     certificates: list[CertificateSchema] = Field(
         description="Each holds at its own confidence; they do not share an error probability."
     )
+    shares: list[ShareSchema] = Field(description="One a direction.")
     partial: bool = Field(description="The deadline passed before the search had ended.")
     rescored_rows: int
     sampled_rows: int
@@ -338,6 +376,8 @@ class QueryResponse(Schema):
         fields["certificates"] = [
             CertificateSchema.from_certificate(c, side) for side, c in answer.sided_certificates
         ]
+        fields["shares"] = [ShareSchema.from_share(s, side) for side, s in answer.sided_shares]
+        fields["effect"] = answer.effect and EffectSchema(**vars(answer.effect))
         fields["sign_and_unit"] = SIGN_AND_UNIT if answer.by_gradients else NO_UNIT
         return cls(**fields, index=request.index)
 

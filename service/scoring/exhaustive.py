@@ -33,7 +33,7 @@ def exact_scores(
     progress: Progress = no_progress,
     watch: Watch | None = None,
 ) -> dict[str, Float[np.ndarray, "query row"]]:
-    """Exact scores for each estimator, in nats, positive = proponent; NaN where not finite.
+    """Exact scores for each estimator, positive = proponent; NaN where not finite.
 
     Each training gradient is formed once a chunk of queries and serves all estimators.
 

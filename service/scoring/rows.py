@@ -72,7 +72,7 @@ class GradientScorer:
     def score(
         self, wanted: Sequence[tuple[Gradients, Int[np.ndarray, "row"]]]
     ) -> list[Float[np.ndarray, "row"]]:
-        """Exact scores in nats, positive = proponent; NaN where not finite.
+        """Exact scores, positive = proponent; NaN where not finite.
 
         A row that several queries want goes through the model once.
 

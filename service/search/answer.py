@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from index.certificates.statement import Certificate
+from index.certificates.statement import Certificate, Share
 from service.search.query import Ranking, Side
 
 
@@ -18,14 +18,15 @@ class Result:
         document: that it belongs to.
         text: of the example.
         metadata: further columns of the corpus.
-        score: exact influence in nats, positive = training on it raised log p(completion).
+        score: the estimator's exact score; positive = training on it raised the measured value. It
+            ranks examples within one question and is no change of the measured value.
         normalised_score: score divided by ``gradient_norm`` (0 where that is 0); None for
             estimators without gradients.
         proxy: the sketch's estimate of the value that the answer is ranked by.
         gradient_norm: whitened norm of the example's gradient.
-        tokens: its tokens as text, each with the part of the score (nats) that passes through the
+        tokens: its tokens as text, each with the part of the score that passes through the
             position that reads it; None unless asked for.
-        layers: parts of the score (nats) by layer; None unless asked for.
+        layers: parts of the score by layer; None unless asked for.
         cluster: near-duplicates have the same number; None unless asked for.
     """
 
@@ -53,8 +54,8 @@ class DocumentScore:
         document: that some of the answer's examples belong to.
         rows: that it has in the index, windows of long texts counted singly.
         found: how many of them are among the answer's examples.
-        score: sum of their exact scores in nats, positive = proponent; None if it has more rows
-            than the query's budget, or a row that cannot be scored.
+        score: sum of their exact scores, positive = proponent; None if it has more rows than the
+            query's budget, or a row that cannot be scored.
     """
 
     document: str
@@ -97,6 +98,32 @@ class MeasuredTerm:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Effect:
+    """What one unit of score is worth, measured for a run, an estimator and its parameters.
+
+    Attributes:
+        nats_per_unit: change of the measured value for one unit of score.
+        low: lower end of its confidence interval.
+        high: upper end.
+        confidence: of the interval.
+        measured_by: how it was measured, in a sentence.
+    """
+
+    nats_per_unit: float
+    low: float
+    high: float
+    confidence: float
+    measured_by: str
+
+
+NO_SCALE = (
+    "What one unit of score is worth in log p was not measured for this run, estimator and "
+    "parameters; scores only rank."
+)
+"""Why an answer has no ``Effect``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Answer:
     """Ranked training examples and what is known about those that were not looked at.
 
@@ -111,12 +138,15 @@ class Answer:
         documents: those of the results in order of their best one; empty unless asked for.
         sided_certificates: of each direction "sketch", "audit" and, if the index is calibrated,
             "calibration"; each a statement by itself at its own confidence.
+        sided_shares: of each direction, what part of all its influence the results carry.
         partial: whether the deadline ended the search.
         rescored_rows: rows rescored because of their proxies.
         sampled_rows: further rows scored exactly for the checks.
         rows: rows that the filters leave of the index.
         seed: of the samples.
         seconds: by stage; queries that are answered together wait for each other.
+        effect: the measured scale of its scores; None if none was measured.
+        effect_reason: why there is none; None if there is one.
     """
 
     terms: tuple[MeasuredTerm, ...]
@@ -128,12 +158,15 @@ class Answer:
     results: list[Result]
     documents: list[DocumentScore]
     sided_certificates: list[tuple[Side, Certificate]]
+    sided_shares: list[tuple[Side, Share]]
     partial: bool
     rescored_rows: int
     sampled_rows: int
     rows: int
     seed: int
     seconds: dict[str, float] = field(default_factory=dict)
+    effect: Effect | None = None
+    effect_reason: str | None = NO_SCALE
 
     @property
     def value(self) -> float:

@@ -56,6 +56,11 @@ class Proxies:
         """
         return scales_below(threshold, self.values, self.scales(threshold))
 
+    def scores(self) -> Float[np.ndarray, "row"]:
+        """Estimates of all rows' scores, whatever they are ranked by; 0 for failed rows."""
+        usable = np.isfinite(self.divisors) & ~self.failed
+        return np.where(usable, self.values, 0.0) * np.where(usable, self.divisors, 0.0)
+
     def at(self, rows: Int[np.ndarray, "kept"]) -> "Proxies":
         """Those of some rows, in that order."""
         return replace(
@@ -98,6 +103,10 @@ class RankedProxies(Proxies):
         places = np.empty(len(self.values))
         places[np.argsort(-self.values, kind="stable")] = np.arange(1, len(self.values) + 1)
         return places
+
+    def scores(self) -> Float[np.ndarray, "row"]:
+        """Zeros: an order estimates nothing."""
+        return np.zeros(len(self.values))
 
     def with_slack(self) -> Proxies:
         """Itself: places have no scale."""

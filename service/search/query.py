@@ -8,7 +8,7 @@ if TYPE_CHECKING:  # it imports scipy, which clients need not have
     from index.certificates.sketch import Tail
 
 Ranking = Literal["score", "normalised"]
-"""By influence (nats), or by influence over the whitened norm of the training gradient."""
+"""By influence, or by influence over the whitened norm of the training gradient."""
 
 Until = Literal["sketch", "calibration"]
 """The certificate at which a search stops."""

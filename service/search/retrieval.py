@@ -1,9 +1,8 @@
 """Answering a query: propose by sketch, rescore exactly, certify. Knows no HTTP.
 
-Two rankings are offered. "score" is the influence itself (nats for a change of weight 1 in the sum
-of training losses). "normalised" divides it by the whitened norm of the training gradient, the one
-that the index stores, so that long or odd examples do not crowd the top; its unit is nats per unit
-of whitened norm.
+Two rankings are offered. "score" is the estimate of influence itself. "normalised" divides it by
+the whitened norm of the training gradient, the one that the index stores, so that long or odd
+examples do not crowd the top. Both rank examples within one question; neither is a change of log p.
 """
 
 import math

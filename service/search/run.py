@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from estimators.grounds import Questions
 from estimators.rescoring import ScoreParts
-from index.certificates.statement import Certificate
+from index.certificates.statement import Certificate, Share, no_share
 from service.scoring.rows import Scoring, Target
 from service.search.answer import Answer, DocumentScore, MeasuredTerm, Result
 from service.search.explaining import cluster, token_texts
@@ -93,11 +93,13 @@ class Run:
         query = self.query
         sides = BOTH if query.direction == "both" else (query.direction,)
         certificates: list[tuple[Side, Certificate]] = []
+        shares: list[tuple[Side, Share]] = []
         results: list[Result] = []
         for side in sides:
             search = self._search(side)
             certificates += [(side, found) for found in (yield from self._side(side, search))]
             results += self.best(side)
+            shares.append((side, self._share(search)))
         documents = (yield from self._documents(results)) if query.documents else []
         if not self.partial:
             results = self._explained(results)
@@ -113,6 +115,7 @@ class Run:
             results=results,
             documents=documents,
             sided_certificates=certificates,
+            sided_shares=shares,
             partial=self.partial,
             rescored_rows=rescored,
             sampled_rows=max(self.scored_rows - rescored, 0),
@@ -146,6 +149,11 @@ class Run:
                 )
             )
         return results
+
+    def _share(self, search: Search) -> Share:
+        if not self.by_gradients:
+            return no_share("scores of an estimator without gradients are no influences")
+        return search.share()
 
     def _search(self, side: Side) -> Search:
         proxies = self._proxies.at(self.rows)

@@ -15,6 +15,7 @@ from index.certificates.calibration import (
     certify_calibration,
     tolerance_limit,
 )
+from index.certificates.share import ShareEvidence, estimate_share
 from index.certificates.sketch import (
     FoundTop,
     SketchEvidence,
@@ -23,7 +24,7 @@ from index.certificates.sketch import (
     fewest_misses,
     plan_levels,
 )
-from index.certificates.statement import Certificate, allowed_misses
+from index.certificates.statement import Certificate, Share, allowed_misses, no_share
 from index.codes.vectors import best_rows
 from service.search.proxies import Proxies
 from service.search.query import Query, Ranking
@@ -85,6 +86,8 @@ class Search:
         self.ended = False
         self.stage: Literal["calibrate", "rescore", "audit"] = "calibrate"
         self._sample = np.empty(0, dtype=np.int64)
+        self._unscored = self._audited = self._sample
+        self._begun = math.inf
         self._seed = seed
         self._calibration = calibration
         self._levels = plan_levels(query.k, query.recall, query.confidence, query.tail)
@@ -160,6 +163,7 @@ class Search:
         open_rows = ~self.scored & ~proxies.failed
         rows = best_rows(np.where(open_rows, proxies.values, -np.inf), max(32, 2 * query.k))
         rows = rows[open_rows[rows]]
+        self._begun = float(proxies.values[rows].min(initial=math.inf))
         chunk = len(rows)
         while len(rows) and self.rescored < query.budget and not self.ended:
             rows = rows[: query.budget - self.rescored]
@@ -302,6 +306,7 @@ class Search:
         done = yield from self._rescore(scorable)
         if done < len(scorable):  # ended on the way: what was drawn and not looked at is left out
             sample = sample[:0]
+        self._unscored, self._audited = population, sample
         above, merged = count_above(self._values(sample), threshold)
         audit = AuditSample(
             population=len(population),
@@ -311,6 +316,46 @@ class Search:
             unscorable=unscorable,
         )
         return certify_audit(audit, query.k, query.recall, query.confidence)
+
+    def share(self) -> Share:
+        """What part of all positive scores the best k carry; to be asked when the steps have ended.
+
+        Opponents are searched with the opposite scores, so theirs is of all negative ones.
+        """
+        failed, query = self.proxies.failed, self.query
+        live = self._unscored[~failed[self._unscored]]
+        if self.ended and len(live):
+            return no_share("the deadline ended the search")
+        untouched = self._untouched(live)
+        others = np.concatenate([live, untouched])
+        audited = self._audited[~failed[self._audited]]
+        sample = np.concatenate([audited, untouched])
+        positive = np.maximum(np.nan_to_num(self.exact), 0)
+        guesses = np.maximum(self.proxies.scores(), 0)
+        evidence = ShareEvidence(
+            shown=positive[self.best(query.k)],
+            known=float(positive.sum() - positive[sample].sum()),
+            others=len(others),
+            guessed=float(guesses[others].sum()),
+            sample=positive[sample],
+            guesses=guesses[sample],
+            influence=f"{'negative' if query.direction == 'opponents' else 'positive'} influence",
+        )
+        return estimate_share(evidence, query.confidence)
+
+    def _untouched(self, live: Int[np.ndarray, "row"]) -> Int[np.ndarray, "row"]:
+        """Rows of the first sample that would not have been scored because of their proxies.
+
+        Among the rows left out they are as random as those of the audit: their proxies lie below
+        those that were begun with, and no less deep than the shallowest row that is unscored.
+        """
+        ruler = self.proxies.with_slack() if self._by_calibration() else self.proxies
+        depths = ruler.depths(self._threshold())
+        reached = depths[live].min(initial=math.inf)
+        rows = self._sample[~self.proxies.failed[self._sample]]
+        left_out = (depths[rows] >= reached) & (self.proxies.values[rows] < self._begun)
+        found: np.ndarray = rows[left_out]
+        return found
 
 
 class Clock:

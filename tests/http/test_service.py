@@ -101,7 +101,12 @@ def test_a_given_completion_is_answered_in_full(client: Client, retriever: Retri
     assert body["measurement"]["value"] == term["log_probability"]
     assert body["partial"] is False
     assert "positive" in body["sign_and_unit"]
-    assert "nats" in body["sign_and_unit"]
+    assert "no change of log p" in body["sign_and_unit"]
+    assert body["effect"] is None
+    assert "was not measured" in body["effect_reason"]
+    (share,) = body["shares"]
+    assert share["direction"] == "proponents"
+    assert share["low"] == share["estimate"] == share["high"] == pytest.approx(1)  # all are shown
     assert body["rows"] == ROWS
     assert all(seconds >= 0 for seconds in body["seconds"].values())
     results = body["results"]

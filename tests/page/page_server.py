@@ -32,9 +32,11 @@ from service.schemas.queries import (
     QueryResponse,
     ResultSchema,
     Schema,
+    ShareSchema,
     TermSchema,
     TokenSchema,
 )
+from service.search.answer import NO_SCALE
 
 ROWS = 8072
 BIG_SEED = 2**61 + 1
@@ -215,6 +217,23 @@ def canned_certificates(request: QueryRequest, direction: str) -> list[Certifica
     ]
 
 
+def canned_share(direction: str) -> ShareSchema:
+    """What part of all influence the results carry."""
+    influence = "positive" if direction == "proponents" else "negative"
+    return ShareSchema.model_validate(
+        {
+            "direction": direction,
+            "estimate": 0.31,
+            "low": 0.24,
+            "high": 0.39,
+            "confidence": 0.95,
+            "sampled": 64,
+            "sentence": f"The 6 results carry 31% of all {influence} influence (24% to 39% at 95% "
+            "confidence, from 64 random rows of 7,976).",
+        }
+    )
+
+
 def canned_answer(request: QueryRequest) -> QueryResponse:
     """The whole answer."""
     sides = sides_of(request)
@@ -227,6 +246,8 @@ def canned_answer(request: QueryRequest) -> QueryResponse:
         estimator_sha256="5e" * 32,
         by_gradients=estimator != "bm25",
         sign_and_unit=NO_UNIT if estimator == "bm25" else SIGN_AND_UNIT,
+        effect=None,
+        effect_reason=NO_SCALE,
         ranking=request.ranking,
         results=[
             canned_result(request, side, rank, text)
@@ -240,6 +261,7 @@ def canned_answer(request: QueryRequest) -> QueryResponse:
         if request.documents
         else [],
         certificates=[c for side in sides for c in canned_certificates(request, side)],
+        shares=[canned_share(side) for side in sides],
         partial=request.deadline is not None,
         rescored_rows=32,
         sampled_rows=128,

@@ -126,11 +126,12 @@ def test_a_question_is_answered(open_page: Open, service: CannedService) -> None
     for text in ("the random draw of the sketch", "its noise is normal", "0.9821", "8,072"):
         expect(cards.first).to_contain_text(text)
     first = driver.shown("result").first
-    expect(first).to_contain_text("+12,523 nats")
+    expect(first).to_contain_text("+12,523")
     expect(first).to_contain_text("+119 normalised")
     expect(first).to_contain_text("Country 1: Capital")
     expect(first).to_contain_text("year 1991")
     assert driver.texts()[0] == PLAIN_TEXTS[0]
+    expect(driver.shown("share")).to_contain_text("carry 31% of all positive influence (24% to 39%")
     expect(driver.page.locator(".tools")).to_contain_text(
         f"32 of 8,072 rows rescored and 128 sampled, in 0.93 s; index “default”, estimator ekfac "
         f"(damping 0.1), ranked by normalised score, seed {BIG_SEED}."
@@ -273,8 +274,7 @@ def test_an_estimator_without_gradients_is_asked_and_shown_without_their_parts(
     assert asked["estimator"] == "bm25"
     assert not {"tokens", "layers", "parameters"} & set(asked)
     expect(driver.page.locator(".tools")).to_contain_text("estimator bm25, ranked")
-    assert "nats" not in driver.shown("result").first.inner_text()
-    assert "nats" not in driver.shown("documents").inner_text()
+    assert "normalised" not in driver.shown("result").first.inner_text()
     expect(driver.page.locator(".unit")).to_contain_text("without unit")
     assert '"document","score","normalised_score"' in driver.download("Download CSV")
 
@@ -340,7 +340,7 @@ def test_both_directions_are_apart(open_page: Open) -> None:
     driver.page.select_option("[name=direction]", "both")
     driver.ask(*ASKED)
     opponents = driver.page.get_by_role("region", name="Opponents")
-    expect(opponents).to_contain_text(f"{MINUS}12,523 nats")
+    expect(opponents).to_contain_text(f"{MINUS}12,523")
     expect(driver.page.get_by_role("region", name="Proponents")).not_to_contain_text(
         f"{MINUS}12,523"
     )
@@ -370,7 +370,7 @@ def test_tokens_are_coloured_and_titled_and_listed(open_page: Open) -> None:
     assert "".join(tokens.all_inner_texts()) == answer.results[0].text
     for token, span in zip(wanted, tokens.all(), strict=True):
         title = span.get_attribute("title") or ""
-        assert re.search(rf"\n[+{MINUS}][\d,.]+ nats$|\n0 nats$", title), title
+        assert re.search(rf"\n[+{MINUS}][\d,.]+$|\n0$", title), title
         assert ("lowered" in (span.get_attribute("class") or "")) == (token.score < 0)
     strongest = max(range(len(wanted)), key=lambda i: abs(wanted[i].score))
     strengths = [s.evaluate("e => e.style.getPropertyValue('--strength')") for s in tokens.all()]
@@ -579,7 +579,7 @@ def test_downloads_are_the_answer(open_page: Open, service: CannedService) -> No
     rows = list(csv.DictReader(io.StringIO(table, newline="")))
     assert len(rows) == len(answer.results)
     for row, result in zip(rows, answer.results, strict=True):
-        assert float(row["score_nats"]) == result.score
+        assert float(row["score"]) == result.score
         assert row["id"] == result.id
         assert json.loads(row["metadata"]) == result.metadata
         assert row["text"].removeprefix("'") == result.text

@@ -41,6 +41,7 @@ def page(tmp_path):
     for one in answers:
         one.seconds.update({"scan": 0.1, "rescore": 0.4})
     report = summarise(answers, truth, [0, 1, 2, 3, 4], k=2, confidence=0.95)
+    report["shares"] = {"mean": 0.314, "intervals": 3, "held": 2, "median_width": 0.1}
     report["per_query"][0]["prompt"] = "<script>alert(1)</script>"
     path = tmp_path / "report.html"
     write_report(path, report, answers, [[1, 2], [1, 3], [4, 5]], [0.1, -0.4, 1.2], 0.95)
@@ -52,6 +53,11 @@ def test_the_page_stands_alone(page):
     assert not re.findall(r'(?:src|href)="(?!#)', page)
     assert "default-src 'none'" in page
     assert "3 queries are too few" in page
+
+
+def test_the_share_and_its_intervals_are_told(page):
+    assert "carry 31.4 % of all positive influence" in page
+    assert "2 of 3 intervals" in page
 
 
 def test_text_of_queries_cannot_run(page):

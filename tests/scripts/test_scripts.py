@@ -210,6 +210,9 @@ def test_a_build_calibrates_and_the_audit_writes_its_page(
     statuses = {q["certificates"]["calibration"]["status"] for q in report["per_query"]}
     assert statuses == {"exhaustive"}  # the corpus is small
     assert report["certificates"]["calibration"]["violations"] == 0
+    shares = report["shares"]
+    assert 0 < shares["held"] == shares["intervals"] <= 6
+    assert f"{shares['held']} of {shares['intervals']} intervals" in audited.stderr
     assert page.read_text().count("<svg") == 4
 
 
@@ -314,6 +317,7 @@ def check_answered(answered: Ended) -> None:
         assert result["document"] in shown
     for certificate in answer["certificates"]:
         assert certificate["sentence"] in shown
+    assert answer["shares"][0]["sentence"] in shown
     assert "18 rows" in shown
     assert "[bold]France[/bold]" in shown
     assert "\x1b" not in answered.stderr
@@ -513,6 +517,15 @@ def hostile_answer(**explained: Any) -> dict[str, Any]:
         "observed": {},
         "sentence": "No [b]statement[/b].",
     }
+    share = {
+        "direction": "proponents",
+        "estimate": None,
+        "low": None,
+        "high": None,
+        "confidence": 0.0,
+        "sampled": 0,
+        "sentence": "No [i]share[/i].",
+    }
     answer = {
         "measurement": {"value": -1.5, "terms": [term]},
         "index": "default",
@@ -520,11 +533,14 @@ def hostile_answer(**explained: Any) -> dict[str, Any]:
         "parameters": {"damping": 0.1},
         "estimator_sha256": "",
         "by_gradients": True,
-        "sign_and_unit": "score: exact influence in nats",
+        "sign_and_unit": "score: an estimate",
+        "effect": None,
+        "effect_reason": "Not measured.",
         "ranking": "score",
         "results": [result],
         "documents": [],
         "certificates": [certificate],
+        "shares": [share],
         "partial": False,
         "rescored_rows": 1,
         "sampled_rows": 2,
@@ -541,7 +557,14 @@ def test_hostile_text_is_shown_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(query, "stderr", console)
     query.show(hostile_answer())
     shown = screen.getvalue()
-    for part in ("[red]The prompt[/]", "[/x]", "[link=http://x]odd[/link]", "[/nonsense]", "[b]"):
+    for part in (
+        "[red]The prompt[/]",
+        "[/x]",
+        "[link=http://x]odd[/link]",
+        "[/nonsense]",
+        "[b]",
+        "[i]",
+    ):
         assert part in shown
     for part in ("-1,234", "+0.25", "(the model's own)", "1 of 3,000 rows", "0.75 s", "1 token;"):
         assert part in shown

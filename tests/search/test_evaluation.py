@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from estimators.model.tokens import Sequence1D
-from index.certificates.statement import Certificate
-from scripts.audit_recall import summarise
+from index.certificates.statement import Certificate, Share, no_share
+from scripts.audit_recall import summarise, summarise_shares
 from scripts.bench.commands import measure
 from scripts.demo.tail_patch import TailPatch
 from service.indexing.fitting import FitOptions
@@ -125,6 +125,7 @@ def answer(rows: list[int], bound: float) -> Answer:
         partial=False,
         results=results,
         sided_certificates=[("proponents", certificate)],
+        sided_shares=[("proponents", no_share("None."))],
         rescored_rows=2,
         sampled_rows=0,
         documents=[],
@@ -156,6 +157,23 @@ def test_ties_with_the_kth_best_count_as_found():
     truth = np.array([[5.0, 4.0, 4.0, 2.0, 1.0]])
     report = summarise([answer([0, 2], 1.0)], truth, [0, 1, 2, 3, 4], k=2, confidence=0.95)
     assert report["mean_recall"] == 1.0
+
+
+def test_the_audit_counts_the_intervals_of_shares_that_held_by_hand():
+    scores = np.array([[5.0, 4.0, 0.0, -2.0, np.nan], [1.0, 1.0, 1.0, 1.0, -9.0]])
+    stated = [answer([0], 1.0), answer([0, 1], 1.0)]  # 5 of 9, 2 of 4
+    for one, low, high in zip(stated, (0.5, 0.6), (0.6, 0.9), strict=True):
+        share = Share(
+            estimate=low, low=low, high=high, confidence=0.95, sampled=40, sentence="So much."
+        )
+        one.sided_shares[:] = [("proponents", share)]
+    found = summarise_shares(stated, scores, [0, 1, 2, 3, 4])
+    assert found is not None
+    assert found["mean"] == pytest.approx((5 / 9 + 2 / 4) / 2)
+    assert (found["intervals"], found["held"]) == (2, 1)
+    assert found["median_width"] == pytest.approx(0.2)
+    assert summarise_shares(stated, scores[:, :2], [0, 1]) is None  # only a sample was scored
+    assert summarise_shares([answer([0], 1.0)], scores[:1], [0, 1, 2, 3, 4]) is None
 
 
 def test_no_bound_is_judged_by_a_sample():

@@ -91,7 +91,7 @@ class Ground:
 
     @property
     def exact(self) -> Float[np.ndarray, "query row"]:
-        """Exact scores of all rows in nats, positive = proponent."""
+        """Exact scores of all rows, positive = proponent."""
         return self._truths["exact"]
 
     @property

@@ -9,12 +9,13 @@ const SIDES = {
   opponents: ["Opponents", "lowered it"],
 };
 
-/** Results by direction, near-duplicates folded under the best of their cluster. */
-export function sidesOf(results) {
+/** Results by direction, near-duplicates folded under the best of their cluster; `shares` of them. */
+export function sidesOf(results, shares = []) {
   return Object.entries(SIDES)
     .map(([direction, [title, what]]) => {
       const rows = results.filter((result) => result.direction === direction);
-      return { direction, title, what, found: rows.length, groups: groupsOf(rows) };
+      const share = shares.find((one) => one.direction === direction)?.sentence ?? "";
+      return { direction, title, what, share, found: rows.length, groups: groupsOf(rows) };
     })
     .filter((side) => side.groups.length > 0);
 }

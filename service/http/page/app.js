@@ -16,10 +16,10 @@ const STAGES = ["Gradient", "Candidates", "Rescoring"];
 const QUIET_MS = 5000; // between two things that a screen reader is told while rows are rescored
 const RETRY_MS = 5000;
 
-/** Nothing to show yet; `nats`: scores will be influences, and not, say, similarities of texts. */
-function noAnswer(nats = true) {
+/** Nothing to show yet; `influence`: scores will be influences, not, say, similarities of texts. */
+function noAnswer(influence = true) {
   return {
-    nats,
+    influence,
     stage: 0,
     line: "",
     problem: null,
@@ -222,10 +222,10 @@ function page() {
       answerText = text;
       const sided = new Set(answer.certificates.map((c) => c.direction)).size > 1;
       this.shown = {
-        ...noAnswer(this.shown.nats),
+        ...noAnswer(this.shown.influence),
         stage: STAGES.length,
         measurement: measurementOf(answer.measurement),
-        sides: sidesOf(answer.results),
+        sides: sidesOf(answer.results, answer.shares),
         certificates: answer.certificates.map((c, key) => certificateOf(c, key, sided)),
         documents: documentsOf(answer),
         layers: sumLayers(answer.results),
@@ -306,7 +306,7 @@ function page() {
       save("etymon-answer.json", "application/json", answerText);
     },
     downloadCsv() {
-      save("etymon-answer.csv", "text/csv", toCsv(parse(answerText).results, this.shown.nats));
+      save("etymon-answer.csv", "text/csv", toCsv(parse(answerText).results));
     },
   };
 }

@@ -14,16 +14,15 @@ export function save(name, type, text) {
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
 
-/** The results as CSV (RFC 4180), safe to open in a spreadsheet; `nats` is the scores' unit or not. */
-export function toCsv(results, nats) {
-  const names = COLUMNS.map((name) => (name === "score" && nats ? "score_nats" : name));
+/** The results as CSV (RFC 4180), safe to open in a spreadsheet. */
+export function toCsv(results) {
   const rows = results.map((result) =>
     COLUMNS.map((column) => {
       if (column === "metadata") return JSON.stringify(result.metadata);
       return result[column];
     }),
   );
-  return [names, ...rows].map((row) => row.map(cell).join(",") + "\r\n").join("");
+  return [COLUMNS, ...rows].map((row) => row.map(cell).join(",") + "\r\n").join("");
 }
 
 /** A quoted cell. Spreadsheets run texts that begin like formulas, so those get an apostrophe. */

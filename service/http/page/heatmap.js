@@ -19,7 +19,7 @@ function spans(tokens) {
     const span = document.createElement("span");
     span.className = score < 0 ? "token lowered" : "token raised";
     span.textContent = visible(text);
-    span.title = `${onOneLine(text)}\n${signed(score)} nats`;
+    span.title = `${onOneLine(text)}\n${signed(score)}`;
     span.style.setProperty("--strength", `${Math.round((100 * Math.abs(score)) / largest)}%`);
     return span;
   });
@@ -36,5 +36,5 @@ export function strongest(result, most = 8) {
     .filter(({ size }) => size !== 0)
     .sort((a, b) => Math.abs(b.size) - Math.abs(a.size))
     .slice(0, most)
-    .map((token) => ({ ...token, score: `${signed(token.size)} nats` }));
+    .map((token) => ({ ...token, score: signed(token.size) }));
 }

@@ -4,7 +4,7 @@ import { signed, number } from "./format.js";
 
 let chart = null;
 
-/** Each layer's raised, lowered and total share over the results, in nats, in the model's order. */
+/** Each layer's raised, lowered and total share over the results, in the model's order. */
 export function sumLayers(results) {
   const layers = new Map();
   for (const result of results) {
@@ -65,7 +65,7 @@ function options(across, colour) {
     ticks: { color: colour("--quiet"), autoSkip: values || across, maxRotation: 90 },
     grid: { color: values ? colour("--line") : "transparent" },
     border: { color: colour("--line") },
-    title: { display: values, text: "nats", color: colour("--quiet") },
+    title: { display: values, text: "sum of parts of scores", color: colour("--quiet") },
   });
   return {
     indexAxis: across ? "x" : "y",
@@ -77,7 +77,7 @@ function options(across, colour) {
       legend: { align: "start", labels: { color: colour("--ink"), boxWidth: 14 } },
       tooltip: {
         callbacks: {
-          label: (item) => `${item.dataset.label}: ${signed(item.parsed[across ? "y" : "x"])} nats`,
+          label: (item) => `${item.dataset.label}: ${signed(item.parsed[across ? "y" : "x"])}`,
         },
       },
     },

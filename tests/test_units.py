@@ -1,0 +1,97 @@
+"""No number says more than it knows: what users read calls nothing nats that was not measured."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+SEEN = sorted(
+    [
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "docs" / "openapi.json",
+        *(ROOT / "service" / "http" / "page").glob("*.*"),
+        *(ROOT / "service" / "schemas").glob("*.py"),
+        *(ROOT / "service" / "search").glob("*.py"),
+        *(ROOT / "scripts").glob("*.py"),
+        *(ROOT / "estimators").rglob("*.py"),
+    ]
+)
+"""What users read: documents, the API's description, the page, commands, docstrings of scores."""
+
+MEASURED = (
+    # log-probabilities, their sums and differences
+    r"log p = -5\.204 nats over 3 tokens",
+    r"log p\(\w+ \| prompt\), (in )?nats",
+    r"f\(q\) = log p\(completion \| prompt\)`, in nats",
+    r"nats; the sum over terms of weight times log p",
+    r"`{1,2}log p\(\w+ \| prompt\)`{1,2} in nats",
+    r"`{1,2}f = [^`]*log p[^`]*`{1,2} (in )?\(?nats",
+    r"(The|Its part of the) measured value, in nats",
+    r"Of the first term, in nats",
+    r"One weighted part of a measurement, in nats",
+    r"the weighted sum of their log-probabilities, in nats",
+    r"values: of every sequence of every query, in nats",
+    r"\{(signed\(measurement\.value\)|measurement\.value:\+\.3f|answer\['measurement'\]\['value'\]"
+    r":\+\.3f|signed\(nats\))\} nats",
+    r"function probability\(nats, tokens\)",
+    r"Math\.exp\(nats\)",
+    # losses
+    r"next-token negative (log-likelihoods? of the counted tokens|log-likelihood), in nats",
+    r"negative log-likelihoods over the counted tokens, in nats",
+    r"Negative log-probability of the labels, in nats",
+    r"The loss of each sequence in nats",
+    # gains of a training step that was made
+    r"gain, nats",
+    # the scale that an answer has where it was measured, and what is said of its absence
+    r"nats_per_unit|Nats Per Unit",
+    r"no answer converts scores into nats",
+    r"Numbers that Etymon does call nats were measured",
+    r"what one unit of score is worth in nats",
+)
+"""The only uses of the word, with enough around it to see of what; no score is among them."""
+
+DENIED = (
+    r"`-score / N`\. That holds at a minimum of the objective",
+    r"`-score / N` was 34 times too large",
+)
+"""Where the textbook's prediction is named, to say what it is worth."""
+
+
+def text_of(path: Path) -> str:
+    """On one line, without what breaks lines: Python's joined strings, comment and list marks."""
+    joined = re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8"))
+    return " ".join(joined.split())
+
+
+def left_over(text: str, word: str, allowed: tuple[str, ...]) -> list[str]:
+    """What surrounds each use of a word that no allowed passage holds."""
+    spans = [m.span() for passage in allowed for m in re.finditer(passage, text)]
+    return [
+        text[max(m.start() - 60, 0) : m.end() + 40]
+        for m in re.finditer(word, text)
+        if not any(start <= m.start() and m.end() <= end for start, end in spans)
+    ]
+
+
+@pytest.mark.parametrize("path", SEEN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_what_was_measured_is_in_nats(path: Path) -> None:
+    assert left_over(text_of(path), r"(?i)(?<![a-z])nats(?![a-z])", MEASURED) == []
+
+
+@pytest.mark.parametrize("path", SEEN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_score_over_the_number_of_examples_is_a_prediction(path: Path) -> None:
+    assert left_over(text_of(path), r"(?i)score`*\s*/\s*`*N\b", DENIED) == []
+
+
+def test_the_search_finds_what_it_must() -> None:
+    text = "scores in nats, `-score / N`; log p(completion | prompt), nats"
+    assert len(left_over(text, "nats", MEASURED)) == 1
+    assert len(left_over(text, r"score / N", DENIED)) == 1
+
+
+@pytest.mark.parametrize("passage", [*MEASURED, *DENIED])
+def test_every_allowed_passage_is_in_use(passage: str) -> None:
+    assert any(re.search(passage, text_of(path)) for path in SEEN)
