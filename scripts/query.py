@@ -205,6 +205,8 @@ def show(answer: dict[str, Any]) -> None:
     stderr.print()
     for term in answer["measurement"]["terms"]:
         stderr.print(_term(term))
+        if term["caution"] is not None:
+            stderr.print(Text(printable(term["caution"]), style="yellow"))
     tokens = sum(term["completion_tokens"] for term in answer["measurement"]["terms"])
     what = "difference of log p" if _contrasts(answer) else "log p"
     stderr.print(

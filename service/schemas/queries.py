@@ -247,8 +247,9 @@ class TermSchema(Schema):
     against_log_probability: float | None = Field(description="log p(against | prompt), nats.")
     completion_tokens: int
     caution: str | None = Field(
+        default=None,
         description="Why the scores of such a question mean little, in a sentence; null if nothing "
-        "speaks against them."
+        "speaks against them.",
     )
 
 

@@ -490,7 +490,7 @@ def test_assistants_know_what_the_tools_take_and_that_they_change_nothing() -> N
         assert one.description
         assert one.annotations.read_only_hint
     told = tools["query_training_examples"].input_schema["properties"]
-    assert told["prompt"]["description"] == "What the model was asked."
+    assert told["prompt"]["description"].startswith("What the model was asked; empty for")
     assert told["k"]["maximum"] == 50
 
 

@@ -39,6 +39,7 @@ from service.schemas.queries import (
 from service.search.answer import NO_SCALE
 
 ROWS = 8072
+CAUTION = "The model finds the completion impossible (log p = -233.0)."
 BIG_SEED = 2**61 + 1
 HOSTILE_TEXTS = (
     "<script>window.hacked=1</script><img src=x onerror=\"window.hacked=2;alert('x')\">",
@@ -166,6 +167,7 @@ def canned_measurement(request: QueryRequest) -> MeasurementSchema:
         log_probability=-3.3,
         against_log_probability=None if request.against is None else -7.5,
         completion_tokens=3,
+        caution=CAUTION if request.prompt == "" else None,
     )
     return MeasurementSchema(value=-3.3 if request.against is None else 4.2, terms=[term])
 

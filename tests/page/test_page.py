@@ -20,6 +20,7 @@ from service.schemas.queries import QueryRequest
 from tests.page.page_driver import PageDriver, chromium
 from tests.page.page_server import (
     BIG_SEED,
+    CAUTION,
     HOSTILE_TEXTS,
     LAYERS,
     PLAIN_TEXTS,
@@ -333,6 +334,17 @@ def test_a_contrast_sends_what_was_not_said(open_page: Open, service: CannedServ
     measured = driver.shown("measurement")
     expect(measured).to_contain_text(f"against “Kathmandu”, log p = {MINUS}7.5 nats")
     expect(measured).to_contain_text("The measured difference is +4.2 nats.")
+
+
+def test_a_caution_is_shown_and_a_prompt_may_be_empty(
+    open_page: Open, service: CannedService
+) -> None:
+    driver = open_page()
+    driver.ask(*ASKED)
+    expect(driver.shown("measurement").locator(".warning")).to_be_hidden()
+    driver.ask("", ASKED[1])
+    assert service.asked[-1]["prompt"] == ""
+    expect(driver.shown("measurement").locator(".warning")).to_have_text(CAUTION)
 
 
 def test_both_directions_are_apart(open_page: Open) -> None:

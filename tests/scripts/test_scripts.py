@@ -452,9 +452,11 @@ def test_bad_settings_end_serve_with_one_sentence(arguments: list[str], says: st
     assert says in sentence(invoke(serve, *arguments))
 
 
-def test_a_missing_model_ends_serve_with_one_sentence() -> None:
-    ended = invoke(serve, "--model", "/nowhere", "--index", "a=x", "--port", 0)
-    assert "Cannot load a causal language model" in sentence(ended)
+def test_a_missing_model_or_index_ends_serve_with_one_sentence(built: Built) -> None:
+    named = ("--model", "/nowhere", "--port", 0, "--index")
+    ended = invoke(serve, *named, f"a={built.index}")
+    assert "model from '/nowhere': there is no such folder" in sentence(ended)
+    assert "No complete index in x" in sentence(invoke(serve, *named, "a=x"))
 
 
 def test_settings_come_from_flags_then_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -502,6 +504,7 @@ def hostile_answer(**explained: Any) -> dict[str, Any]:
         "completed_by_model": True,
         "log_probability": -1.5,
         "against_log_probability": None,
+        "caution": "It [says] so.",
         "completion_tokens": 1,
     }
     certificate = {
@@ -564,6 +567,7 @@ def test_hostile_text_is_shown_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
         "[/nonsense]",
         "[b]",
         "[i]",
+        "It [says] so.",
     ):
         assert part in shown
     for part in ("-1,234", "+0.25", "(the model's own)", "1 of 3,000 rows", "0.75 s", "1 token;"):

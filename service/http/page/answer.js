@@ -70,6 +70,7 @@ export function measurementOf(measurement) {
     by: term.completed_by_model ? "the model's own completion" : "the completion given",
     how: probability(term.log_probability, term.completion_tokens),
     against: term.against === null ? null : visible(term.against).trimStart(),
+    caution: term.caution,
     unsaid: term.against_log_probability === null ? "" : probability(term.against_log_probability),
   }));
   const contrast = terms.some((term) => term.against !== null);
