@@ -454,7 +454,7 @@ def test_bad_settings_end_serve_with_one_sentence(arguments: list[str], says: st
 
 def test_a_missing_model_or_index_ends_serve_with_one_sentence(built: Built) -> None:
     named = ("--model", "/nowhere", "--port", 0, "--index")
-    ended = invoke(serve, *named, f"a={built.index}")
+    ended = invoke(serve, *named, f"a={built.workspace.index}")
     assert "model from '/nowhere': there is no such folder" in sentence(ended)
     assert "No complete index in x" in sentence(invoke(serve, *named, "a=x"))
 
