@@ -38,7 +38,11 @@ MEASURED = (
     r":\+\.3f|signed\(nats\))\} nats",
     r"function probability\(nats, tokens\)",
     r"Math\.exp\(nats\)",
+    r"Log-probabilities, in nats, beyond which a question",
+    r"impossible or certain; `{1,2}value`{1,2} in nats",
+    r"Its log-probability is below -200 nats",
     # losses
+    r"mean: loss in nats a token",
     r"next-token negative (log-likelihoods? of the counted tokens|log-likelihood), in nats",
     r"negative log-likelihoods over the counted tokens, in nats",
     r"Negative log-probability of the labels, in nats",

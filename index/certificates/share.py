@@ -39,6 +39,11 @@ FEWEST_SAMPLED = 30
 """From fewer random rows no interval is stated: they say little of a skewed law."""
 
 
+FEWEST_POSITIVE = 8
+"""As many of these must have a score of the sign asked for: fewer, or none at the worst, do not
+tell the law of the scores, and an interval would be too narrow."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShareEvidence:
     """What a share is computed from; scores and guesses are 0 where negative or not finite.
@@ -79,6 +84,12 @@ def estimate_share(evidence: ShareEvidence, confidence: float) -> Share:
         return no_share(
             f"of the rows that were not looked for, {sampled} were scored at random; at least "
             f"{FEWEST_SAMPLED} are needed (audit_rows)"
+        )
+    positive = int(np.count_nonzero(evidence.sample))
+    if not everything and positive < FEWEST_POSITIVE:
+        return no_share(
+            f"only {positive} of {sampled} rows drawn at random have {evidence.influence}; at "
+            f"least {FEWEST_POSITIVE} are needed (audit_rows)"
         )
     least, middle, most = (seen,) * 3 if everything else total_of_others(evidence, confidence)
     share, low, high = (min(shown / max(whole, seen), 1.0) for whole in (middle, most, least))

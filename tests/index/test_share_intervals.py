@@ -122,7 +122,7 @@ def test_good_guesses_narrow_the_interval_and_useless_ones_do_no_harm() -> None:
 def test_a_share_is_never_more_than_what_was_seen_allows() -> None:
     """One large row in the sample makes the lower end of the whole meaningless."""
     scores = np.zeros(1000)
-    scores[7] = 100.0
+    scores[:8] = [0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.4, 99.0]
     given = evidence(scores, 0 * scores, np.arange(40), shown=[100.0], known=20.0)
     share = estimate_share(given, 0.95)
     assert share.high == pytest.approx(100 / 120)
@@ -158,6 +158,11 @@ def test_what_cannot_be_said_has_its_reason() -> None:
     share = estimate_share(few, 0.95)
     assert share.estimate is share.low is share.high is None
     assert "29 were scored at random; at least 30 are needed" in share.sentence
+    rare = np.zeros(1000)
+    rare[::100] = 50.0  # a sample of 64 that sees none of ten would be certain of them
+    unseen = evidence(rare, rare * 0, np.arange(1, 65), shown=[1.0])
+    told = "only 0 of 64 rows drawn at random have positive influence; at least 8 are needed"
+    assert told in estimate_share(unseen, 0.95).sentence
     negative = evidence(scores, scores, np.arange(40), shown=[0.0, 0.0])
     assert "none of the results has positive" in estimate_share(negative, 0.95).sentence
     nothing = evidence(0 * scores, scores, np.arange(100), influence="negative influence")
