@@ -349,8 +349,11 @@ class Search:
         Among the rows left out they are as random as those of the audit: their proxies lie below
         those that were begun with, and no less deep than the shallowest row that is unscored.
         """
+        threshold = self._threshold()
+        if threshold == -math.inf:  # not k rows were scored: none was left out
+            return self._sample[:0]
         ruler = self.proxies.with_slack() if self._by_calibration() else self.proxies
-        depths = ruler.depths(self._threshold())
+        depths = ruler.depths(threshold)
         reached = depths[live].min(initial=math.inf)
         rows = self._sample[~self.proxies.failed[self._sample]]
         left_out = (depths[rows] >= reached) & (self.proxies.values[rows] < self._begun)

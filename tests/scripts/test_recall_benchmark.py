@@ -17,6 +17,7 @@ from scripts.bench.corpora import dictionary_pieces, speech_paragraphs
 from scripts.bench.recall import layouts as bench_layouts
 from scripts.bench.recall.layouts import LowRank, TwoSided, other_layouts, top_factors
 from scripts.bench.recall.recall import Row, judged, quarters, recall
+from service.checkpoints import ModelSource
 from service.models import LoadedModel
 from tests.directions import query_directions
 
@@ -112,7 +113,7 @@ def test_two_sided_store_estimates_inner_products(gpt2, monkeypatch):
 @pytest.fixture
 def loaded(gpt2_float32):
     return LoadedModel(
-        source="",
+        origin=ModelSource(name="tiny"),
         model=gpt2_float32,
         tokenizer=None,
         coverage=find_layers(gpt2_float32),
