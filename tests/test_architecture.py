@@ -18,6 +18,7 @@ ROOMS = {
         "estimators/model",
         "estimators/sketching",
     },
+    "estimators/run": {"estimators", "estimators/model"},
     "estimators/scorers": {"estimators", "estimators/model"},
     "index": set(),
     "index/certificates": set(),

@@ -1,0 +1,1 @@
+"""What a training run did, step by step, and derivatives through it."""
