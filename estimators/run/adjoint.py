@@ -1,0 +1,183 @@
+"""Influence through the run itself: reverse-mode differentiation of all its steps (metagradients).
+
+Maclaurin, Duvenaud and Adams 2015, Gradient-based hyperparameter optimization through reversible
+learning; Engstrom et al. 2025, Optimizing ML training with metagradient descent. With a state
+``s = (parameters, moments)`` and a step ``s_(t+1) = h_t(s_t, w)`` in which a weight ``w_i`` (= 1)
+stands before each row's loss, the adjoint goes backward from ``a_T = df/ds_T``:
+
+    a_t = (dh_t/ds_t)^T a_(t+1)
+    influence of row i = sum over the steps that read it of (dh_t/dw_i)^T a_(t+1)
+
+which is ``df/dw_i``, in nats of f for a change of weight 1, exact to first order. Positive: the row
+raised f. Leaving it out (weight 0) changes f by minus that, to first order.
+
+The optimizer's part of a step is elementwise and cheap: its derivative with respect to the gradient
+gives one tensor u for each parameter. The model's part is then one derivative of ``<gradient, u>``
+with respect to parameters (a Hessian-vector product) and weights.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from estimators.model.measurement import negative_log_likelihood, next_token_logits
+from estimators.model.tokens import Sequence1D, collate
+from estimators.run.passes import put, row_losses, step_gradients
+from estimators.run.recorded import Batch, Recipe, Row, State, Step
+from estimators.run.updates import update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adjoint:
+    """The derivative of one question's measured value with respect to a state.
+
+    Attributes:
+        parameters: by name.
+        moments: by kind and name; empty at the end of the run and before the first step.
+    """
+
+    parameters: Mapping[str, Tensor]
+    moments: Mapping[str, Mapping[str, Tensor]]
+
+    @property
+    def norm(self) -> float:
+        """Of the part for the parameters; growing backward, the run is not smooth."""
+        return float(
+            torch.stack([value.square().sum() for value in self.parameters.values()]).sum() ** 0.5
+        )
+
+
+def final_adjoint(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    state: State,
+    question: Sequence[tuple[Sequence1D, float]],
+) -> tuple[Adjoint, float]:
+    """``df/ds`` at the end of the run, and f, the weighted sum of log-probabilities.
+
+    Args:
+        model: its trained parameters require gradients.
+        parameters: these, by name.
+        state: of the end.
+        question: sequences with their weights.
+    """
+    put(parameters, state)
+    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    value = 0.0
+    for sequence, weight in question:
+        batch = collate([sequence]).to(next(iter(parameters.values())).device)
+        said = -weight * negative_log_likelihood(next_token_logits(model, batch), batch).sum()
+        found = torch.autograd.grad(said, list(parameters.values()), allow_unused=True)
+        value += float(said.detach())
+        for name, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                total[name] += gradient
+    return Adjoint(parameters=total, moments={}), value
+
+
+def step_back(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    recipe: Recipe,
+    rows: Sequence[Row],
+    step: Step,
+    state: State,
+    after: Sequence[Adjoint],
+) -> tuple[list[Adjoint], Float[Tensor, "question row"]]:
+    """Each question's adjoint before a step, and the influence of the rows that the step read.
+
+    Args:
+        model: its trained parameters require gradients, in float32 or float64.
+        parameters: these, by name.
+        recipe: of the run.
+        rows: of the run.
+        step: to go back over.
+        state: before it.
+        after: adjoints behind it, one a question; they share the passes through the model.
+
+    Returns:
+        The adjoints; influences in order of the rows of the step's batches.
+    """
+    put(parameters, state)
+    device = next(iter(parameters.values())).device
+    ones = torch.ones(len(rows), device=device, dtype=next(iter(parameters.values())).dtype)
+    gradients = step_gradients(model, parameters, rows, step, ones)
+    backs = [_optimizer_back(recipe, step, state, gradients, adjoint) for adjoint in after]
+    pushes = [back[1] for back in backs]
+    sums = [dict(back[0].parameters) for back in backs]
+    influences = []
+    for batch in step.batches:
+        found = _model_back(model, parameters, rows, batch, pushes, device)
+        influences.append(torch.stack([one[1] for one in found]))
+        for total, (products, _) in zip(sums, found, strict=True):
+            for name, product in products.items():
+                total[name] = total[name] + product
+    moments = [back[0].moments for back in backs]
+    adjoints = [Adjoint(parameters=p, moments=m) for p, m in zip(sums, moments, strict=True)]
+    return adjoints, torch.cat(influences, dim=1)
+
+
+def _optimizer_back(
+    recipe: Recipe, step: Step, state: State, gradients: Mapping[str, Tensor], after: Adjoint
+) -> tuple[Adjoint, dict[str, Tensor]]:
+    """The adjoint through the optimizer alone, and its derivative with respect to the gradient."""
+    old = {name: value.detach().requires_grad_() for name, value in state.parameters.items()}
+    moments = {
+        kind: {name: value.detach().requires_grad_() for name, value in tensors.items()}
+        for kind, tensors in state.moments.items()
+    }
+    seen = {name: value.detach().requires_grad_() for name, value in gradients.items()}
+    new, changed = update(recipe, state.step, step.rates, old, moments, seen)
+    outputs = [(new[name], after.parameters[name]) for name in new]
+    for kind, tensors in after.moments.items():
+        outputs += [(changed[kind][name], value) for name, value in tensors.items()]
+    leaves = [*old.values(), *seen.values(), *(m for t in moments.values() for m in t.values())]
+    kept = [(value, grad) for value, grad in outputs if value.requires_grad]
+    found = torch.autograd.grad(
+        [value for value, _ in kept],
+        leaves,
+        [grad for _, grad in kept],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    rest = iter(found)
+    parameters = {name: next(rest) for name in old}
+    pushes = {name: next(rest) for name in seen}
+    back = {kind: {name: next(rest) for name in tensors} for kind, tensors in moments.items()}
+    return Adjoint(parameters=parameters, moments=back), pushes
+
+
+def _model_back(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    rows: Sequence[Row],
+    batch: Batch,
+    pushes: Sequence[Mapping[str, Tensor]],
+    device: torch.device,
+) -> list[tuple[dict[str, Tensor], Float[Tensor, "row"]]]:
+    """For each question: the Hessian of the batch's loss times u, and ``<gradient_i, u>`` a row."""
+    weights = torch.ones(
+        len(batch.rows), device=device, dtype=next(iter(parameters.values())).dtype
+    )
+    weights.requires_grad_()
+    losses = row_losses(model, rows, batch, device)
+    loss = (weights * losses).sum() / batch.divisor
+    gradients = torch.autograd.grad(
+        loss, list(parameters.values()), create_graph=True, allow_unused=True
+    )
+    used = [(n, g) for n, g in zip(parameters, gradients, strict=True) if g is not None]
+    found = []
+    for place, push in enumerate(pushes):
+        products = torch.autograd.grad(
+            [gradient for _, gradient in used],
+            [*parameters.values(), weights],
+            [push[name] for name, _ in used],
+            retain_graph=place + 1 < len(pushes),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        found.append((dict(zip(parameters, products, strict=False)), products[-1]))
+    return found

@@ -1,0 +1,114 @@
+"""An optimizer's step as a function of gradients and state, to be differentiated.
+
+The same arithmetic as ``torch.optim`` in PyTorch 2.13, out of place: SGD with momentum (Sutskever
+et al. 2013, as PyTorch has it), Adam (Kingma and Ba 2015), AdamW (Loshchilov and Hutter 2019).
+
+One deviation, in derivatives only: where a second moment is exactly 0 its root has no derivative,
+and 0 is taken. Such an entry has never had a gradient, e.g. the embedding of a token not read yet.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from estimators.run.recorded import Group, OptimizerName, Recipe
+
+Tensors = Mapping[str, Tensor]
+Moments = Mapping[str, Tensors]
+Updated = tuple[Tensor, dict[str, Tensor]]
+
+CLIPPING_EPSILON = 1e-6
+"""Added to the norm by ``torch.nn.utils.clip_grad_norm_``."""
+
+
+def update(
+    recipe: Recipe,
+    number: int,
+    rates: Sequence[float],
+    parameters: Tensors,
+    moments: Moments,
+    gradients: Tensors,
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Parameters and moments after a step; nothing is changed in place.
+
+    Args:
+        recipe: optimizer, groups and clipping.
+        number: of the step, from 0.
+        rates: learning rate of each group.
+        parameters: by name, each in one group.
+        moments: by kind and name; a kind may be missing before the first step.
+        gradients: by name.
+    """
+    clipped = _clipped(gradients, recipe.clipping)
+    step = STEPS[recipe.optimizer]
+    after: dict[str, Tensor] = {}
+    kept: dict[str, dict[str, Tensor]] = {}
+    for group, rate in zip(recipe.groups, rates, strict=True):
+        for name in group.parameters:
+            own = {kind: tensors[name] for kind, tensors in moments.items()}
+            after[name], changed = step(group, rate, number, parameters[name], own, clipped[name])
+            for kind, tensor in changed.items():
+                kept.setdefault(kind, {})[name] = tensor
+    return after, kept
+
+
+def _clipped(gradients: Tensors, largest: float | None) -> Tensors:
+    if largest is None:
+        return gradients
+    norm = torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(value) for value in gradients.values()])
+    )
+    factor = torch.clamp(largest / (norm + CLIPPING_EPSILON), max=1.0)
+    return {name: value * factor for name, value in gradients.items()}
+
+
+def _sgd(
+    group: Group, rate: float, number: int, weight: Tensor, moments: Tensors, gradient: Tensor
+) -> Updated:
+    direction = gradient + group.weight_decay * weight if group.weight_decay else gradient
+    if not group.momentum:
+        return weight - rate * direction, {}
+    buffer = direction
+    if number > 0:
+        old = moments["momentum_buffer"]
+        buffer = group.momentum * old + (1 - group.dampening) * direction
+    moved = direction + group.momentum * buffer if group.nesterov else buffer
+    return weight - rate * moved, {"momentum_buffer": buffer}
+
+
+def _adam(
+    group: Group, rate: float, number: int, weight: Tensor, moments: Tensors, gradient: Tensor
+) -> Updated:
+    if group.weight_decay:
+        gradient = gradient + group.weight_decay * weight
+    return _adaptive(group, rate, number, weight, moments, gradient)
+
+
+def _adamw(
+    group: Group, rate: float, number: int, weight: Tensor, moments: Tensors, gradient: Tensor
+) -> Updated:
+    if group.weight_decay:
+        weight = weight * (1 - rate * group.weight_decay)
+    return _adaptive(group, rate, number, weight, moments, gradient)
+
+
+def _adaptive(
+    group: Group, rate: float, number: int, weight: Tensor, moments: Tensors, gradient: Tensor
+) -> Updated:
+    first, second = group.betas
+    zero = torch.zeros_like(gradient)
+    mean = first * moments.get("exp_avg", zero) + (1 - first) * gradient
+    square = second * moments.get("exp_avg_sq", zero) + (1 - second) * gradient * gradient
+    unbiased = 1 - second ** (number + 1)
+    root = _root(square) / unbiased**0.5 + group.epsilon
+    moved = weight - rate / (1 - first ** (number + 1)) * mean / root
+    return moved, {"exp_avg": mean, "exp_avg_sq": square}
+
+
+def _root(square: Tensor) -> Tensor:
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+
+
+STEPS: dict[OptimizerName, Callable[..., Updated]] = {"sgd": _sgd, "adam": _adam, "adamw": _adamw}
