@@ -41,6 +41,8 @@ MEASURED = (
     r"Log-probabilities, in nats, beyond which a question",
     r"impossible or certain; `{1,2}value`{1,2} in nats",
     r"Its log-probability is below -200 nats",
+    # derivatives of a log-probability through the run itself
+    r"`{1,2}df/dw_i`{1,2}, in nats of f for a change of weight 1",
     # losses
     r"mean: loss in nats a token",
     r"next-token negative (log-likelihoods? of the counted tokens|log-likelihood), in nats",
