@@ -102,15 +102,18 @@ def step_back(
         The adjoints; influences in order of the rows of the step's batches.
     """
     put(parameters, state)
-    device = next(iter(parameters.values())).device
-    ones = torch.ones(len(rows), device=device, dtype=next(iter(parameters.values())).dtype)
-    gradients = step_gradients(model, parameters, rows, step, ones)
+    only = _Pass(model, parameters, rows, step.batches[0]) if len(step.batches) == 1 else None
+    if only is None:
+        ones = torch.ones(len(rows)).to(next(iter(parameters.values())))
+        gradients = step_gradients(model, parameters, rows, step, ones)
+    else:  # one pass serves both
+        gradients = only.gradient()
     backs = [_optimizer_back(recipe, step, state, gradients, adjoint) for adjoint in after]
     pushes = [back[1] for back in backs]
     sums = [dict(back[0].parameters) for back in backs]
     influences = []
     for batch in step.batches:
-        found = _model_back(model, parameters, rows, batch, pushes, device)
+        found = (only or _Pass(model, parameters, rows, batch)).derivatives(pushes)
         influences.append(torch.stack([one[1] for one in found]))
         for total, (products, _) in zip(sums, found, strict=True):
             for name, product in products.items():
@@ -150,34 +153,56 @@ def _optimizer_back(
     return Adjoint(parameters=parameters, moments=back), pushes
 
 
-def _model_back(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    rows: Sequence[Row],
-    batch: Batch,
-    pushes: Sequence[Mapping[str, Tensor]],
-    device: torch.device,
-) -> list[tuple[dict[str, Tensor], Float[Tensor, "row"]]]:
-    """For each question: the Hessian of the batch's loss times u, and ``<gradient_i, u>`` a row."""
-    weights = torch.ones(
-        len(batch.rows), device=device, dtype=next(iter(parameters.values())).dtype
-    )
-    weights.requires_grad_()
-    losses = row_losses(model, rows, batch, device)
-    loss = (weights * losses).sum() / batch.divisor
-    gradients = torch.autograd.grad(
-        loss, list(parameters.values()), create_graph=True, allow_unused=True
-    )
-    used = [(n, g) for n, g in zip(parameters, gradients, strict=True) if g is not None]
-    found = []
-    for place, push in enumerate(pushes):
-        products = torch.autograd.grad(
-            [gradient for _, gradient in used],
-            [*parameters.values(), weights],
-            [push[name] for name, _ in used],
-            retain_graph=place + 1 < len(pushes),
-            allow_unused=True,
-            materialize_grads=True,
+class _Pass:
+    """A batch's gradient with the graph behind it, to be differentiated once more.
+
+    Args:
+        model: its trained parameters require gradients.
+        parameters: these, by name.
+        rows: of the run.
+        batch: that is passed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        rows: Sequence[Row],
+        batch: Batch,
+    ) -> None:
+        self._parameters = parameters
+        like = next(iter(parameters.values()))
+        self._weights = torch.ones(len(batch.rows)).to(like).requires_grad_()
+        losses = row_losses(model, rows, batch, like.device)
+        loss = (self._weights * losses).sum() / batch.divisor
+        found = torch.autograd.grad(
+            loss, list(parameters.values()), create_graph=True, allow_unused=True
         )
-        found.append((dict(zip(parameters, products, strict=False)), products[-1]))
-    return found
+        self._found = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
+
+    def gradient(self) -> dict[str, Tensor]:
+        """By parameter, without the graph."""
+        return {
+            name: self._found[name].detach() if name in self._found else torch.zeros_like(value)
+            for name, value in self._parameters.items()
+        }
+
+    def derivatives(
+        self, pushes: Sequence[Mapping[str, Tensor]]
+    ) -> list[tuple[dict[str, Tensor], Float[Tensor, "row"]]]:
+        """For each u: the Hessian of the loss times u, and ``<gradient_i, u>`` of each row.
+
+        To be asked once: it frees the graph.
+        """
+        found = []
+        for place, push in enumerate(pushes):
+            products = torch.autograd.grad(
+                list(self._found.values()),
+                [*self._parameters.values(), self._weights],
+                [push[name] for name in self._found],
+                retain_graph=place + 1 < len(pushes),
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            found.append((dict(zip(self._parameters, products, strict=False)), products[-1]))
+        return found

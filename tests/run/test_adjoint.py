@@ -100,7 +100,11 @@ class Run:
 
 
 def make_run(
-    kind: str, build: Callable[[], nn.Module] = gpt2, clipping: float | None = None
+    kind: str,
+    build: Callable[[], nn.Module] = gpt2,
+    clipping: float | None = None,
+    *,
+    batches: int = 2,
 ) -> Run:
     generator = torch.Generator().manual_seed(3)
     rows = []
@@ -112,9 +116,9 @@ def make_run(
     steps = []
     for number in range(STEPS):
         order = torch.randperm(ROWS, generator=generator).tolist()
-        parts = (order[:3], order[3:5])  # two batches a step, two rows are not read
+        parts = (order[:3], order[3:5])[:batches]  # two rows or four are not read
         counted = sum(rows[row].targets for part in parts for row in part)
-        batches = [
+        passed = [
             Batch(
                 rows=tuple(part),
                 divisor=float(counted),
@@ -122,7 +126,7 @@ def make_run(
             )
             for part in parts
         ]
-        steps.append(Step(batches=tuple(batches), rates=(0.05 / (1 + number), 0.02)))
+        steps.append(Step(batches=tuple(passed), rates=(0.05 / (1 + number), 0.02)))
     model = build()
     names = [name for name, _ in model.named_parameters()]
     group = RECIPES[kind]
@@ -163,6 +167,10 @@ def test_clipped_gradients_are_differentiated_through_their_norm(kind: str) -> N
     unclipped = make_run(kind)
     assert run.values(run.states()[-1]) != unclipped.values(unclipped.states()[-1])
     check(run)
+
+
+def test_one_batch_a_step_shares_its_pass() -> None:
+    check(make_run("adamw", batches=1))
 
 
 def test_another_architecture_with_an_output_head_of_its_own() -> None:
