@@ -1,14 +1,12 @@
 """Reading a checkpoint: its weights and its tokenizer, of which nothing may be made up."""
 
 import functools
-import importlib.util
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
@@ -141,45 +139,6 @@ def _repositorys_adapter_config(name: str, revision: str | None) -> str | None:
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """A model as it was read.
-
-    Attributes:
-        model: on the CPU.
-        notes: what a user should know of how it was read, a sentence each.
-    """
-
-    model: nn.Module
-    notes: tuple[str, ...] = ()
-
-
-def read_model(source: ModelSource, *, dtype: str, trust_remote_code: bool) -> Weights:
-    """Read all weights of a causal language model, and of its adapter if it has one.
-
-    Raises:
-        UnusableModel: it cannot be read; weights are missing, have another shape, or are left
-            over; or it is not a causal language model.
-    """
-    options = {"trust_remote_code": trust_remote_code, "dtype": dtype}
-    base = source.base()
-    if base is None:
-        return Weights(model=_whole_model(source, options))
-    if importlib.util.find_spec("peft") is None:
-        raise UnusableModel(
-            f"'{source.title}' holds a PEFT adapter; install the extra 'peft' to load it."
-        )
-    try:
-        model = _whole_model(base, options)
-    except UnusableModel as error:
-        raise UnusableModel(
-            f"The adapter in '{source.title}' belongs to the base model '{base.title}', which "
-            f"cannot be used. {error} If the base model lies elsewhere, name its place with "
-            f"--base-model FOLDER_OR_NAME."
-        ) from error
-    return _with_adapter(model, source, base)
-
-
 def read_tokenizer(source: ModelSource, *, trust_remote_code: bool) -> Any:
     """The tokenizer that ``source`` names, or the one beside the weights.
 
@@ -199,7 +158,7 @@ def read_tokenizer(source: ModelSource, *, trust_remote_code: bool) -> Any:
             f"trained with: --tokenizer FOLDER_OR_NAME."
         )
     try:
-        return _quietly(
+        return quietly(
             AutoTokenizer.from_pretrained,
             chosen.name,
             revision=chosen.revision or "main",
@@ -207,7 +166,7 @@ def read_tokenizer(source: ModelSource, *, trust_remote_code: bool) -> Any:
         )
     except Exception as error:  # damaged files raise whatever their readers happen to raise
         raise UnusableModel(
-            f"Cannot load a tokenizer from '{chosen.title}': {_one_line(error)}. Name the one that "
+            f"Cannot load a tokenizer from '{chosen.title}': {one_line(error)}. Name the one that "
             f"the model was trained with: --tokenizer FOLDER_OR_NAME."
         ) from error
 
@@ -236,26 +195,33 @@ def _has_tokenizer(folder: str) -> bool:
     return any((Path(folder) / name).is_file() for name in TOKENIZER_FILES)
 
 
-def _whole_model(source: ModelSource, options: dict[str, Any]) -> Any:
+def whole_model(source: ModelSource, *, dtype: str, trust_remote_code: bool) -> Any:
+    """A causal language model with all its weights, on the CPU.
+
+    Raises:
+        UnusableModel: it cannot be read; weights are missing, have another shape, or are left
+            over; or it is not a causal language model.
+    """
     try:
-        model, info = _quietly(
+        model, info = quietly(
             AutoModelForCausalLM.from_pretrained,
             source.name,
             revision=source.revision or "main",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, in a sentence
-            **options,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
         )
     except Exception as error:  # damaged files raise whatever their readers happen to raise
         raise UnusableModel(_why_not(source, error)) from error
     _check_architecture(source, model, info["unexpected_keys"])
-    _check_weights(source, info)
+    check_weights(source, info)
     return model
 
 
 def _why_not(source: ModelSource, error: Exception) -> str:
     """In words what keeps a model from being loaded."""
-    text = _one_line(error)
+    text = one_line(error)
     if "Unrecognized configuration class" in text:
         kind = text.partition("<class '")[2].partition("'>")[0].rpartition(".")[2]
         return (
@@ -277,33 +243,6 @@ def _why_not(source: ModelSource, error: Exception) -> str:
     return f"Cannot load a causal language model from '{source.title}': {text}."
 
 
-def _with_adapter(model: Any, source: ModelSource, base: ModelSource) -> Weights:
-    try:
-        info = _quietly(
-            model.load_adapter,
-            source.name,
-            ignore_mismatched_sizes=True,
-            adapter_kwargs={"revision": source.revision},
-        ).to_dict()
-    except Exception as error:  # as above
-        raise UnusableModel(
-            f"Cannot load the adapter in '{source.title}': {_one_line(error)}."
-        ) from error
-    _check_weights(source, info)
-    arrived = [value for name, value in model.state_dict().items() if ".default" in name]
-    if not arrived:
-        raise UnusableModel(
-            f"The adapter in '{source.title}' adds no weight to its base model '{base.title}'; "
-            f"give the folder that its training wrote."
-        )
-    numbers = sum(value.numel() for value in arrived)
-    note = (
-        f"adapter: all of its {len(arrived):,} weights ({numbers:,} numbers) are in place on the "
-        f"base model '{base.title}'"
-    )
-    return Weights(model=model, notes=(note,))
-
-
 def _check_architecture(source: ModelSource, model: Any, unexpected: Collection[str]) -> None:
     """Raise UnusableModel if the configuration says that something else was trained."""
     declared = [str(name) for name in getattr(model.config, "architectures", None) or ()]
@@ -319,7 +258,7 @@ def _check_architecture(source: ModelSource, model: Any, unexpected: Collection[
     )
 
 
-def _check_weights(source: ModelSource, info: dict[str, Any]) -> None:
+def check_weights(source: ModelSource, info: Mapping[str, Any]) -> None:
     """Raise UnusableModel unless checkpoint and configuration have the same weights.
 
     Buffers that the architecture is known to have left behind are no part of ``info``.
@@ -358,12 +297,12 @@ def _named(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An error's kind and text without line breaks or a closing full stop."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
 
 
-def _quietly(load: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def quietly(load: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Load without the library's own tables: what they tell is checked, and refused in words."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()

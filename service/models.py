@@ -16,11 +16,11 @@ from estimators.model.recomputation import recompute_blocks
 from estimators.model.tokens import Sequence1D
 from estimators.storage import fingerprint_model
 from index.manifest import ModelRecord
+from service.adapters import read_model
 from service.checkpoints import (
     ModelSource,
     check_vocabulary,
     place,
-    read_model,
     read_tokenizer,
 )
 

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -75,6 +77,13 @@ def third_layer(weights: dict) -> dict:
 def cut(path: Path) -> Path:
     path.write_bytes(path.read_bytes()[:-1000])
     return path.parent
+
+
+def drop_head(folder: Path) -> Path:
+    path = folder / "adapter_model.safetensors"
+    kept = {name: value for name, value in load_file(path).items() if "lm_head" not in name}
+    save_file(kept, path, metadata={"format": "pt"})
+    return folder
 
 
 def below_a_tokenizer(bench: Bench) -> Path:
@@ -188,6 +197,10 @@ CASES: dict[str, tuple[Case, list[str]]] = {
         lambda b: (edited_adapter(b, "deep", third_layer), {}),
         ["holds 2 weights", "that the model does not use", "layers.2."],
     ),
+    "an adapter that lost its new rows of the head": (
+        lambda b: (drop_head(resized(b, "no head", ["embed_tokens"])), {}),
+        ["trained with a vocabulary of 402, its base", "saved no output head", "would be random"],
+    ),
     "a base model without an adapter": (
         lambda b: (b.root / "good", {"base_model": "elsewhere"}),
         ["A base model is named, 'elsewhere', but", "holds no adapter"],
@@ -245,6 +258,49 @@ def test_an_adapter_says_how_many_weights_arrived_on_which_base(bench: Bench) ->
     for name, value in kept.items():
         full = name.removeprefix("base_model.model.").replace(".weight", ".default.weight")
         assert torch.equal(state[full], value)
+
+
+def resized(bench: Bench, name: str, saved: list[str]) -> Path:
+    """An adapter that was trained with two more tokens, with some modules saved whole."""
+    tokenizer = bench.longer_tokenizer()
+    model = LlamaForCausalLM.from_pretrained(bench.root / "good")
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    settings = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=saved, task_type="CAUSAL_LM"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.get_peft_model(model, settings).save_pretrained(bench.root / name)
+    tokenizer.save_pretrained(bench.root / name)
+    return bench.root / name
+
+
+def test_an_adapter_that_brings_a_larger_vocabulary_resizes_its_base(bench: Bench) -> None:
+    folder = resized(bench, "larger", ["embed_tokens", "lm_head"])
+    loaded = load(folder)
+    kept = load_file(folder / "adapter_model.safetensors")
+    embedding = kept["base_model.model.model.embed_tokens.weight"]
+    assert len(embedding) == 402
+    assert torch.equal(loaded.model.get_input_embeddings().weight, embedding)
+    assert torch.equal(
+        loaded.model.get_output_embeddings().weight, kept["base_model.model.lm_head.weight"]
+    )
+
+
+def test_an_adapter_may_save_its_output_head_whole(bench: Bench) -> None:
+    model = LlamaForCausalLM.from_pretrained(bench.root / "good")
+    settings = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(model, settings)
+        next(p for n, p in adapted.named_parameters() if "lm_head.modules" in n).data += 1
+        adapted.save_pretrained(bench.root / "headed")
+    loaded = load(bench.root / "headed")
+    head = load(bench.root / "good").model.lm_head.weight
+    assert torch.equal(loaded.model.get_output_embeddings().weight, head + 1)
+    assert "all of its 5 weights" in loaded.notes[0]
 
 
 def test_a_name_may_end_in_a_revision_unless_a_folder_is_called_so(tmp_path: Path) -> None:
