@@ -1,6 +1,7 @@
 """The model of a run, as it was before the first step."""
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -123,6 +124,9 @@ def _with_new_adapter(model: Any, run: RecordedRun) -> Any:
     import peft
 
     facts = {**(run.facts.adapter or {}), "inference_mode": False, "init_lora_weights": True}
+    del facts["base_model_name_or_path"]  # PEFT takes it from the model, and warns of another
     known = {name: value for name, value in facts.items() if value is not None}
     make: Callable[..., Any] = peft.PeftConfig.from_peft_type
-    return peft.get_peft_model(model, make(**known))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PEFT's use of transformers
+        return peft.get_peft_model(model, make(**known))

@@ -271,7 +271,7 @@ def test_states_that_do_not_fit_are_refused(
     with record_run(tmp_path / "small", model, adamw(model), total=9):  # 0, 3, 6, 9
         pass
     with (
-        pytest.raises(RunFault, match="6 states take .* has room for"),
+        pytest.raises(RunFault, match=r"6 states take .* has room for"),
         record_run(tmp_path / "large", model, adamw(model), total=9, every=2),
     ):
         pass
@@ -331,7 +331,7 @@ def test_another_loss_is_refused(model_folder: Path, tmp_path: Path) -> None:
     usual = model.loss_function
     model.loss_function = lambda *args, **options: 1.1 * usual(*args, **options)
     with (
-        pytest.raises(Unrecordable, match="a further part .* or is scaled"),
+        pytest.raises(Unrecordable, match=r"a further part .* or is scaled"),
         record_run(tmp_path / "run", model, adamw(model), total=5),
     ):
         model(**next(batches()))
@@ -376,7 +376,7 @@ def test_what_is_met_later_ends_the_recording_and_not_the_training(
         go(watched, optimizer)
     assert same_weights(plain, watched)
     assert "recorded no longer, after 5 steps: A constant of the optimizer" in caplog.text
-    with pytest.raises(RunCorrupt, match="ended after 5 steps, .*: A constant of the optimizer"):
+    with pytest.raises(RunCorrupt, match=r"ended after 5 steps, .*: A constant of the optimizer"):
         RecordedRun.open(tmp_path / "run")
 
 
@@ -389,7 +389,7 @@ def test_a_training_that_fails_leaves_no_whole_run(model_folder: Path, tmp_path:
     ):
         loop(model, optimizer)
         raise ZeroDivisionError
-    with pytest.raises(RunCorrupt, match="after 5 steps, .*ZeroDivisionError"):
+    with pytest.raises(RunCorrupt, match=r"after 5 steps, .*ZeroDivisionError"):
         RecordedRun.open(tmp_path / "run")
 
 
@@ -461,7 +461,7 @@ def test_a_changed_or_missing_state_is_refused(recorded: tuple[Path, Any], tmp_p
     path.unlink()
     with pytest.raises(RunCorrupt, match=r"000002.safetensors is missing"):
         run.state(2)
-    with pytest.raises(RunMissing, match="No state was kept after 3 steps .* after 0, 2, 4, 6"):
+    with pytest.raises(RunMissing, match=r"No state was kept after 3 steps .* after 0, 2, 4, 6"):
         run.state(3)
 
 
