@@ -50,6 +50,9 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Refuse what cannot be recorded, and watch the model and its optimizer from now on."""
         _check_arguments(args)
+        if self._recording is not None:  # of a training that failed
+            self._recording.abandon("another training began")
+            self._finish()
         model = given["model"]
         tokenizer = given.get("processing_class")
         settings = RunSettings(
@@ -80,6 +83,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
     def _finish(self) -> None:
         if self._recording is not None:
             self._recording.finish()
+            self._recording.detach()
         for handle in self._watch:
             handle.remove()
         self._recording, self._watch = None, []
@@ -143,6 +147,7 @@ def record_run(
     else:
         recording.finish()
     finally:
+        recording.detach()
         for handle in handles:
             handle.remove()
 

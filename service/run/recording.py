@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,13 @@ class Recording:
         """The training ended early: the run is not whole."""
         if self.is_open:
             self._end()
-            self._writer.stop(reason) if self._writer.steps else self._writer.discard()
+            with suppress(IndexFault, OSError):  # a full disk is no reason to end the training
+                self._writer.stop(reason) if self._writer.steps else self._writer.discard()
+
+    def detach(self) -> None:
+        """Watch the optimizer no longer; never in one of its hooks, which it is going through."""
+        for handle in self._handles:
+            handle.remove()
 
     def _guarded(self, act: Callable[[], None]) -> None:
         """Before the first step errors are the caller's; later they end the recording only."""
@@ -221,8 +227,6 @@ class Recording:
 
     def _end(self) -> None:
         self.is_open = False
-        for handle in self._handles:
-            handle.remove()
         self._hold.close()
 
     def _begin(self) -> None:

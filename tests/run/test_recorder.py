@@ -2,22 +2,29 @@
 
 import json
 import logging
+import re
 import shutil
+import warnings
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Adafactor
+from transformers import Adafactor, TrainerCallback
 
+from index.errors import DiskFull
 from index.files import read_sealed, write_sealed
-from service.run.batches import read_batch
+from service.run.batches import ReadBatch, read_batch
 from service.run.errors import RunCorrupt, RunFault, RunMissing, Unrecordable
 from service.run.folder import RecordedRun
 from service.run.recorder import RunRecorder, record_run
+from service.run.recording import exact_divisor
 from tests.run.trainings import (
     ROWS,
     batches,
@@ -171,6 +178,27 @@ def test_padding_without_a_mask_is_known_by_its_token() -> None:
     assert read_batch(ids, labels, None, None, padding=None).lengths == (4, 4)
 
 
+def test_the_divisor_tells_a_mean_that_is_divided_again_to_the_last_bit() -> None:
+    """Where seven means of five tokens are averaged, 35 would be another number."""
+    differ = 0
+    for passes in range(1, 10):
+        for count in range(1, 200):
+            batch = ReadBatch(
+                tokens=np.zeros((1, 2), dtype=np.int64),
+                labels=np.zeros((1, 2), dtype=np.int64),
+                lengths=(2,),
+                divisor=float(count),
+                is_mean=True,
+            )
+            divisor = exact_divisor(batch, passes)
+            loss = torch.ones((), requires_grad=True)
+            (loss / count / passes).backward()
+            assert np.float32(1 / divisor) == loss.grad.numpy()  # type: ignore[union-attr]
+            assert divisor == pytest.approx(passes * count, rel=1e-7)
+            differ += divisor != passes * count
+    assert differ > 100
+
+
 # What is refused at the start
 
 
@@ -247,6 +275,52 @@ def test_a_trainers_arguments_are_refused(
 ) -> None:
     with pytest.raises(Unrecordable, match=says):
         train(load(model_folder), tmp_path / "out", [RunRecorder(tmp_path / "run")], **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"world_size": 2}, "runs in 2 processes on 1 devices each"),
+        ({"n_gpu": 4}, "runs in 1 processes on 4 devices each"),
+        ({"fp16": True}, "fp16 on: scaled gradients are not recorded"),
+        ({"torch_compile": True}, "torch_compile on: a compiled model is not watched"),
+    ],
+)
+def test_arguments_for_other_machines_are_refused(changes: Any, says: str, tmp_path: Path) -> None:
+    arguments = SimpleNamespace(**{"world_size": 1, "n_gpu": 1, **changes})
+    with pytest.raises(Unrecordable, match=says):
+        RunRecorder(tmp_path / "run").on_train_begin(arguments, None, None)
+
+
+def test_dropout_that_a_loop_turns_on_is_refused(tmp_path: Path) -> None:
+    model = load(make_model(tmp_path / "model", "gpt2", resid_pdrop=0.1)).eval()
+    optimizer = adamw(model)
+    with (
+        pytest.raises(Unrecordable, match=r"Dropout is on in 4 places"),
+        record_run(tmp_path / "run", model, optimizer, total=5),
+    ):
+        loop(model, optimizer)
+
+
+def test_adapters_that_put_tokens_before_the_text_are_refused(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PEFT's use of transformers
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        model = peft.get_peft_model(load(model_folder), config)
+    with pytest.raises(Unrecordable, match="puts tokens of its own before the text"):
+        train(model, tmp_path / "out", [RunRecorder(tmp_path / "run")])
+
+
+def test_several_adapters_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = peft.get_peft_model(load(model_folder), config)
+        model.add_adapter("second", config)
+    with pytest.raises(Unrecordable, match=r"has 2 adapters \(default, second\)"):
+        train(model, tmp_path / "out", [RunRecorder(tmp_path / "run")])
 
 
 def test_a_folder_that_holds_a_run_is_refused(
@@ -380,6 +454,49 @@ def test_what_is_met_later_ends_the_recording_and_not_the_training(
         RecordedRun.open(tmp_path / "run")
 
 
+def test_a_full_disk_ends_the_recording_and_not_the_training(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even the reason can be written down."""
+    plain, watched = load(model_folder), load(model_folder)
+    loop(plain, adamw(plain))
+
+    def full(path: Path, *_: Any) -> str:
+        raise DiskFull(f"No room for {path}")
+
+    optimizer = adamw(watched)
+    with record_run(tmp_path / "run", watched, optimizer, total=100, every=2):
+        optimizer.register_step_post_hook(
+            lambda *_: monkeypatch.setattr("service.run.writing.write_state", full)
+        )
+        monkeypatch.setattr("service.run.writing.write_sealed", _only_run(full))
+        loop(watched, optimizer)
+    assert same_weights(plain, watched)
+    with pytest.raises(RunCorrupt, match=r"finished.json is missing"):
+        RecordedRun.open(tmp_path / "run")
+
+
+def _only_run(full: Callable[..., Any]) -> Callable[[Path, dict[str, Any]], None]:
+    return lambda path, content: (write_sealed if path.name == "run.json" else full)(path, content)
+
+
+def test_a_trainer_whose_training_failed_may_be_recorded_again(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    """It failed before its first step, and left nothing."""
+    recorder = RunRecorder(tmp_path / "run")
+    model = load(model_folder)
+
+    class Fails(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(model, tmp_path / "out", [recorder, Fails()])
+    train(model, tmp_path / "out", [recorder])
+    assert len(RecordedRun.open(tmp_path / "run").steps) == 6
+
+
 def test_a_training_that_fails_leaves_no_whole_run(model_folder: Path, tmp_path: Path) -> None:
     model = load(model_folder)
     optimizer = adamw(model)
@@ -468,3 +585,16 @@ def test_a_changed_or_missing_state_is_refused(recorded: tuple[Path, Any], tmp_p
 def test_no_run_at_all(tmp_path: Path) -> None:
     with pytest.raises(RunMissing, match="There is no recorded run"):
         RecordedRun.open(tmp_path)
+
+
+def test_the_sentences_that_the_page_explains_are_said() -> None:
+    """In the source, whose lines cut sentences and whose values are named between braces."""
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "troubleshooting.md").read_text()
+    section = page.partition("## Runs")[2].partition("\n## ")[0]
+    source = "".join(path.read_text() for path in (root / "service" / "run").glob("*.py"))
+    said = re.sub(r'"\s*\n\s*f?"', "", source)
+    rows = re.findall(r"^\| (?!it says|---)(.+?) \|", section, flags=re.MULTILINE)
+    parts = [part for row in rows for part in row.split(" ... ")]
+    assert len(parts) > 30
+    assert [part for part in parts if part not in said] == []

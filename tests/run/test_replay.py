@@ -104,11 +104,11 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 
 
 @pytest.mark.parametrize("case", OPTIMIZERS)
-@pytest.mark.parametrize("passes", [1, 5])
+@pytest.mark.parametrize("passes", [1, 7])
 def test_a_loops_run_is_made_again_bit_for_bit(
     case: str, passes: int, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Means that are divided by five are rounded in between, which the divisor must tell."""
+    """Means that are divided by seven are rounded in between, which the divisor must tell."""
     model = load(folders["llama"])
     optimizer = OPTIMIZERS[case](model)
     with record_run(tmp_path / "run", model, optimizer, every=2, clipping=0.3, accumulation=passes):
