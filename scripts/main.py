@@ -42,6 +42,10 @@ COMMANDS = {
     "audit": Command(
         module="scripts.audit_recall", says="Compare answers with exact scores of every example."
     ),
+    "replay": Command(
+        module="scripts.replay_run",
+        says="Make a recorded training run again, with other weights of its rows or as it was.",
+    ),
     "merge": Command(module="scripts.merge_indexes", says="Merge indexes that were built apart."),
     "delete": Command(module="scripts.delete_examples", says="Delete examples from an index."),
     "point-to": Command(

@@ -26,6 +26,7 @@ ROOMS = {
     "service": {"estimators", "index"},
     "service/scoring": {"service"},
     "service/indexing": {"service", "service/scoring"},
+    "service/run": {"service"},
     "service/search": {"service", "service/scoring"},
     "service/schemas": {"service/search"},
     "service/client": {"service/schemas"},

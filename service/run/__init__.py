@@ -1,0 +1,1 @@
+"""Training runs on disk: recorded and repeated."""
