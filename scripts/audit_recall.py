@@ -153,7 +153,7 @@ def _write_page(
         ValueError: the libraries that draw it are not installed.
     """
     try:
-        from scripts.audit_report import RESIDUALS, residuals, rows_needed, write_report
+        from scripts.report.audit import RESIDUALS, residuals, rows_needed, write_report
     except ModuleNotFoundError as error:
         raise ValueError(
             f"The report needs the package {error.name}; install the extra 'report'."

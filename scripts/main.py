@@ -46,6 +46,10 @@ COMMANDS = {
         module="scripts.replay_run",
         says="Make a recorded training run again, with other weights of its rows or as it was.",
     ),
+    "trace": Command(
+        module="scripts.trace_run",
+        says="Trace questions through a recorded run: the influence of every row.",
+    ),
     "merge": Command(module="scripts.merge_indexes", says="Merge indexes that were built apart."),
     "delete": Command(module="scripts.delete_examples", says="Delete examples from an index."),
     "point-to": Command(

@@ -78,22 +78,10 @@ class LoadedModel:
     def encode_query(self, prompt: str, completion: str) -> Sequence1D:
         """Prompt and completion as one sequence whose completion tokens count.
 
-        They are tokenised apart, so that the boundary between them is a token boundary.
-
         Raises:
-            BadQuery: a completion of nothing but white space, no token before it, or more tokens
-                than the context.
+            BadQuery: as the function of this name.
         """
-        before = self._encode_prompt(prompt)
-        after = self.tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
-        if not after or not completion.strip():
-            raise BadQuery("The completion is empty; give the text whose cause you look for.")
-        if len(before) + len(after) > self.context:
-            raise BadQuery(
-                f"Prompt and completion have {len(before)} + {len(after)} tokens, the model reads "
-                f"{self.context} at most; shorten the prompt or the completion."
-            )
-        return Sequence1D(tokens=(*before, *after), first_target=len(before))
+        return encode_query(self.tokenizer, self.context, prompt, completion)
 
     @torch.no_grad()
     def complete(self, prompt: str, max_new_tokens: int = 24, stop: Sequence[str] = (".",)) -> str:
@@ -103,7 +91,7 @@ class LoadedModel:
             BadQuery: no token to begin with, a prompt that fills the context, or a completion that
                 is empty.
         """
-        tokens = self._encode_prompt(prompt)
+        tokens = encode_prompt(self.tokenizer, prompt)
         room = min(max_new_tokens, self.context - len(tokens))
         if room < 1:
             raise BadQuery(
@@ -130,23 +118,49 @@ class LoadedModel:
             raise BadQuery("The model completes this prompt with nothing; give a completion.")
         return text
 
-    def _encode_prompt(self, prompt: str) -> list[int]:
-        """The prompt's tokens; of an empty one the token that the model begins a text with."""
-        tokens: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
-        end, begin = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
-        if end is not None:
-            while len(tokens) > 1 and tokens[-1] == end:
-                tokens = tokens[:-1]
-        if tokens == [end] and begin is not None:  # an end that was appended to nothing
-            tokens = [begin]
-        tokens = tokens or [begin] * (begin is not None)
-        if not tokens:
-            raise BadQuery(
-                "The prompt is empty, and this model's tokenizer has no token for the beginning of "
-                "a text, so that nothing stands before the completion; give the text that the "
-                "model was asked with."
-            )
-        return tokens
+
+def encode_query(tokenizer: Any, context: int, prompt: str, completion: str) -> Sequence1D:
+    """Prompt and completion as one sequence whose completion tokens count.
+
+    They are tokenised apart, so that the boundary between them is a token boundary.
+
+    Raises:
+        BadQuery: a completion of nothing but white space, no token before it, or more tokens than
+            the context.
+    """
+    before = encode_prompt(tokenizer, prompt)
+    after = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
+    if not after or not completion.strip():
+        raise BadQuery("The completion is empty; give the text whose cause you look for.")
+    if len(before) + len(after) > context:
+        raise BadQuery(
+            f"Prompt and completion have {len(before)} + {len(after)} tokens, the model reads "
+            f"{context} at most; shorten the prompt or the completion."
+        )
+    return Sequence1D(tokens=(*before, *after), first_target=len(before))
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """The prompt's tokens; of an empty one the token that the model begins a text with.
+
+    Raises:
+        BadQuery: there is none.
+    """
+    tokens: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
+    if end is not None:
+        while len(tokens) > 1 and tokens[-1] == end:
+            tokens = tokens[:-1]
+    if tokens == [end] and begin is not None:  # an end that was appended to nothing
+        tokens = [begin]
+    tokens = tokens or [begin] * (begin is not None)
+    if not tokens:
+        raise BadQuery(
+            "The prompt is empty, and this model's tokenizer has no token for the beginning of "
+            "a text, so that nothing stands before the completion; give the text that the "
+            "model was asked with."
+        )
+    return tokens
 
 
 def load_model(
@@ -197,7 +211,7 @@ def load_model(
         model=model,
         tokenizer=tokenizer,
         coverage=find_layers(model, layers),
-        context=_context(model, tokenizer),
+        context=context_of(model, tokenizer),
         model_sha256=fingerprint_model(model),
         tokenizer_sha256=_fingerprint_tokenizer(tokenizer),
     )
@@ -214,7 +228,8 @@ def _keep_packing(model: nn.Module) -> None:
             vars(module)["support_avx512bf16_for_cpu"] = False
 
 
-def _context(model: Any, tokenizer: Any) -> int:
+def context_of(model: Any, tokenizer: Any) -> int:
+    """Most tokens that the model can read."""
     declared = getattr(model.config, "max_position_embeddings", None)
     return int(declared or tokenizer.model_max_length)
 

@@ -43,6 +43,12 @@ MEASURED = (
     r"Its log-probability is below -200 nats",
     # derivatives of a log-probability through the run itself
     r"`{1,2}df/dw_i`{1,2}, in nats of f for a change of weight 1",
+    r"each row's influence in nats of what is asked: leaving the row out changes the measured "
+    r"value by minus that, \*\*to first order",
+    r"Influences are in nats of what is asked: leaving a row out of the run changes it by minus "
+    r"that, to first order",
+    r'"influence, nats"',
+    r"found\.values\[number\]:\+\.3f\} nats",
     # losses
     r"mean: loss in nats a token",
     r"next-token negative (log-likelihoods? of the counted tokens|log-likelihood), in nats",

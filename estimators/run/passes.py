@@ -20,15 +20,22 @@ def trained_names(recipe: Recipe) -> list[str]:
 
 
 @contextmanager
-def trainable(model: nn.Module, recipe: Recipe) -> Iterator[dict[str, nn.Parameter]]:
+def trainable(
+    model: nn.Module, recipe: Recipe, named: Mapping[str, nn.Parameter] | None = None
+) -> Iterator[dict[str, nn.Parameter]]:
     """The run's parameters, which require gradients within; the model is left as it was.
 
     Attention takes the plain kernel, which has a second derivative.
 
+    Args:
+        model: of the run.
+        recipe: says which parameters were trained.
+        named: the model's parameters as the recipe names them; None takes the model's own names.
+
     Raises:
         ValueError: the model lacks one of them.
     """
-    found = dict(model.named_parameters())
+    found = dict(model.named_parameters() if named is None else named)
     names = trained_names(recipe)
     missing = [name for name in names if name not in found]
     if missing:

@@ -11,7 +11,8 @@ from torch import nn
 
 from estimators.run.recorded import State
 from estimators.storage import fingerprint_tensors
-from service.checkpoints import ModelSource, read_model
+from service.adapters import read_model
+from service.checkpoints import ModelSource
 from service.run.dropout import silence_dropout
 from service.run.errors import RunMismatch
 from service.run.folder import RecordedRun

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from estimators.run.recorded import State
 from scripts import main
-from service.checkpoints import ModelSource, read_model
+from service.adapters import read_model
+from service.checkpoints import ModelSource
 from service.run.errors import RunMismatch
 from service.run.folder import RecordedRun
 from service.run.loading import load_first_model

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scripts.audit_recall import summarise
-from scripts.audit_report import residuals, rows_needed, write_report
+from scripts.report.audit import residuals, rows_needed, write_report
 from service.search.proxies import Proxies
 from tests.search.test_evaluation import answer
 

@@ -1,0 +1,1 @@
+"""Questions traced through recorded runs."""

@@ -1,0 +1,70 @@
+"""Questions to trace, from JSON lines."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from estimators.model.tokens import Sequence1D
+from service.models import BadQuery, encode_query
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedQuestion:
+    """What is measured: ``log p(completion | prompt)``, less ``log p(against | prompt)`` if given.
+
+    Attributes:
+        prompt: what the model was asked.
+        completion: what it said.
+        against: what it did not say.
+    """
+
+    prompt: str
+    completion: str
+    against: str | None = None
+
+    def encode(self, tokenizer: Any, context: int) -> list[tuple[Sequence1D, float]]:
+        """Sequences with their weights.
+
+        Raises:
+            BadQuery: it cannot be measured.
+        """
+        said = encode_query(tokenizer, context, self.prompt, self.completion)
+        if self.against is None:
+            return [(said, 1.0)]
+        return [(said, 1.0), (encode_query(tokenizer, context, self.prompt, self.against), -1.0)]
+
+
+def read_questions(path: Path) -> Sequence[AskedQuestion]:
+    """The questions of a file.
+
+    Raises:
+        BadQuery: there is no such file, none is in it, or a line is not a question.
+    """
+    if not path.is_file():
+        raise BadQuery(f"There is no file {path}; give a JSONL file with a question a line.")
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            found.append(_question(path, number, line))
+    if not found:
+        raise BadQuery(f"{path} holds no question; write one a line.")
+    return found
+
+
+def _question(path: Path, number: int, line: str) -> AskedQuestion:
+    try:
+        item = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadQuery(f"Line {number} of {path} is not JSON: {error}.") from error
+    needed = ("prompt", "completion")
+    if not isinstance(item, dict) or not all(isinstance(item.get(n), str) for n in needed):
+        has = ", ".join(sorted(item)) if isinstance(item, dict) else type(item).__name__
+        raise BadQuery(
+            f"Line {number} of {path} is no question: it needs texts named 'prompt' and "
+            f"'completion', it has {has}. A run has no model to complete a prompt until its end."
+        )
+    return AskedQuestion(
+        prompt=item["prompt"], completion=item["completion"], against=item.get("against")
+    )
