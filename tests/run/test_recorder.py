@@ -119,20 +119,20 @@ class StopsEarly(TrainerCallback):
 def test_the_best_checkpoint_does_not_take_the_last_states_place(
     others: list[Any], steps: int, model_folder: Path, tmp_path: Path
 ) -> None:
-    """The first evaluation is the best one of a training that goes astray."""
+    """The first evaluation, where the largest loss is called the best one."""
     model = load(model_folder)
     trainer = train(
         model,
         tmp_path,
         [RunRecorder(tmp_path / "run", every=100), *others],
-        learning_rate=1.0,
+        greater_is_better=True,
         num_train_epochs=3,
         eval_strategy="epoch",
         save_strategy="epoch",
         load_best_model_at_end=True,
     )
     losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
-    assert min(losses) < losses[-1]
+    assert losses[0] == max(losses) > losses[-1]
     run = RecordedRun.open(tmp_path / "run")
     last = run.state(steps).parameters
     weights = dict(model.named_parameters())
