@@ -76,12 +76,7 @@ def read_batch(
             f"Expected tokens and labels of one shape (rows, tokens), got {tokens.shape} and "
             f"{targets.shape}."
         )
-    counted = targets != UNCOUNTED
-    if (counted & (targets != tokens)).any():
-        raise Unrecordable(
-            "Labels differ from the tokens at their own positions; a run is recorded where each "
-            f"label is its own token or {UNCOUNTED}, and the model shifts them."
-        )
+    counted = _counted(tokens, targets)
     if attention_mask is not None:
         lengths = _masked_lengths(attention_mask.detach().cpu().numpy(), counted)
     else:
@@ -93,6 +88,17 @@ def read_batch(
         divisor=float(counted[:, 1:].sum()) if divisor is None else divisor,
         is_mean=divisor is None,
     )
+
+
+def _counted(tokens: Numbers, targets: Numbers) -> NDArray[np.bool_]:
+    """Where labels count; raises Unrecordable unless each is its own token."""
+    counted = targets != UNCOUNTED
+    if (counted & (targets != tokens)).any():
+        raise Unrecordable(
+            "Labels differ from the tokens at their own positions; a run is recorded where each "
+            f"label is its own token or {UNCOUNTED}, and the model shifts them."
+        )
+    return np.asarray(counted)
 
 
 def _masked_lengths(mask: Numbers, counted: NDArray[np.bool_]) -> Numbers:

@@ -105,11 +105,8 @@ class Recording:
         self.recipe = recipe_of(optimizer, model, settings.clipping)
         self._constants = constants_of(optimizer)
         self._every = _interval(settings)
-        self._trained = {
-            name: parameter
-            for name, parameter in named_parameters(model).items()
-            if name in set(trained_names(self.recipe))
-        }
+        parameters = named_parameters(model)
+        self._trained = {name: parameters[name] for name in trained_names(self.recipe)}
         self._check()
         check_room(folder, self.recipe, self._trained, settings.total, self._every)
         self._padding = padding_of(model, settings.padding)

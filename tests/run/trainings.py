@@ -129,3 +129,8 @@ def same_weights(model: nn.Module, other: nn.Module) -> bool:
     """Whether all weights are identical."""
     pairs = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
     return all(torch.equal(value, another) for value, another in pairs)
+
+
+def adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    """AdamW over all parameters."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
