@@ -79,3 +79,7 @@ class ShuttingDown(RuntimeError):  # noqa: N818
 
 class ClientGone(RuntimeError):  # noqa: N818
     """The client hung up before its query's turn came; nobody reads this."""
+
+
+class RunFault(ValueError):  # noqa: N818
+    """A recorded training run cannot be used; ``service.run.errors`` has its kinds."""

@@ -7,9 +7,7 @@ RunFault (ValueError)
 `-- RunMismatch     the model is not the one that was trained
 """
 
-
-class RunFault(ValueError):  # noqa: N818 - the tree is named for what is wrong
-    """Base of all errors of this room."""
+from service.errors import RunFault as RunFault  # raised by itself, too
 
 
 class Unrecordable(RunFault):
