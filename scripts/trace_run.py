@@ -21,7 +21,13 @@ from service.run.folder import RecordedRun
 from service.run.loading import load_first_model
 from service.run.replay import retrain
 from service.tracing.questions import AskedQuestion, read_questions
-from service.tracing.trace import Trace, measured_values, trace_run
+from service.tracing.trace import (
+    Trace,
+    TracePrice,
+    measured_values,
+    predict_trace,
+    trace_run,
+)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 GROWING = 100.0
@@ -58,6 +64,9 @@ def main(
     ] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute, e.g. cpu or cuda.")] = None,
     seed: Annotated[int, typer.Option(help="Of the rows that --check leaves out.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only predict the time; write nothing.")
+    ] = False,
 ) -> None:
     r"""Differentiate backward through all steps of a run: the influence of every row.
 
@@ -80,6 +89,9 @@ def main(
     words = read_tokenizer(source, trust_remote_code=False)
     loaded: Any = load_first_model(recorded, source, device=device)
     encoded = [one.encode(words, context_of(loaded, words)) for one in asked]
+    if dry_run:
+        _show_price(predict_trace(recorded, loaded, encoded), len(encoded))
+        return
     about = {"asked": [asdict(one) for one in asked]}
     found = trace_run(recorded, loaded, encoded, out, about, show_progress)
     for number, one in enumerate(asked):
@@ -98,6 +110,14 @@ def main(
             "seconds": time.perf_counter() - start,
         }
     )
+
+
+def _show_price(price: TracePrice, questions: int) -> None:
+    print_plain(
+        f"Tracing {questions} questions will take about {price.seconds / 60:,.1f} minutes, "
+        f"{price.trainings_a_question:.1f} trainings each."
+    )
+    print_json(asdict(price))
 
 
 def _show(

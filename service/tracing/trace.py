@@ -123,6 +123,43 @@ def trace_run(
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class TracePrice:
+    """What a trace will take, by one step in the middle of the run.
+
+    Attributes:
+        seconds: of the whole trace, without loading the model.
+        trainings_a_question: its part for each question, in trainings of the run.
+    """
+
+    seconds: float
+    trainings_a_question: float
+
+
+def predict_trace(run: RecordedRun, model: nn.Module, questions: Sequence[Question]) -> TracePrice:
+    """Time one step forward and backward, and count it for all; nothing is written."""
+    _check_precision(run)
+    with trainable(model, run.recipe, named_parameters(model)) as parameters:
+        like = next(iter(parameters.values()))
+        ones = torch.ones(len(run.rows)).to(like)
+        number = max(s for s in run.state_steps if s <= len(run.steps) // 2)
+        number = min(number, len(run.steps) - 1)
+        state, step = _on(run.state(number), like.device), run.steps[number]
+        adjoints = [final_adjoint(model, parameters, state, one)[0] for one in questions]
+        given = (model, parameters, run.recipe, run.rows, step, state)
+        advance(*given, ones)  # the first pass is slower
+        start = time.perf_counter()
+        advance(*given, ones)
+        forward = time.perf_counter() - start
+        step_back(*given, adjoints)
+        backward = time.perf_counter() - start - forward
+    steps = len(run.steps)
+    return TracePrice(
+        seconds=steps * (forward + backward),
+        trainings_a_question=(forward + backward) / forward / len(questions),
+    )
+
+
 def measured_values(
     run: RecordedRun, model: nn.Module, questions: Sequence[Question], state: State
 ) -> list[float]:

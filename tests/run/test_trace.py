@@ -150,6 +150,11 @@ def test_the_command_prints_rows_and_checks_itself(tmp_path: Path) -> None:
     questions = tmp_path / "questions.jsonl"
     questions.write_text(json.dumps({"prompt": "The capital of Peru is", "completion": " ureP"}))
     places = [str(tmp_path / "run"), str(questions), "--out", str(tmp_path / "trace")]
+    priced = CliRunner().invoke(command.app, [*places, "--dry-run"])
+    assert priced.exit_code == 0, priced.stderr
+    assert "Tracing 1 questions will take about" in priced.stderr
+    assert json.loads(priced.stdout.splitlines()[-1])["trainings_a_question"] > 1
+    assert not (tmp_path / "trace").exists()
     ended = CliRunner().invoke(command.app, [*places, "--k", "1", "--check", "2"])
     assert ended.exit_code == 0, ended.stderr
     assert "The capital of Peru is | ureP" in ended.stderr
