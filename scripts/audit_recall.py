@@ -16,7 +16,14 @@ from estimators.grounds import Questions
 from index.certificates.calibration import SHARE
 from index.manifest import Manifest
 from scripts import options
-from scripts.console import one_sentence_errors, parse_estimator, print_json, show_progress, stderr
+from scripts.console import (
+    one_sentence_errors,
+    parse_estimator,
+    print_json,
+    print_plain,
+    show_progress,
+    stderr,
+)
 from service.models import load_model
 from service.scoring.exhaustive import exact_scores
 from service.search.answer import Answer
@@ -93,6 +100,8 @@ def main(
     source = options.model_source(model, revision, tokenizer, base_model, unused_weights)
     source = source.completed(Manifest.read(index).model)
     loaded = load_model(source, device=device, dtype=dtype)
+    for note in loaded.notes:
+        print_plain(note)
     retriever = Retriever(open_index(index, loaded), token_budget)
     asked = options.read_queries(queries, limit)
     rows = _rows_to_compare(len(retriever.index.examples), sample, seed)

@@ -87,6 +87,8 @@ class Engine:
             dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
         )
+        for note in self._loaded.notes:
+            log.info(note)
         retrievers = {}
         for name, root in settings.indexes.items():
             self._stamps[name] = _stamp(root)
