@@ -33,7 +33,7 @@ DEVICE ?= cpu
 TESTS ?= tests
 WORKERS ?= auto
 DURATIONS ?=
-PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope $(if $(DURATIONS),--durations=$(DURATIONS))
+PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(if $(DURATIONS),--durations=$(DURATIONS))
 # What numbers depend on if they depend on the processor: MKL's and PyTorch's own instructions.
 PROCESSORS ?= MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE
 THREADS ?= 1 2
