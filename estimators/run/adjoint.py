@@ -78,6 +78,24 @@ def final_adjoint(
     return Adjoint(parameters=total, moments={}), value
 
 
+@torch.no_grad()
+def measured_value(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    state: State,
+    question: Sequence[tuple[Sequence1D, float]],
+) -> float:
+    """F alone, in a state: as ``final_adjoint`` without its backward pass."""
+    put(parameters, state)
+    device = next(iter(parameters.values())).device
+    batches = [(collate([sequence]).to(device), weight) for sequence, weight in question]
+    losses = [
+        weight * negative_log_likelihood(next_token_logits(model, batch), batch).sum()
+        for batch, weight in batches
+    ]
+    return -sum(float(loss) for loss in losses)
+
+
 def step_back(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],

@@ -43,7 +43,7 @@ def trainable(
             f"The run trained {len(missing)} parameters that this model lacks, the first is "
             f"'{missing[0]}'; give the model that was trained."
         )
-    before = {name: parameter.detach().clone() for name, parameter in found.items()}
+    before = {name: found[name].detach().clone() for name in names}
     required = {name: parameter.requires_grad for name, parameter in found.items()}
     training = model.training
     chosen = set(names)
@@ -57,8 +57,9 @@ def trainable(
         model.train(training)
         for name, parameter in found.items():
             parameter.requires_grad_(required[name])
-            with torch.no_grad():
-                parameter.copy_(before[name])
+        with torch.no_grad():
+            for name, value in before.items():
+                found[name].copy_(value)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from estimators.curvature.fitting import fit_estimator
 from estimators.model.tokens import Sequence1D
-from estimators.run.adjoint import final_adjoint, step_back
+from estimators.run.adjoint import final_adjoint, measured_value, step_back
 from estimators.run.passes import advance, trainable
 from estimators.run.recorded import Batch, Group, Recipe, Row, State, Step
 from index.examples import ExampleStore
@@ -109,7 +109,7 @@ class Task:
         """Log-probability of each question's completion, in a state."""
         with trainable(self.model, self.recipe) as parameters:
             return [
-                final_adjoint(self.model, parameters, state, [(q, 1.0)])[1] for q in self.questions
+                measured_value(self.model, parameters, state, [(q, 1.0)]) for q in self.questions
             ]
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from estimators.model.progress import Progress, no_progress
 from estimators.model.tokens import Sequence1D
-from estimators.run.adjoint import Adjoint, final_adjoint, step_back
-from estimators.run.passes import advance, put, trainable
+from estimators.run.adjoint import Adjoint, final_adjoint, measured_value, step_back
+from estimators.run.passes import advance, trainable
 from estimators.run.recorded import State
 from index.files import exclusive, read_sealed, sha256_of, write_sealed, write_whole
 from service.run.errors import RunMismatch
@@ -165,7 +165,7 @@ def measured_values(
 ) -> list[float]:
     """F of each question in a state of the run, in nats; the model is left as it was."""
     with trainable(model, run.recipe, named_parameters(model)) as parameters:
-        return [final_adjoint(model, parameters, state, one)[1] for one in questions]
+        return [measured_value(model, parameters, state, one) for one in questions]
 
 
 def read_trace(folder: Path) -> Trace:
@@ -252,7 +252,6 @@ class _Tracer:
     def _begin(self) -> None:
         like = next(iter(self._parameters.values()))
         last = _on(self._run.state(self._at), like.device)
-        put(self._parameters, last)
         for question in self._questions:
             adjoint, value = final_adjoint(self._model, self._parameters, last, question)
             self._adjoints.append(adjoint)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -62,6 +63,24 @@ def test_a_trace_predicts_what_a_run_with_other_weights_does(
     again = read_trace(tmp_path)
     assert np.array_equal(again.influences, found.influences)
     assert again.values == found.values
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_a_run_of_an_adapter_is_traced_through_its_own_weights(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    torch.manual_seed(1)
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load(base), settings)
+    train(model, tmp_path / "out", [RunRecorder(tmp_path / "run")], adam_epsilon=1e-2)
+    run = RecordedRun.open(tmp_path / "run")
+    again = load_first_model(run)
+    totals = trace_run(run, again, QUESTIONS, tmp_path / "trace", {}).totals
+    small, values = 0.01, []
+    for sign in (1, -1):
+        weights = [1.0 + sign * small, *[1.0] * (len(run.rows) - 1)]
+        values.append(measured_values(run, again, QUESTIONS, retrain(run, again, weights)))
+    expected = (np.array(values[0]) - np.array(values[1])) / (2 * small)
+    assert totals[:, 0] == pytest.approx(expected, abs=0.03 * np.abs(totals).max())
 
 
 def interrupted(after: int) -> Any:
