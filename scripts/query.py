@@ -13,7 +13,7 @@ from rich.text import Text
 
 from scripts.console import parse_estimator, print_json, stderr
 from service.client import Client, Connection, ServiceError
-from service.schemas.queries import ProgressEvent, QueryResponse
+from service.schemas.answers import ProgressEvent, QueryResponse
 
 SHOWN_CHARACTERS = 240
 """So much of each example's text is shown; the JSON line has all of it."""

@@ -9,8 +9,8 @@ from pydantic import Field
 
 from scripts.console import one_sentence_errors, parse_estimator
 from service.client import AsyncClient, Connection, ServiceError
+from service.schemas.answers import MeasurementSchema, QueryResponse, ResultSchema
 from service.schemas.indexes import EstimatorSchema, IndexResponse
-from service.schemas.queries import MeasurementSchema, QueryResponse, ResultSchema
 
 if TYPE_CHECKING:
     from mcp.server.mcpserver import MCPServer

@@ -21,6 +21,7 @@ from service.client.connection import (
     check,
     read,
 )
+from service.schemas.answers import CandidatesEvent, GradientEvent, ProgressEvent, QueryResponse
 from service.schemas.indexes import EstimatorsResponse, ExampleResponse, IndexesResponse
 from service.schemas.jobs import (
     JobRequest,
@@ -29,13 +30,7 @@ from service.schemas.jobs import (
     JobResultsResponse,
     JobsResponse,
 )
-from service.schemas.queries import (
-    CandidatesEvent,
-    GradientEvent,
-    ProgressEvent,
-    QueryRequest,
-    QueryResponse,
-)
+from service.schemas.queries import QueryRequest
 
 __all__ = [
     "AsyncClient",

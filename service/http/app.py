@@ -20,6 +20,7 @@ from service.http.pages import install_page
 from service.http.telemetry import Telemetry
 from service.jobs.runner import JobRunner
 from service.jobs.store import JobStore
+from service.schemas.answers import QueryResponse
 from service.schemas.indexes import (
     EstimatorSchema,
     EstimatorsResponse,
@@ -31,7 +32,7 @@ from service.schemas.indexes import (
     ParameterSchema,
     SketchSchema,
 )
-from service.schemas.queries import QueryRequest, QueryResponse, Schema
+from service.schemas.queries import QueryRequest, Schema
 from service.scoring.estimators import Offer
 from service.search.retrieval import Retriever
 from service.settings import Settings

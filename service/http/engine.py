@@ -24,16 +24,15 @@ from service.errors import (
 )
 from service.http.telemetry import Refusal, Telemetry
 from service.models import BadQuery, LoadedModel, load_model
-from service.schemas.queries import (
+from service.schemas.answers import (
     CandidatesEvent,
     GradientEvent,
     MeasurementSchema,
     ProgressEvent,
-    QueryRequest,
     QueryResponse,
     ResultSchema,
-    Schema,
 )
+from service.schemas.queries import QueryRequest, Schema
 from service.search.answer import Answer
 from service.search.batching import Batcher, Ticket
 from service.search.opening import open_index

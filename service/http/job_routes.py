@@ -11,6 +11,7 @@ from service.http import problems
 from service.jobs.runner import JobRunner
 from service.jobs.store import Job
 from service.models import BadQuery
+from service.schemas.answers import ProblemResponse, QueryResponse
 from service.schemas.jobs import (
     JobRequest,
     JobResponse,
@@ -18,7 +19,6 @@ from service.schemas.jobs import (
     JobResultsResponse,
     JobsResponse,
 )
-from service.schemas.queries import ProblemResponse, QueryResponse
 
 
 def describe(error: Exception) -> tuple[str, bool]:

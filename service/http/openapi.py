@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
-from service.schemas.queries import CandidatesEvent, GradientEvent, ProgressEvent
+from service.schemas.answers import CandidatesEvent, GradientEvent, ProgressEvent
 
 EVENTS = (GradientEvent, CandidatesEvent, ProgressEvent)
 

@@ -41,7 +41,7 @@ from service.errors import (
     WrongHost,
 )
 from service.models import BadQuery
-from service.schemas.queries import ProblemResponse
+from service.schemas.answers import ProblemResponse
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.http.problems import problem_response
-from service.schemas.queries import QueryResponse
+from service.schemas.answers import QueryResponse
 from service.settings import Settings
 
 Refusal = Literal["overloaded", "deadline", "shutting down", "not ready", "client gone"]

@@ -16,7 +16,8 @@ from estimators.model.memory import OutOfMemory
 from service.errors import NotReady, ProcessEnded, ShuttingDown
 from service.jobs.store import JobState, JobStore, OpenQuery
 from service.models import BadQuery
-from service.schemas.queries import QueryRequest, QueryResponse
+from service.schemas.answers import QueryResponse
+from service.schemas.queries import QueryRequest
 
 IDLE_SECONDS = 0.5
 """So often it is looked for work when there was none, or it could not be done."""

@@ -11,7 +11,8 @@ from index.manifest import (
     ModelRecord,
     NoiseRecord,
 )
-from service.schemas.queries import SIGN_AND_UNIT, Schema
+from service.schemas.answers import SIGN_AND_UNIT
+from service.schemas.queries import Schema
 
 
 class SketchSchema(Schema):

@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from service.schemas.queries import ProblemResponse, QueryRequest, QueryResponse, Schema
+from service.schemas.answers import ProblemResponse, QueryResponse
+from service.schemas.queries import QueryRequest, Schema
 
 
 class JobRequest(Schema):

@@ -27,7 +27,8 @@ from service.client import (
 )
 from service.client import client as client_module
 from service.http.app import create_app
-from service.schemas.queries import CandidatesEvent, ProgressEvent, QueryRequest, QueryResponse
+from service.schemas.answers import CandidatesEvent, ProgressEvent, QueryResponse
+from service.schemas.queries import QueryRequest
 from service.settings import Settings
 from tests.page.page_server import serving
 from tests.service_fixtures import HOSTILE_ID, HOSTILE_TEXT, Workspace, rounded

@@ -20,13 +20,8 @@ from scripts import point_to as swap
 from service.errors import ShuttingDown
 from service.http import engine as engine_module
 from service.http.app import create_app
-from service.schemas.queries import (
-    CandidatesEvent,
-    GradientEvent,
-    ProgressEvent,
-    QueryRequest,
-    QueryResponse,
-)
+from service.schemas.answers import CandidatesEvent, GradientEvent, ProgressEvent, QueryResponse
+from service.schemas.queries import QueryRequest
 from service.search import batching
 from service.search.batching import Batcher, Ticket
 from service.search.query import Query

@@ -6,7 +6,7 @@ from fastapi.exceptions import RequestValidationError
 from service.http import problems as errors
 from service.http.problems import PROBLEMS, described, problem_document, problem_response
 from service.models import BadQuery
-from service.schemas.queries import ProblemResponse
+from service.schemas.answers import ProblemResponse
 
 
 @pytest.mark.parametrize("kind", PROBLEMS, ids=lambda kind: kind.__name__)

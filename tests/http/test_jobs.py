@@ -21,7 +21,8 @@ from service.jobs import runner as jobs
 from service.jobs import store as job_store
 from service.jobs.runner import JobRunner
 from service.jobs.store import APPLICATION, JobStore
-from service.schemas.queries import QueryRequest, QueryResponse
+from service.schemas.answers import QueryResponse
+from service.schemas.queries import QueryRequest
 from service.settings import Settings
 from tests.commands import Command, Nursery
 from tests.service_fixtures import COUNTRIES, Client, Workspace

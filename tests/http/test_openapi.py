@@ -3,7 +3,7 @@
 import json
 
 from scripts.dev.openapi import OPENAPI, serialised
-from service.schemas.queries import CandidatesEvent, GradientEvent, ProgressEvent
+from service.schemas.answers import CandidatesEvent, GradientEvent, ProgressEvent
 
 
 def test_the_frozen_description_is_the_codes() -> None:

@@ -26,8 +26,9 @@ from index import errors as index_errors
 from index.errors import DiskFull, DuplicateIds, IndexBusy, IndexCorrupt, IndexMissing
 from service.http.app import create_app
 from service.http.problems import PROBLEMS, UNEXPECTED, install, problem_for
+from service.schemas.answers import CertificateSchema, QueryResponse, ResultSchema
 from service.schemas.indexes import ExampleResponse, IndexResponse
-from service.schemas.queries import CertificateSchema, QueryRequest, QueryResponse, ResultSchema
+from service.schemas.queries import QueryRequest
 from service.search.query import Query
 from service.search.retrieval import Retriever
 from service.search.run import Run

@@ -21,7 +21,7 @@ from starlette.routing import Mount
 from service.http import access, limits
 from service.http import problems as errors
 from service.http.telemetry import Telemetry, add_to_line, log, log_config
-from service.schemas.queries import (
+from service.schemas.answers import (
     SIGN_AND_UNIT,
     CertificateSchema,
     MeasurementSchema,

@@ -12,13 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from service.http.pages import install_page
-from service.schemas.indexes import (
-    EstimatorSchema,
-    EstimatorsResponse,
-    OfferSchema,
-    ParameterSchema,
-)
-from service.schemas.queries import (
+from service.schemas.answers import (
     NO_UNIT,
     SIGN_AND_UNIT,
     CandidatesEvent,
@@ -28,14 +22,19 @@ from service.schemas.queries import (
     MeasurementSchema,
     ProblemResponse,
     ProgressEvent,
-    QueryRequest,
     QueryResponse,
     ResultSchema,
-    Schema,
     ShareSchema,
     TermSchema,
     TokenSchema,
 )
+from service.schemas.indexes import (
+    EstimatorSchema,
+    EstimatorsResponse,
+    OfferSchema,
+    ParameterSchema,
+)
+from service.schemas.queries import QueryRequest, Schema
 from service.search.answer import NO_SCALE
 
 ROWS = 8072

@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 from index.manifest import Manifest
 from scripts import audit_recall, build_index, fit_estimator, query, serve
 from service.client import Client
-from service.schemas.queries import QueryResponse
+from service.schemas.answers import QueryResponse
 from service.settings import Settings
 from tests.commands import Nursery
 from tests.service_fixtures import (
