@@ -1,5 +1,7 @@
 """Trace questions through a recorded run: what each row did to what the model says."""
 
+import csv
+import io
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,6 +13,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from estimators.run.direction import segment_count
+from index.files import write_whole
 from scripts.console import one_sentence_errors, print_json, print_plain, show_logs, show_progress
 from scripts.console import stderr as screen
 from scripts.query import printable
@@ -20,14 +24,10 @@ from service.run.errors import RunMismatch
 from service.run.folder import RecordedRun
 from service.run.loading import load_first_model
 from service.run.replay import retrain
+from service.tracing.directions import DirectionPlan, trace_directions
+from service.tracing.price import TracePrice, predict_trace
 from service.tracing.questions import AskedQuestion, read_questions
-from service.tracing.trace import (
-    Trace,
-    TracePrice,
-    measured_values,
-    predict_trace,
-    trace_run,
-)
+from service.tracing.trace import Trace, measured_values, trace_run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 GROWING = 100.0
@@ -64,8 +64,37 @@ def main(
     ] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute, e.g. cpu or cuda.")] = None,
     seed: Annotated[int, typer.Option(help="Of the rows that --check leaves out.")] = 0,
+    epochs: Annotated[
+        bool, typer.Option("--epochs", help="Also print what each epoch's readings of a row did.")
+    ] = False,
+    tokens: Annotated[
+        bool,
+        typer.Option(
+            "--tokens", help="Also keep the part of each token of the rows, and print the largest."
+        ),
+    ] = False,
+    readings: Annotated[
+        Path | None,
+        typer.Option(help="CSV for the influence of every reading: question, step, row, nats."),
+    ] = None,
+    direction: Annotated[
+        bool,
+        typer.Option(
+            "--direction",
+            help="Score no row; keep the run's direction for each question, with which the "
+            "estimator run-direction ranks any rows, read or not. Cheaper.",
+        ),
+    ] = False,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="With --direction: the whole Hessian of every batch, not the Gauss-Newton matrix "
+            "of a random half.",
+        ),
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only predict the time; write nothing.")
+        bool, typer.Option("--dry-run", help="Only predict time and memory; write nothing.")
     ] = False,
 ) -> None:
     r"""Differentiate backward through all steps of a run: the influence of every row.
@@ -89,14 +118,31 @@ def main(
     words = read_tokenizer(source, trust_remote_code=False)
     loaded: Any = load_first_model(recorded, source, device=device)
     encoded = [one.encode(words, context_of(loaded, words)) for one in asked]
+    plan = DirectionPlan(curvature="hessian" if exact else "gauss-newton") if direction else None
     if dry_run:
-        _show_price(predict_trace(recorded, loaded, encoded), len(encoded))
+        _show_price(predict_trace(recorded, loaded, encoded, plan), len(encoded))
         return
     about = {"asked": [asdict(one) for one in asked]}
-    found = trace_run(recorded, loaded, encoded, out, about, show_progress)
+    if plan is not None:
+        kept = trace_directions(recorded, loaded, encoded, out, about, plan, show_progress)
+        _warn_of_growth(kept.norms)
+        print_json(
+            {
+                "out": str(out),
+                "questions": len(asked),
+                "segments": len(kept.weights),
+                "values": kept.values,
+                "adjoint_norms": [[norms[-1], norms[0]] for norms in kept.norms],
+                "seconds": time.perf_counter() - start,
+            }
+        )
+        return
+    found = trace_run(recorded, loaded, encoded, out, about, show_progress, by_token=tokens)
     for number, one in enumerate(asked):
-        _show(one, found, number, recorded, words, k)
-    _warn_of_growth(found)
+        _show(one, found, number, recorded, words, k, epochs=epochs)
+    _warn_of_growth(found.norms.tolist())
+    if readings is not None:
+        _write_readings(readings, found, recorded)
     checked = _checked(recorded, loaded, encoded, found, check, seed) if check else None
     print_json(
         {
@@ -115,37 +161,75 @@ def main(
 def _show_price(price: TracePrice, questions: int) -> None:
     print_plain(
         f"Tracing {questions} questions will take about {price.seconds / 60:,.1f} minutes, "
-        f"{price.trainings_a_question:.1f} trainings each."
+        f"{price.trainings_a_question:.1f} trainings each, and {price.peak_mb:,.0f} MB of memory "
+        f"at most ({price.training_peak_mb:,.0f} for the run's own steps)."
     )
     print_json(asdict(price))
 
 
 def _show(
-    asked: AskedQuestion, found: Trace, number: int, run: RecordedRun, words: Any, k: int
+    asked: AskedQuestion,
+    found: Trace,
+    number: int,
+    run: RecordedRun,
+    words: Any,
+    k: int,
+    *,
+    epochs: bool,
 ) -> None:
-    totals = found.totals[number]
+    parts = found.by_segment(segment_count(run.rows, run.steps))[number]
+    totals = parts.sum(0)
     against = "" if asked.against is None else f" rather than '{printable(asked.against)}'"
     print_plain(
         f"\n{printable(asked.prompt)} |{printable(asked.completion)}{against}   "
         f"{found.values[number]:+.3f} nats"
     )
     table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for heading in ("influence, nats", "row", "text"):
+    more = [f"epoch {n}" for n in range(1, len(parts) + 1)] if epochs else []
+    for heading in ("influence, nats", *more, "row", "text"):
         table.add_column(heading, justify="right" if heading != "text" else "left")
     order = np.argsort(-totals, kind="stable")
     for row in [*order[:k], *order[::-1][:k][::-1]]:
-        text = words.decode(run.rows[row].tokens)
-        table.add_row(f"{totals[row]:+.4f}", run.rows[row].id[:16], Text(printable(text)[:300]))
+        own = [f"{value:+.4f}" for value in parts[:, row]] if epochs else []
+        text = printable(words.decode(run.rows[row].tokens))[:300]
+        table.add_row(f"{totals[row]:+.4f}", *own, run.rows[row].id[:16], Text(text))
+        if found.tokens is not None:
+            table.add_row(
+                "", *[""] * len(own), "", Text(_largest_tokens(found, number, row, run, words))
+            )
     screen.print(table)
 
 
-def _warn_of_growth(found: Trace) -> None:
-    for number, norms in enumerate(found.norms):
-        if norms[0] > GROWING * norms[-1]:
+def _largest_tokens(
+    found: Trace, number: int, row: int, run: RecordedRun, words: Any, count: int = 5
+) -> str:
+    """The tokens of a row that carry most of its influence, as what is predicted."""
+    assert found.tokens is not None
+    start = sum(len(one.tokens) for one in run.rows[:row])
+    tokens = run.rows[row].tokens
+    values = found.tokens[number, start : start + len(tokens)]
+    order = np.argsort(-np.abs(values), kind="stable")[:count]
+    return "  ".join(f"{printable(words.decode([tokens[i]]))} {values[i]:+.4f}" for i in order)
+
+
+def _write_readings(path: Path, found: Trace, run: RecordedRun) -> None:
+    lines = io.StringIO()
+    table = csv.writer(lines)
+    table.writerow(["question", "step", "row", "nats"])
+    for question, influences in enumerate(found.influences.tolist(), start=1):
+        for step, row, value in zip(found.steps, found.rows, influences, strict=True):
+            table.writerow([question, int(step) + 1, run.rows[row].id, value])
+    write_whole(path, lines.getvalue().encode())
+    print_plain(f"The influence of every reading is in {path}.")
+
+
+def _warn_of_growth(adjoints: Sequence[Sequence[float]]) -> None:
+    for number, norms in enumerate(adjoints):
+        if not norms[0] <= GROWING * norms[-1]:
             print_plain(
                 f"warning: the adjoint of question {number + 1} grew {norms[0] / norms[-1]:,.0f} "
                 f"times on its way to the first step: the run is not smooth in its weights, and "
-                f"these influences mean little. A smaller rate, a longer warm-up or a larger "
+                f"what was found means little. A smaller rate, a longer warm-up or a larger "
                 f"epsilon of Adam helps."
             )
 

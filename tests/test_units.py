@@ -48,11 +48,15 @@ MEASURED = (
     r"Influences are in nats of what is asked: leaving a row out of the run changes it by minus "
     r"that, to first order",
     r'"influence, nats"',
+    r"the influence in nats of f of that row, read once in the segment",
+    r"the influence of every reading: question, step, row, nats",
+    r'\["question", "step", "row", "nats"\]',
     r"found\.values\[number\]:\+\.3f\} nats",
     # losses
     r"mean: loss in nats a token",
     r"next-token negative (log-likelihoods? of the counted tokens|log-likelihood), in nats",
     r"negative log-likelihoods over the counted tokens, in nats",
+    r"Next-token negative log-likelihoods in nats, at the position that predicts",
     r"Negative log-probability of the labels, in nats",
     r"The loss of each sequence in nats",
     # gains of a training step that was made

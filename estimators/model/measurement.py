@@ -29,6 +29,16 @@ def negative_log_likelihood(
 ) -> Float[Tensor, "batch"]:
     """Sum of next-token negative log-likelihoods over the counted tokens, in nats, per sequence.
 
+    Arguments and precision as of ``token_losses``.
+    """
+    return token_losses(logits, batch).sum(1)
+
+
+def token_losses(
+    logits: Float[Tensor, "batch token vocabulary"], batch: TokenBatch
+) -> Float[Tensor, "batch token"]:
+    """Next-token negative log-likelihoods in nats, at the position that predicts; 0 if uncounted.
+
     Computed in float32 at least, whatever the model's own precision.
 
     Args:
@@ -41,7 +51,7 @@ def negative_log_likelihood(
     losses = nn.functional.cross_entropy(
         wide.flatten(0, 1), counted.flatten(), reduction="none", ignore_index=_UNCOUNTED
     )
-    return losses.view(counted.shape).sum(1)
+    return losses.view(counted.shape)
 
 
 def label_numbers(batch: TokenBatch, seed: int) -> Float[Tensor, "batch token"]:

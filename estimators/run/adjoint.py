@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from estimators.model.measurement import negative_log_likelihood, next_token_logits
 from estimators.model.tokens import Sequence1D, collate
-from estimators.run.passes import put, row_losses, step_gradients
+from estimators.run.passes import batch_losses, put, step_gradients
 from estimators.run.recorded import Batch, Recipe, Row, State, Step
 from estimators.run.updates import update
 
@@ -104,8 +104,10 @@ def step_back(
     step: Step,
     state: State,
     after: Sequence[Adjoint],
-) -> tuple[list[Adjoint], Float[Tensor, "question row"]]:
-    """Each question's adjoint before a step, and the influence of the rows that the step read.
+) -> tuple[list[Adjoint], list[Float[Tensor, "question row token"]]]:
+    """Each question's adjoint before a step, and the influence of the tokens that the step read.
+
+    The influence of a row is the sum over its tokens.
 
     Args:
         model: its trained parameters require gradients, in float32 or float64.
@@ -117,10 +119,10 @@ def step_back(
         after: adjoints behind it, one a question; they share the passes through the model.
 
     Returns:
-        The adjoints; influences in order of the rows of the step's batches.
+        The adjoints; influences of each batch of the step, at the position that predicts the token.
     """
     put(parameters, state)
-    only = _Pass(model, parameters, rows, step.batches[0]) if len(step.batches) == 1 else None
+    only = BatchPass(model, parameters, rows, step.batches[0]) if len(step.batches) == 1 else None
     if only is None:
         ones = torch.ones(len(rows)).to(next(iter(parameters.values())))
         gradients = step_gradients(model, parameters, rows, step, ones)
@@ -131,14 +133,14 @@ def step_back(
     sums = [dict(back[0].parameters) for back in backs]
     influences = []
     for batch in step.batches:
-        found = (only or _Pass(model, parameters, rows, batch)).derivatives(pushes)
+        found = (only or BatchPass(model, parameters, rows, batch)).derivatives(pushes)
         influences.append(torch.stack([one[1] for one in found]))
         for total, (products, _) in zip(sums, found, strict=True):
             for name, product in products.items():
                 total[name] = total[name] + product
     moments = [back[0].moments for back in backs]
     adjoints = [Adjoint(parameters=p, moments=m) for p, m in zip(sums, moments, strict=True)]
-    return adjoints, torch.cat(influences, dim=1)
+    return adjoints, influences
 
 
 def _optimizer_back(
@@ -171,7 +173,7 @@ def _optimizer_back(
     return Adjoint(parameters=parameters, moments=back), pushes
 
 
-class _Pass:
+class BatchPass:
     """A batch's gradient with the graph behind it, to be differentiated once more.
 
     Args:
@@ -190,8 +192,8 @@ class _Pass:
     ) -> None:
         self._parameters = parameters
         like = next(iter(parameters.values()))
-        self._weights = torch.ones(len(batch.rows)).to(like).requires_grad_()
-        losses = row_losses(model, rows, batch, like.device)
+        self._weights = torch.ones(len(batch.rows), batch.width).to(like).requires_grad_()
+        losses = batch_losses(model, rows, batch, like.device)
         loss = (self._weights * losses).sum() / batch.divisor
         found = torch.autograd.grad(
             loss, list(parameters.values()), create_graph=True, allow_unused=True
@@ -207,8 +209,8 @@ class _Pass:
 
     def derivatives(
         self, pushes: Sequence[Mapping[str, Tensor]]
-    ) -> list[tuple[dict[str, Tensor], Float[Tensor, "row"]]]:
-        """For each u: the Hessian of the loss times u, and ``<gradient_i, u>`` of each row.
+    ) -> list[tuple[dict[str, Tensor], Float[Tensor, "row token"]]]:
+        """For each u: the Hessian of the loss times u, and ``<gradient, u>`` of each token's loss.
 
         To be asked once: it frees the graph.
         """

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from estimators.model.measurement import negative_log_likelihood, next_token_logits
+from estimators.model.measurement import next_token_logits, token_losses
 from estimators.model.tokens import TokenBatch
 from estimators.run.recorded import UNCOUNTED, Batch, Recipe, Row, State, Step
 from estimators.run.updates import update
@@ -82,12 +82,12 @@ def collated(rows: Sequence[Row], batch: Batch, device: torch.device) -> TokenBa
     return tokens.to(device)
 
 
-def row_losses(
+def batch_losses(
     model: nn.Module, rows: Sequence[Row], batch: Batch, device: torch.device
-) -> Float[Tensor, "row"]:
-    """Summed negative log-likelihood of each row's counted tokens."""
+) -> Float[Tensor, "row token"]:
+    """Negative log-likelihood of each row's counted tokens, at the position that predicts them."""
     tokens = collated(rows, batch, device)
-    return negative_log_likelihood(next_token_logits(model, tokens), tokens)
+    return token_losses(next_token_logits(model, tokens), tokens)
 
 
 def step_gradients(
@@ -100,7 +100,7 @@ def step_gradients(
     """The gradient that the step's optimizer saw before clipping, without a graph."""
     total = {name: torch.zeros_like(value) for name, value in parameters.items()}
     for batch in step.batches:
-        losses = row_losses(model, rows, batch, weights.device)
+        losses = batch_losses(model, rows, batch, weights.device).sum(1)
         loss = (weights[list(batch.rows)] * losses).sum() / batch.divisor
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, found, strict=True):

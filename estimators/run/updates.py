@@ -56,11 +56,15 @@ def update(
 def _clipped(gradients: Tensors, largest: float | None) -> Tensors:
     if largest is None:
         return gradients
+    factor = _factor(gradients, largest)
+    return {name: value * factor for name, value in gradients.items()}
+
+
+def _factor(gradients: Tensors, largest: float) -> Tensor:
     norm = torch.linalg.vector_norm(
         torch.stack([torch.linalg.vector_norm(value) for value in gradients.values()])
     )
-    factor = torch.clamp(largest / (norm + CLIPPING_EPSILON), max=1.0)
-    return {name: value * factor for name, value in gradients.items()}
+    return torch.clamp(largest / (norm + CLIPPING_EPSILON), max=1.0)
 
 
 def _sgd(
@@ -109,6 +113,42 @@ def _adaptive(
 def _root(square: Tensor) -> Tensor:
     positive = square > 0
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+
+
+def scaling(
+    recipe: Recipe,
+    number: int,
+    rates: Sequence[float],
+    gradients: Tensors | None,
+    after: Moments,
+) -> dict[str, Tensor | float]:
+    """What a gradient is multiplied with before a step subtracts it, the optimizer taken as fixed.
+
+    Adam's divisor and the factor of clipping are constants of the step, and momentum is left out:
+    what it does later counts at once. 0 where a second moment is 0, i.e. no gradient was seen yet.
+
+    Args:
+        recipe: optimizer, groups and clipping.
+        number: of the step, from 0.
+        rates: learning rate of each group.
+        gradients: that the step saw before clipping; needed where the recipe clips.
+        after: moments behind the step.
+    """
+    factor = 1.0
+    if recipe.clipping is not None and gradients is not None:
+        factor = float(_factor(gradients, recipe.clipping))
+    found: dict[str, Tensor | float] = {}
+    for group, rate in zip(recipe.groups, rates, strict=True):
+        for name in group.parameters:
+            if recipe.optimizer == "sgd":
+                lasting = (1 - group.dampening) / (1 - group.momentum) if group.momentum else 1.0
+                found[name] = factor * rate * lasting
+            else:
+                unbiased = 1 - group.betas[1] ** (number + 1)
+                square = after["exp_avg_sq"][name]
+                root = _root(square) / unbiased**0.5 + group.epsilon
+                found[name] = torch.where(square > 0, factor * rate / root, 0.0)
+    return found
 
 
 STEPS: dict[OptimizerName, Callable[..., Updated]] = {"sgd": _sgd, "adam": _adam, "adamw": _adamw}

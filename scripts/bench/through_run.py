@@ -233,7 +233,8 @@ def trace(
                 task.model, parameters, task.recipe, task.rows, step, states[number], adjoints
             )
             read = [row for batch in step.batches for row in batch.rows]
-            total.index_add_(1, torch.tensor(read), found.double())
+            influences = torch.cat([part.sum(2) for part in found], dim=1)
+            total.index_add_(1, torch.tensor(read), influences.double())
     return total.numpy(), [*norms[:: max(1, len(norms) // 20)], adjoints[0].norm]
 
 

@@ -1,8 +1,5 @@
 """Tracing questions through a recorded run: the influence of every row, step by step."""
 
-import json
-import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,29 +8,23 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from estimators.model.progress import Progress, no_progress
-from estimators.model.tokens import Sequence1D
-from estimators.run.adjoint import Adjoint, final_adjoint, measured_value, step_back
-from estimators.run.passes import advance, trainable
-from estimators.run.recorded import State
+from estimators.run.adjoint import Adjoint, measured_value, step_back
+from estimators.run.direction import segment_of
+from estimators.run.passes import trainable
+from estimators.run.recorded import Batch, State
 from index.files import exclusive, read_sealed, sha256_of, write_sealed, write_whole
 from service.run.errors import RunMismatch
-from service.run.folder import FINISHED, RecordedRun
+from service.run.folder import RecordedRun
 from service.run.optimizers import named_parameters
-
-logger = logging.getLogger(__name__)
+from service.tracing.walk import Parameters, Question, Walk, check_same, trace_facts
 
 MANIFEST = "trace.json"
 INFLUENCES = "influences.safetensors"
 PARTIAL = "partial.safetensors"
-SCHEMA = 1
-
-Question = Sequence[tuple[Sequence1D, float]]
-"""Sequences with weights; what is measured is the weighted sum of their log-probabilities."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +38,8 @@ class Trace:
         rows: number of the row of each reading.
         influences: ``df / dw`` of each reading, in nats of f: [question, reading].
         count: rows of the run.
+        tokens: the part of each token as what is predicted, over all readings of its row, the rows'
+            tokens one after the other; they sum to the row's influence. None unless asked for.
     """
 
     values: list[float]
@@ -55,13 +48,19 @@ class Trace:
     rows: Int[np.ndarray, "reading"]
     influences: Float[np.ndarray, "question reading"]
     count: int
+    tokens: Float[np.ndarray, "question token"] | None = None
 
     @property
     def totals(self) -> Float[np.ndarray, "question row"]:
         """Over all readings; leaving the row out changes f by minus that, to first order."""
-        found = np.zeros((len(self.influences), self.count))
+        return self.by_segment(1)[:, 0]
+
+    def by_segment(self, segments: int) -> Float[np.ndarray, "question segment row"]:
+        """The same, over the readings in each of so many equal parts of the run."""
+        found = np.zeros((len(self.influences), segments, self.count))
+        part = segment_of(self.steps, self.norms.shape[1] - 1, segments)
         for question, values in enumerate(self.influences):
-            np.add.at(found[question], self.rows, values.astype(np.float64))
+            np.add.at(found[question], (part, self.rows), values.astype(np.float64))
         return found
 
 
@@ -73,6 +72,8 @@ def trace_run(
     about: Mapping[str, Any],
     progress: Progress = no_progress,
     interval: float = 60.0,
+    *,
+    by_token: bool = False,
 ) -> Trace:
     """Trace questions backward through a run into the folder ``out``, or finish such a trace.
 
@@ -87,30 +88,30 @@ def trace_run(
         about: further facts for the manifest, e.g. the questions in words.
         progress: shows the steps.
         interval: least number of seconds between two records of how far it is.
+        by_token: also keep the part of each token of the rows.
 
     Raises:
         RunMismatch: the folder holds a trace of another run or of other questions, or the run's
             precision has no faithful derivative.
     """
-    _check_precision(run)
-    facts = {
-        "schema": SCHEMA,
-        "run_sha256": sha256_of(run.folder / FINISHED),
-        "questions": [[[list(s.tokens), s.first_target, w] for s, w in q] for q in questions],
-        "about": dict(about),
-    }
+    facts = trace_facts(run, questions, about) | ({"by_token": True} if by_token else {})
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
         if (out / MANIFEST).is_file():
-            _check_same(out, facts)
+            check_same(out / MANIFEST, facts)
             return read_trace(out)
-        found = _Tracer(run, model, questions, out / PARTIAL, facts, interval).trace(progress)
+        walk = Walk(run, model, questions, out / PARTIAL, facts, interval)
+        influences = _Influences(run, model, by_token=by_token)
+        walk.go(influences, progress)
+        found = _trace_of(walk, influences, run)
         tensors = {
             "steps": torch.from_numpy(found.steps),
             "rows": torch.from_numpy(found.rows),
             "influences": torch.from_numpy(found.influences),
             "norms": torch.from_numpy(found.norms),
         }
+        if found.tokens is not None:
+            tensors["tokens"] = torch.from_numpy(found.tokens)
         write_whole(out / INFLUENCES, bytes(save(tensors)))
         manifest = {
             **facts,
@@ -121,43 +122,6 @@ def trace_run(
         write_sealed(out / MANIFEST, manifest)
         (out / PARTIAL).unlink(missing_ok=True)
     return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class TracePrice:
-    """What a trace will take, by one step in the middle of the run.
-
-    Attributes:
-        seconds: of the whole trace, without loading the model.
-        trainings_a_question: its part for each question, in trainings of the run.
-    """
-
-    seconds: float
-    trainings_a_question: float
-
-
-def predict_trace(run: RecordedRun, model: nn.Module, questions: Sequence[Question]) -> TracePrice:
-    """Time one step forward and backward, and count it for all; nothing is written."""
-    _check_precision(run)
-    with trainable(model, run.recipe, named_parameters(model)) as parameters:
-        like = next(iter(parameters.values()))
-        ones = torch.ones(len(run.rows)).to(like)
-        number = max(s for s in run.state_steps if s <= len(run.steps) // 2)
-        number = min(number, len(run.steps) - 1)
-        state, step = _on(run.state(number), like.device), run.steps[number]
-        adjoints = [final_adjoint(model, parameters, state, one)[0] for one in questions]
-        given = (model, parameters, run.recipe, run.rows, step, state)
-        advance(*given, ones)  # the first pass is slower
-        start = time.perf_counter()
-        advance(*given, ones)
-        forward = time.perf_counter() - start
-        step_back(*given, adjoints)
-        backward = time.perf_counter() - start - forward
-    steps = len(run.steps)
-    return TracePrice(
-        seconds=steps * (forward + backward),
-        trainings_a_question=(forward + backward) / forward / len(questions),
-    )
 
 
 def measured_values(
@@ -183,181 +147,73 @@ def read_trace(folder: Path) -> Trace:
     return Trace(values=manifest["values"], count=manifest["rows"], **found)
 
 
-class _Tracer:
-    """A trace under way: adjoints at a step, and the influences behind it."""
+class _Influences:
+    """Every reading's influence, step by step; of tokens their sums."""
 
-    def __init__(
-        self,
-        run: RecordedRun,
-        model: nn.Module,
-        questions: Sequence[Question],
-        partial: Path,
-        facts: Mapping[str, Any],
-        interval: float,
-    ) -> None:
-        self._run, self._model, self._questions = run, model, questions
-        self._partial, self._interval = partial, interval
-        self._identity = json.dumps(facts, sort_keys=True)
-        self._parameters: dict[str, nn.Parameter] = {}
-        self._adjoints: list[Adjoint] = []
-        self._values: list[float] = []
-        self._norms: list[list[float]] = []
+    def __init__(self, run: RecordedRun, model: nn.Module, *, by_token: bool) -> None:
+        self._run, self._model, self._by_token = run, model, by_token
         self._found: list[Tensor] = []
-        self._at = len(run.steps)
+        self._starts = np.cumsum([0, *(len(row.tokens) for row in run.rows)])
+        self.tokens: Tensor | None = None
 
-    def trace(self, progress: Progress) -> Trace:
-        """Go back from the end, or from where it was interrupted, to the first step."""
-        named = named_parameters(self._model)
-        with trainable(self._model, self._run.recipe, named) as self._parameters:
-            if not self._resume():
-                self._begin()
-            written = time.monotonic()
-            todo = [s for s in reversed(self._run.state_steps) if s < self._at]
-            numbers = [n for s in todo for n in self._steps_from(s)]
-            states: dict[int, State] = {}
-            for number in progress("trace", numbers):
-                if number not in states:
-                    states = self._states_before(number)
-                self._back(number, states.pop(number))
-                if not states and time.monotonic() - written > self._interval:
-                    self._keep()
-                    written = time.monotonic()
-        return self._result()
-
-    def _steps_from(self, start: int) -> list[int]:
-        """Steps after the kept state ``start``, last first."""
-        later = [s for s in self._run.state_steps if s > start]
-        return list(range(min([*later, self._at]) - 1, start - 1, -1))
-
-    def _states_before(self, number: int) -> dict[int, State]:
-        """The states before ``number`` and the steps before it, back to the last that was kept."""
-        start = max(s for s in self._run.state_steps if s <= number)
-        like = next(iter(self._parameters.values()))
-        ones = torch.ones(len(self._run.rows)).to(like)
-        state = _on(self._run.state(start), like.device)
-        states = {start: state}
-        for step in range(start, number):
-            state = advance(
-                self._model,
-                self._parameters,
-                self._run.recipe,
-                self._run.rows,
-                self._run.steps[step],
-                state,
-                ones,
-            )
-            states[step + 1] = state
-        return states
-
-    def _begin(self) -> None:
-        like = next(iter(self._parameters.values()))
-        last = _on(self._run.state(self._at), like.device)
-        for question in self._questions:
-            adjoint, value = final_adjoint(self._model, self._parameters, last, question)
-            self._adjoints.append(adjoint)
-            self._values.append(value)
-            self._norms.append([adjoint.norm])
-
-    def _back(self, number: int, state: State) -> None:
-        step = self._run.steps[number]
-        self._adjoints, found = step_back(
-            self._model,
-            self._parameters,
-            self._run.recipe,
-            self._run.rows,
-            step,
-            state,
-            self._adjoints,
+    def back(
+        self,
+        parameters: Parameters,
+        number: int,
+        before: State,
+        after: State,
+        adjoints: Sequence[Adjoint],
+    ) -> list[Adjoint]:
+        """See ``Visit``."""
+        run = self._run
+        step = run.steps[number]
+        found, parts = step_back(
+            self._model, parameters, run.recipe, run.rows, step, before, adjoints
         )
-        self._found.append(found.detach().float().cpu())
-        for norms, adjoint in zip(self._norms, self._adjoints, strict=True):
-            norms.append(adjoint.norm)
-        self._at = number
+        for batch, influences in zip(step.batches, parts, strict=True):
+            self._found.append(influences.sum(2).float().cpu())
+            if self._by_token:
+                self._add_tokens(batch, influences.double().cpu())
+        return found
 
-    def _result(self) -> Trace:
-        read = [
-            (number, row)
-            for number in range(len(self._run.steps) - 1, self._at - 1, -1)
-            for batch in self._run.steps[number].batches
-            for row in batch.rows
-        ]
-        steps, rows = np.array(read, dtype=np.int64).reshape(-1, 2).T
-        return Trace(
-            values=self._values,
-            norms=np.array(self._norms)[:, ::-1].copy(),
-            steps=steps.copy(),
-            rows=rows.copy(),
-            influences=torch.cat(self._found, dim=1).numpy(),
-            count=len(self._run.rows),
-        )
+    def _add_tokens(self, batch: Batch, influences: Float[Tensor, "question row token"]) -> None:
+        if self.tokens is None:
+            shape = (len(influences), int(self._starts[-1]))
+            self.tokens = torch.zeros(shape, dtype=torch.float64)
+        for place, row in enumerate(batch.rows):
+            first, last = int(self._starts[row]) + 1, int(self._starts[row + 1])
+            self.tokens[:, first:last] += influences[:, place, : last - first]
 
-    def _keep(self) -> None:
-        """Record how far it is, as a whole."""
-        tensors = {"found": torch.cat(self._found, dim=1), "norms": torch.tensor(self._norms)}
-        for place, adjoint in enumerate(self._adjoints):
-            for name, value in adjoint.parameters.items():
-                tensors[f"{place}|parameters|{name}"] = value.contiguous()
-            for kind, moments in adjoint.moments.items():
-                for name, value in moments.items():
-                    tensors[f"{place}|{kind}|{name}"] = value.contiguous()
-        header = json.dumps({"at": self._at, "values": self._values, "identity": self._identity})
-        write_whole(self._partial, bytes(save(tensors, metadata={"etymon": header})))
+    def tensors(self) -> dict[str, Tensor]:
+        """See ``Visit``."""
+        found = {"influences": self.influences}
+        return found if self.tokens is None else {**found, "tokens": self.tokens}
 
-    def _resume(self) -> bool:
-        """Take up a record of the same trace; False if there is none."""
-        header = _header(self._partial)
-        if header is None or header["identity"] != self._identity:
-            return False
-        tensors = load_file(self._partial)
-        device = next(iter(self._parameters.values())).device
-        self._at, self._values = int(header["at"]), list(header["values"])
-        self._found = [tensors.pop("found")]
-        self._norms = tensors.pop("norms").tolist()
-        parts: list[dict[str, dict[str, Tensor]]] = [{} for _ in self._questions]
-        for key, value in tensors.items():
-            place, kind, name = key.split("|", 2)
-            parts[int(place)].setdefault(kind, {})[name] = value.to(device)
-        self._adjoints = [
-            Adjoint(parameters=part.pop("parameters"), moments=part) for part in parts
-        ]
-        logger.info("Going on with an interrupted trace: %d steps are left.", self._at)
-        return True
+    def take_up(self, tensors: Mapping[str, Tensor]) -> None:
+        """See ``Visit``."""
+        self._found = [tensors["influences"].cpu()]
+        self.tokens = tensors["tokens"].cpu() if "tokens" in tensors else None
+
+    @property
+    def influences(self) -> Tensor:
+        """Of all readings so far, the last step's first: [question, reading]."""
+        return torch.cat(self._found, dim=1)
 
 
-def _header(path: Path) -> dict[str, Any] | None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            found: dict[str, Any] = json.loads(file.metadata()["etymon"])
-            return found
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        return None
-
-
-def _on(state: State, device: torch.device) -> State:
-    return State(
-        step=state.step,
-        parameters={name: value.to(device) for name, value in state.parameters.items()},
-        moments={
-            kind: {name: value.to(device) for name, value in moments.items()}
-            for kind, moments in state.moments.items()
-        },
+def _trace_of(walk: Walk, found: _Influences, run: RecordedRun) -> Trace:
+    read = [
+        (number, row)
+        for number in range(len(run.steps) - 1, -1, -1)
+        for batch in run.steps[number].batches
+        for row in batch.rows
+    ]
+    steps, rows = np.array(read, dtype=np.int64).reshape(-1, 2).T
+    return Trace(
+        values=walk.values,
+        norms=np.array(walk.norms)[:, ::-1].copy(),
+        steps=steps.copy(),
+        rows=rows.copy(),
+        influences=found.influences.numpy(),
+        count=len(run.rows),
+        tokens=None if found.tokens is None else found.tokens.float().numpy(),
     )
-
-
-def _check_precision(run: RecordedRun) -> None:
-    if run.facts.autocast is not None or run.facts.dtype not in ("float32", "float64"):
-        how = run.facts.autocast or run.facts.dtype
-        raise RunMismatch(
-            f"The run computed in {how}, whose rounding has no derivative; record a run in float32 "
-            f"to trace it."
-        )
-
-
-def _check_same(out: Path, facts: Mapping[str, Any]) -> None:
-    found = read_sealed(out / MANIFEST, "trace the run again")
-    differs = [key for key in facts if found.get(key) != json.loads(json.dumps(facts[key]))]
-    if differs:
-        raise RunMismatch(
-            f"{out} holds a trace of another run or of other questions ({', '.join(differs)}); "
-            f"choose another folder."
-        )

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from estimators.model.tokens import Sequence1D
 from estimators.run.adjoint import Adjoint, final_adjoint, step_back
-from estimators.run.passes import advance, row_losses, trainable
+from estimators.run.passes import advance, batch_losses, trainable
 from estimators.run.recorded import UNCOUNTED, Batch, Group, Recipe, Row, State, Step
 from estimators.run.updates import update
 
@@ -95,7 +95,8 @@ class Run:
                     self.model, parameters, self.recipe, self.rows, step, states[number], adjoints
                 )
                 read = [row for batch in step.batches for row in batch.rows]
-                total.index_add_(1, torch.tensor(read), found)
+                influences = torch.cat([part.sum(2) for part in found], dim=1)
+                total.index_add_(1, torch.tensor(read), influences)
         return total, adjoints
 
 
@@ -203,7 +204,7 @@ def test_updates_are_those_of_torchs_optimizers(kind: str) -> None:
             group["lr"] = rate
         optimizer.zero_grad()
         for batch in step.batches:
-            losses = row_losses(model, run.rows, batch, torch.device("cpu"))
+            losses = batch_losses(model, run.rows, batch, torch.device("cpu"))
             (losses.sum() / batch.divisor).backward()
         if run.recipe.clipping is not None:
             nn.utils.clip_grad_norm_(model.parameters(), run.recipe.clipping)

@@ -20,6 +20,7 @@ from service.run.folder import RecordedRun
 from service.run.loading import load_first_model
 from service.run.recorder import RunRecorder, record_run
 from service.run.replay import retrain
+from service.tracing.directions import read_directions
 from service.tracing.questions import read_questions
 from service.tracing.trace import PARTIAL, measured_values, read_trace, trace_run
 from tests.model_cases import Bench
@@ -183,6 +184,22 @@ def test_the_command_prints_rows_and_checks_itself(tmp_path: Path) -> None:
     report = json.loads(ended.stdout.splitlines()[-1])
     assert report["rows"] == 4
     assert 0.5 < report["check"]["slope"] < 1.5
+    more = ["--k", "1", "--epochs", "--tokens", "--readings", str(tmp_path / "readings.csv")]
+    places[-1] = str(tmp_path / "more")
+    ended = CliRunner().invoke(command.app, [*places, *more])
+    assert ended.exit_code == 0, ended.stderr
+    assert "epoch 4" in ended.stderr
+    assert "ureP" in ended.stderr.split("epoch 4")[1]
+    lines = (tmp_path / "readings.csv").read_text().splitlines()
+    assert lines[0] == "question,step,row,nats"
+    assert len(lines) == 1 + 4 * 4
+    total = sum(float(line.split(",")[3]) for line in lines[1:])
+    read = read_trace(tmp_path / "more")
+    assert total == pytest.approx(float(read.totals.sum()))
+    directed = CliRunner().invoke(command.app, [*places, "--direction", "--exact"])
+    assert directed.exit_code == 0, directed.stderr
+    assert json.loads(directed.stdout.splitlines()[-1])["segments"] == 4
+    assert read_directions(tmp_path / "more").values == read.values
     wrong = CliRunner().invoke(command.app, [*places[:1], str(tmp_path / "none"), *places[2:]])
     assert wrong.exit_code == 1
     assert "There is no file" in wrong.stderr
