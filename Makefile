@@ -11,6 +11,7 @@
 # make bench-recall  recall for each index size, beside other systems' layouts; uses the model of
 #                    `make demo` if it is there; with PEERS=DIR beside Bergson too
 # make bench-certificates  coverage, usefulness and cost of the certificates (an hour and more)
+# make bench-run  influence through two recorded fine-tunings against repeated runs (two hours)
 # make bench-kills, bench-prediction, bench-search  see the figures' commands in docs/measured.md
 # make bench-service  the service under load, on the index of `make demo`
 # make bench-build  cost of fit and build; with PEERS=DIR beside the peers of that environment, which
@@ -43,7 +44,7 @@ NUMERICAL ?= tests/estimators tests/index tests/search tests/run/test_adjoint.py
 GPU := $(shell $(PYTHON) -c "import torch; print('yes' if torch.cuda.is_available() else '')" 2>/dev/null)
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo demo-smollm test test-page test-processors record lint format clean bench-build bench-certificates bench-recall bench-kills bench-prediction bench-search bench-service
+.PHONY: setup demo demo-smollm test test-page test-processors record lint format clean bench-build bench-certificates bench-recall bench-kills bench-prediction bench-run bench-search bench-service
 
 setup: $(READY)
 
@@ -94,6 +95,9 @@ $(TEXTS): $(READY)
 
 bench-recall: $(TEXTS)
 	@$(or $(PEERS),$(VENV))/bin/python -m scripts.bench.recall
+
+bench-run: $(TEXTS)
+	@OMP_NUM_THREADS=1 $(or $(PEERS),$(VENV))/bin/python -m scripts.bench.through_run
 
 bench-certificates bench-kills bench-prediction bench-search bench-service: bench-%: $(READY)
 	@$(BIN)/python -m scripts.bench.$*

@@ -1,0 +1,1 @@
+"""Influence through recorded fine-tunings against estimators that know their last model alone."""
