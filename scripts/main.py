@@ -43,12 +43,16 @@ COMMANDS = {
         module="scripts.audit_recall", says="Compare answers with exact scores of every example."
     ),
     "replay": Command(
-        module="scripts.replay_run",
+        module="scripts.run.replay_run",
         says="Make a recorded training run again, with other weights of its rows or as it was.",
     ),
     "trace": Command(
-        module="scripts.trace_run",
+        module="scripts.run.trace_run",
         says="Trace questions through a recorded run: the influence of every row.",
+    ),
+    "scale": Command(
+        module="scripts.run.learn_scale",
+        says="Learn what one unit of score is worth from the trace of a run.",
     ),
     "merge": Command(module="scripts.merge_indexes", says="Merge indexes that were built apart."),
     "delete": Command(module="scripts.delete_examples", says="Delete examples from an index."),

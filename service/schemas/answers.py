@@ -7,7 +7,7 @@ from pydantic import Field
 
 from index.certificates.statement import Certificate, Share
 from service.schemas.queries import QueryRequest, Schema
-from service.search.answer import Answer, MeasuredTerm, Result
+from service.search.answer import Answer, Effect, JointRemoval, MeasuredTerm, Result
 from service.search.query import Side
 
 SIGN_AND_UNIT = (
@@ -28,6 +28,40 @@ class TokenSchema(Schema):
         description="The part of the score that passes through the position that reads this token; "
         "they sum to the example's score."
     )
+
+
+class RemovalSchema(Schema):
+    """What leaving one result out of the training would do, to first order."""
+
+    nats: float = Field(
+        description="Change of the measured value, by the measured scale; negative for a proponent."
+    )
+    low: float = Field(description="Of its interval.")
+    high: float
+    confidence: float = Field(
+        description="How often the interval holds the effect of one of the strongest rows of "
+        "another question, as the run's own trace has it."
+    )
+
+
+class JointRemovalSchema(Schema):
+    """What leaving all results of a direction out of the training together would do."""
+
+    direction: Literal["proponents", "opponents"]
+    rows: int
+    nats: float | None = Field(
+        description="Change of the measured value, by retrainings without so many rows; null if "
+        "sets of this size were not measured."
+    )
+    low: float | None = Field(description="Of its interval.")
+    high: float | None
+    confidence: float = Field(description="Of the interval; 0 if nothing can be said.")
+    sentence: str
+
+    @classmethod
+    def from_removal(cls, removal: JointRemoval, direction: Side) -> "JointRemovalSchema":
+        """The engine's as it is sent."""
+        return cls(**vars(removal), direction=direction)
 
 
 class ResultSchema(Schema):
@@ -55,12 +89,17 @@ class ResultSchema(Schema):
         default=None,
         description="Results of the same number are near-duplicates; null unless asked for.",
     )
+    effect_of_removal: RemovalSchema | None = Field(
+        default=None, description="null without a measured scale, see effect_reason."
+    )
 
     @classmethod
     def from_result(cls, result: Result) -> "ResultSchema":
         """The engine's result as it is sent."""
         tokens = result.tokens and [TokenSchema(text=t, score=s) for t, s in result.tokens]
-        return cls(**{**vars(result), "tokens": tokens})
+        removal = result.effect_of_removal
+        effect = removal and RemovalSchema(**vars(removal))
+        return cls(**{**vars(result), "tokens": tokens, "effect_of_removal": effect})
 
 
 class TermSchema(Schema):
@@ -113,10 +152,17 @@ class EffectSchema(Schema):
     """What one unit of score is worth, measured for the run, the estimator and its parameters."""
 
     nats_per_unit: float = Field(description="Change of the measured value for one unit of score.")
-    low: float = Field(description="Of its confidence interval.")
+    low: float = Field(
+        description="Of its confidence interval, for another question of the same kind."
+    )
     high: float
     confidence: float
     measured_by: str = Field(description="How it was measured.")
+
+    @classmethod
+    def from_effect(cls, effect: Effect) -> "EffectSchema":
+        """The engine's effect as it is sent."""
+        return cls(**{name: getattr(effect, name) for name in cls.model_fields})
 
 
 class CertificateSchema(Schema):
@@ -182,6 +228,9 @@ class QueryResponse(Schema):
         description="The measured scale of the scores; null if none was measured."
     )
     effect_reason: str | None = Field(description="Why effect is null.")
+    removals: list[JointRemovalSchema] = Field(
+        default=[], description="One a direction; empty without a measured scale."
+    )
     results: list[ResultSchema] = Field(description="Proponents first, each direction best first.")
     documents: list[DocumentSchema] = Field(description="Empty unless asked for.")
     certificates: list[CertificateSchema] = Field(
@@ -206,7 +255,10 @@ class QueryResponse(Schema):
             CertificateSchema.from_certificate(c, side) for side, c in answer.sided_certificates
         ]
         fields["shares"] = [ShareSchema.from_share(s, side) for side, s in answer.sided_shares]
-        fields["effect"] = answer.effect and EffectSchema(**vars(answer.effect))
+        fields["effect"] = answer.effect and EffectSchema.from_effect(answer.effect)
+        fields["removals"] = [
+            JointRemovalSchema.from_removal(r, side) for side, r in answer.sided_removals
+        ]
         fields["sign_and_unit"] = SIGN_AND_UNIT if answer.by_gradients else NO_UNIT
         return cls(**fields, index=request.index)
 

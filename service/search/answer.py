@@ -3,6 +3,10 @@
 from dataclasses import dataclass, field
 
 from index.certificates.statement import Certificate, Share
+from service.scoring.effect import Effect as Effect
+from service.scoring.effect import JointRemoval as JointRemoval
+from service.scoring.effect import Removal
+from service.scoring.scale import NO_SCALE as NO_SCALE
 from service.search.query import Ranking, Side
 
 
@@ -28,6 +32,7 @@ class Result:
             position that reads it; None unless asked for.
         layers: parts of the score by layer; None unless asked for.
         cluster: near-duplicates have the same number; None unless asked for.
+        effect_of_removal: what leaving it out would do, where the scale was measured.
     """
 
     rank: int
@@ -44,6 +49,7 @@ class Result:
     tokens: tuple[tuple[str, float], ...] | None = None
     layers: dict[str, float] | None = None
     cluster: int | None = None
+    effect_of_removal: Removal | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,32 +104,6 @@ class MeasuredTerm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Effect:
-    """What one unit of score is worth, measured for a run, an estimator and its parameters.
-
-    Attributes:
-        nats_per_unit: change of the measured value for one unit of score.
-        low: lower end of its confidence interval.
-        high: upper end.
-        confidence: of the interval.
-        measured_by: how it was measured, in a sentence.
-    """
-
-    nats_per_unit: float
-    low: float
-    high: float
-    confidence: float
-    measured_by: str
-
-
-NO_SCALE = (
-    "What one unit of score is worth in log p was not measured for this run, estimator and "
-    "parameters; scores only rank."
-)
-"""Why an answer has no ``Effect``."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Answer:
     """Ranked training examples and what is known about those that were not looked at.
 
@@ -147,6 +127,7 @@ class Answer:
         seconds: by stage; queries that are answered together wait for each other.
         effect: the measured scale of its scores; None if none was measured.
         effect_reason: why there is none; None if there is one.
+        sided_removals: of each direction, all its results together; empty without a scale.
     """
 
     terms: tuple[MeasuredTerm, ...]
@@ -167,6 +148,7 @@ class Answer:
     seconds: dict[str, float] = field(default_factory=dict)
     effect: Effect | None = None
     effect_reason: str | None = NO_SCALE
+    sided_removals: list[tuple[Side, JointRemoval]] = field(default_factory=list)
 
     @property
     def value(self) -> float:

@@ -24,6 +24,7 @@ from service.coding import FACTORS_NAME, OPERATORS_NAME, code_blocks
 from service.models import LoadedModel
 from service.scoring.cache import FileCache
 from service.scoring.estimators import Estimators
+from service.scoring.scale import IndexScales, find_scales
 from service.search.calibration import IndexCalibration, find_calibration
 from service.search.device_search import make_search_index
 
@@ -43,6 +44,7 @@ class OpenIndex:
         failed: True for rows whose gradient is not finite.
         estimators: that it can answer for.
         sketch: drawn as during the build.
+        scales: what its scores are worth, where that was measured.
         calibration: of its queries' recall, if it was made.
     """
 
@@ -56,6 +58,7 @@ class OpenIndex:
     failed: Bool[np.ndarray, "row"]
     estimators: Estimators
     sketch: Sketch
+    scales: IndexScales
     calibration: IndexCalibration | None = None
 
     def inner_products(self, query: Float[np.ndarray, "dimension"]) -> Float[np.ndarray, "row"]:
@@ -132,6 +135,7 @@ def open_index(folder: Path, loaded: LoadedModel, search_device: str = "cpu") ->
         estimators=estimators,
         sketch=sketch,
         calibration=find_calibration(folder, estimators.own),
+        scales=find_scales(folder),
     )
 
 

@@ -139,7 +139,7 @@ class Retriever:
             scoring=scoring,
             terms=_measured(prepared.asked, found.values[place], len(self.loaded.tokenizer)),
             target=target,
-            fingerprint=prepared.estimator.fingerprint,
+            estimator=prepared.estimator,
             proxies=proxies,
             kept=prepared.kept,
             seed=seed if query.seed is None else query.seed,

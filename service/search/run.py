@@ -6,9 +6,11 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from estimators.chosen import GradientEstimator, RowEstimator
 from estimators.grounds import Questions
 from estimators.rescoring import ScoreParts
 from index.certificates.statement import Certificate, Share, no_share
+from service.scoring.effect import JointRemoval, effect_of, removal_of
 from service.scoring.rows import Scoring, Target
 from service.search.answer import Answer, DocumentScore, MeasuredTerm, Result
 from service.search.explaining import cluster, token_texts
@@ -32,7 +34,7 @@ class Run:
         scoring: gives exact scores.
         terms: what was measured.
         target: what ``scoring`` scores rows for.
-        fingerprint: of the estimator.
+        estimator: that scores.
         proxies: of every row, for proponents.
         kept: rows that the filters leave; None for all.
         seed: of the random rows.
@@ -46,7 +48,7 @@ class Run:
         scoring: Scoring,
         terms: tuple[MeasuredTerm, ...],
         target: Target,
-        fingerprint: str,
+        estimator: GradientEstimator | RowEstimator,
         proxies: Proxies,
         kept: Int[np.ndarray, "kept"] | None,
         seed: int,
@@ -56,7 +58,8 @@ class Run:
         self.index = index
         self.terms = terms
         self.target = target
-        self.fingerprint = fingerprint
+        self.fingerprint = estimator.fingerprint
+        self._effect, self._effect_reason = effect_of(index.scales, estimator)
         self.searches: dict[Side, Search] = {}
         self.partial = False
         self.rows = np.arange(len(index.examples)) if kept is None else kept
@@ -94,11 +97,16 @@ class Run:
         sides = BOTH if query.direction == "both" else (query.direction,)
         certificates: list[tuple[Side, Certificate]] = []
         shares: list[tuple[Side, Share]] = []
+        removals: list[tuple[Side, JointRemoval]] = []
         results: list[Result] = []
         for side in sides:
             search = self._search(side)
             certificates += [(side, found) for found in (yield from self._side(side, search))]
-            results += self.best(side)
+            found = self.best(side)
+            results += found
+            if self._effect is not None and found:
+                scores = [result.score for result in found]
+                removals.append((side, self._effect.of_joint_removal(scores)))
             shares.append((side, self._share(search)))
         documents = (yield from self._documents(results)) if query.documents else []
         if not self.partial:
@@ -122,11 +130,15 @@ class Run:
             rows=len(self.rows),
             seed=self._seed,
             seconds=self._clock.seconds,
+            effect=self._effect,
+            effect_reason=self._effect_reason,
+            sided_removals=removals,
         )
 
     def best(self, side: Side) -> list[Result]:
         """The best of the rows that were scored in this direction so far, best first."""
         search, sign = self.searches[side], _sign(side)
+        largest = float(np.nanmax(np.abs(self._exact), initial=0.0))
         results = []
         for rank, local in enumerate(search.best(self.query.k), start=1):
             row = int(self.rows[local])
@@ -146,6 +158,7 @@ class Run:
                     normalised_score=(score / norm if norm else 0.0) if self.by_gradients else None,
                     proxy=sign * float(search.proxies.values[local]),
                     gradient_norm=norm,
+                    effect_of_removal=removal_of(self._effect, score, largest),
                 )
             )
         return results

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from estimators.model.tokens import Sequence1D
-from scripts import trace_run as command
+from scripts.run import trace_run as command
 from service.models import BadQuery
 from service.run.errors import RunMismatch
 from service.run.folder import RecordedRun

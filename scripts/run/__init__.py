@@ -1,0 +1,1 @@
+"""Commands about recorded runs: repeated, traced, and what their scores are worth."""
