@@ -14,6 +14,7 @@ from rich.text import Text
 from scripts.console import parse_estimator, print_json, stderr
 from service.client import Client, Connection, ServiceError
 from service.schemas.answers import ProgressEvent, QueryResponse
+from service.search.answer import NO_SCALE
 
 SHOWN_CHARACTERS = 240
 """So much of each example's text is shown; the JSON line has all of it."""
@@ -227,6 +228,9 @@ def show(answer: dict[str, Any]) -> None:
         if len({c["direction"] for c in answer["certificates"]}) > 1:
             stderr.print(Text(direction, style="bold"))
         stderr.print(_table(results))
+        for removal in answer["removals"]:
+            if removal["direction"] == direction:
+                stderr.print(Text(printable(removal["sentence"])))
         heat = "; tokens: red +, blue -" if any(r["tokens"] for r in results) else ""
         ranks = f"score ranks within this question: + raised the measured value, - lowered it{heat}"
         unit = ranks if answer["by_gradients"] else answer["sign_and_unit"]
@@ -239,6 +243,8 @@ def show(answer: dict[str, Any]) -> None:
             stderr.print(_certificate(certificate))
     for document in answer["documents"]:
         stderr.print(_whole_document(document))
+    if answer["by_gradients"] and answer["effect_reason"] != NO_SCALE:
+        stderr.print(Text(_worth(answer), style="dim"))
     stderr.print(
         Text(
             f"{answer['rescored_rows']:,} of {answer['rows']:,} rows rescored and "
@@ -270,6 +276,9 @@ def _table(results: list[dict[str, Any]]) -> Table:
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("score", justify="right", no_wrap=True)
     table.add_column("normalised", justify="right", no_wrap=True)
+    measured = any(r["effect_of_removal"] is not None for r in results)
+    if measured:
+        table.add_column("without it, nats", justify="right", no_wrap=True)
     table.add_column("document", ratio=2, overflow="fold")
     table.add_column("text", ratio=5, overflow="fold")
     copies = Counter(r["cluster"] for r in results if r["cluster"] is not None)
@@ -289,10 +298,32 @@ def _table(results: list[dict[str, Any]]) -> Table:
             Text(str(result["rank"])),
             Text(signed(result["score"]), style=style),
             Text("" if normalised is None else signed(normalised), style=style),
+            *([Text(_removal(result["effect_of_removal"]))] if measured else []),
             Text(printable(result["document"])),
             text,
         )
     return table
+
+
+def _removal(removal: dict[str, Any] | None) -> str:
+    """The change and below it the interval."""
+    if removal is None:
+        return ""
+    return f"{removal['nats']:+.2g}\n{removal['low']:+.2g} to {removal['high']:+.2g}"
+
+
+def _worth(answer: dict[str, Any]) -> str:
+    """What a unit of score is worth, or why that is not known."""
+    effect = answer["effect"]
+    if effect is None:
+        return printable(answer["effect_reason"])
+    shown = next((r["effect_of_removal"] for r in answer["results"]), None)
+    removed = "" if shown is None else f" 'Without it' has {shown['confidence']:.0%} intervals."
+    return printable(
+        f"one unit of score: {effect['nats_per_unit']:.3g} nats ({effect['low']:.3g} to "
+        f"{effect['high']:.3g} at {effect['confidence']:.0%} confidence).{removed} "
+        f"{effect['measured_by']}"
+    )
 
 
 def _coloured(result: dict[str, Any]) -> Text:

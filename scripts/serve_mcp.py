@@ -11,6 +11,7 @@ from scripts.console import one_sentence_errors, parse_estimator
 from service.client import AsyncClient, Connection, ServiceError
 from service.schemas.answers import MeasurementSchema, QueryResponse, ResultSchema
 from service.schemas.indexes import EstimatorSchema, IndexResponse
+from service.search.answer import NO_SCALE
 
 if TYPE_CHECKING:
     from mcp.server.mcpserver import MCPServer
@@ -175,6 +176,8 @@ def as_text(answer: QueryResponse) -> str:
             parts.append(f"{direction.capitalize()}, best first:")
             parts += [_example(r, sizes[r.direction, r.cluster] > 1, influence) for r in results]
     parts += [f"{share.direction.capitalize()}: {share.sentence}" for share in answer.shares]
+    parts += [f"{one.direction.capitalize()}: {one.sentence}" for one in answer.removals]
+    parts += _worth(answer) if influence else []
     if answer.partial:
         parts.append("The deadline ended the search: this is what it had found.")
     parts.append("What may be missing:")
@@ -222,10 +225,28 @@ def _example(result: ResultSchema, has_copies: bool, influence: bool) -> str:
         if has_copies and result.cluster is not None
         else ""
     )
+    removal = result.effect_of_removal
+    effect = (
+        f", without it {removal.nats:+.2g} nats ({removal.low:+.2g} to {removal.high:+.2g} at "
+        f"{removal.confidence:.0%} confidence)"
+        if removal is not None
+        else ""
+    )
     return (
-        f"{result.rank}. score {result.score:+.4g}{normalised}, id {result.id!r}, "
+        f"{result.rank}. score {result.score:+.4g}{normalised}{effect}, id {result.id!r}, "
         f"document {result.document!r}, {copies}text: {clipped(result.text)!r}"
     )
+
+
+def _worth(answer: QueryResponse) -> list[str]:
+    """What a unit of score is worth, or why that is not known."""
+    effect = answer.effect
+    if effect is None:
+        return [] if answer.effect_reason == NO_SCALE else [answer.effect_reason or ""]
+    return [
+        f"One unit of score is worth {effect.nats_per_unit:.3g} nats ({effect.low:.3g} to "
+        f"{effect.high:.3g} at {effect.confidence:.0%} confidence). {effect.measured_by}"
+    ]
 
 
 def clipped(text: str, most: int = SHOWN_CHARACTERS) -> str:

@@ -16,6 +16,9 @@ SEEN = sorted(
         *(ROOT / "service" / "schemas").glob("*.py"),
         *(ROOT / "service" / "search").glob("*.py"),
         *(ROOT / "scripts").glob("*.py"),
+        *(ROOT / "scripts" / "run").glob("*.py"),
+        *(ROOT / "service" / "scaling").glob("*.py"),
+        *(ROOT / "service" / "scoring").glob("*.py"),
         *(ROOT / "estimators").rglob("*.py"),
     ]
 )
@@ -61,9 +64,26 @@ MEASURED = (
     r"The loss of each sequence in nats",
     # gains of a training step that was made
     r"gain, nats",
+    # what a measured scale says: fields, and the sentences that show them
+    r'"nats"|"Nats"|\.nats\b|\[\'nats\'\]|\bnats=(change|None)\b',
+    r"nats: float|nats: change of the measured value",
+    r"\{signed\(removal\.nats\)\} nats",
+    r"\{removal\.nats:\+\.2g\} nats|\{change:\+\.2g\} nats",
+    r'"without it, nats"',
+    r"what leaving a row out would do, in nats; empty without a measured scale",
+    r"one unit of score: \{effect\['nats_per_unit'\]:\.3g\} nats",
+    r"One unit of score is worth (\$?\{(signed\()?effect\.nats_per_unit(\)|:\.3g)\}) nats",
+    r'"nats a unit of score"',
+    r"Nats a unit for so many rows together",
+    r"Nats by which two measurements of a question",
+    r"its influence t \(nats; leaving the row out changes f by -t\)",
+    r"of each question's f, in nats",
+    r"influences: through the run, in nats",
     # the scale that an answer has where it was measured, and what is said of its absence
     r"nats_per_unit|Nats Per Unit",
-    r"no answer converts scores into nats",
+    r"without a measurement no answer converts scores into nats",
+    r"`effect_of_removal` \(`nats`, `low`, `high`, `confidence`; null without it\)",
+    r"what a unit of score is worth in nats, with an interval for another question",
     r"Numbers that Etymon does call nats were measured",
     r"what one unit of score is worth in nats",
 )

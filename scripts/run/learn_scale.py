@@ -148,10 +148,12 @@ def choose_estimators(
 
 
 def _show_price(price: ScalePrice) -> None:
+    times = price.retrainings
+    repeated = f", and the run is repeated {times} times" if times else ""
     print_plain(
         f"Scoring {price.rows:,} rows takes {price.passes} "
-        f"{'pass' if price.passes == 1 else 'passes'} over them, and the run is repeated "
-        f"{price.retrainings} times: about {price.seconds / 60:,.1f} minutes."
+        f"{'pass' if price.passes == 1 else 'passes'} over them{repeated}: about "
+        f"{price.seconds / 60:,.1f} minutes."
     )
     print_json(asdict(price))
 
@@ -188,7 +190,7 @@ def _show(record: ScaleRecord) -> None:
     print_plain(record.measured_by)
     if not record.retrainings:
         print_plain(
-            "Sets of rows that teach the same do less than their sum; --retrainings 16 measures it."
+            "Sets of rows can do less or more than their sum; --retrainings 16 measures it."
         )
 
 
@@ -214,7 +216,7 @@ def _show_details(scale: Scale) -> None:
         f"predicted effect, a weaker one by more of its own ({scale.spread_confidence:.0%} "
         f"confidence, to first order)"
     )
-    sizes = [(f"the {one.rows} strongest rows", one) for one in scale.by_size]
+    sizes = [(f"the {one.rows} strongest", one) for one in scale.by_size]
     if scale.random_sets is not None:
         sizes.append((f"{scale.random_sets.rows} random rows", scale.random_sets))
     for what, one in sizes:

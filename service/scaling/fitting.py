@@ -144,8 +144,8 @@ def spread_of_results(
 ) -> tuple[float, float]:
     """How far off a single strong row may be, and how often it is not farther.
 
-    In units of the geometric mean of the row's own prediction and the question's largest one: strong
-    rows are off by more, but less than in proportion.
+    In units of the geometric mean of the row's own prediction and the question's largest one:
+    strong rows are off by more, but less than in proportion.
 
     Conformal with questions as groups (Lee, Barber and Willett 2023, HCP): of each question the
     ``TOP`` rows of the largest scores, predicted with the factor of the others, share the weight

@@ -3,10 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
-from estimators.chosen import Chosen
-from service.scoring.scale import IndexScales, Scale, ScaleRecord
+from service.scoring.scale import Asked, IndexScales, Scale, ScaleRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +87,10 @@ class Effect:
 
     def of_removal(self, score: float, largest: float) -> Removal:
         """Of a single row with this score; the question's largest is of either sign."""
-        nats = -score * self.nats_per_unit
+        change = -score * self.nats_per_unit
         off = self.spread * abs(self.nats_per_unit) * math.sqrt(abs(score * largest))
         return Removal(
-            nats=nats, low=nats - off, high=nats + off, confidence=self.spread_confidence
+            nats=change, low=change - off, high=change + off, confidence=self.spread_confidence
         )
 
     def of_joint_removal(self, scores: Sequence[float]) -> JointRemoval:
@@ -103,11 +102,11 @@ class Effect:
                 rows=rows, nats=None, low=None, high=None, confidence=0.0,
                 sentence=self._not_measured(rows),
             )  # fmt: skip
-        nats, *ends = (-total * worth for worth in (found.value, found.low, found.high))
+        change, *ends = (-total * worth for worth in (found.value, found.low, found.high))
         return JointRemoval(
-            rows=rows, nats=nats, low=min(ends), high=max(ends),
+            rows=rows, nats=change, low=min(ends), high=max(ends),
             confidence=self.confidence,
-            sentence=f"Leaving all {rows} results out of the training together: {nats:+.2g} nats "
+            sentence=f"Leaving all {rows} results out of the training together: {change:+.2g} nats "
             f"({min(ends):+.2g} to {max(ends):+.2g} at {self.confidence:.0%} confidence, by "
             f"retrainings without such sets).",
         )  # fmt: skip
@@ -116,9 +115,8 @@ class Effect:
         measured = [] if self.scale is None else [one.rows for one in self.scale.by_size]
         if not measured:
             return (
-                f"What leaving all {rows} results out together would do was not measured: it is "
-                f"less than the sum where they teach the same; etymon scale --retrainings "
-                f"measures it."
+                f"What leaving all {rows} results out together would do was not measured, and can "
+                f"be less or more than their sum; etymon scale --retrainings measures it."
             )
         return (
             f"What leaving all {rows} results out together would do was not measured: sets of "
@@ -126,7 +124,7 @@ class Effect:
         )
 
 
-def effect_of(scales: IndexScales, chosen: Chosen[Any]) -> tuple[Effect | None, str | None]:
+def effect_of(scales: IndexScales, chosen: Asked) -> tuple[Effect | None, str | None]:
     """The measured scale of an estimator's scores, or why there is none."""
     found = scales.find(chosen)
     if isinstance(found, str) or scales.record is None:

@@ -1,14 +1,14 @@
 """What one unit of an estimator's score is worth, as measured for a run; kept by the index."""
 
+import bisect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Protocol
 
-import numpy as np
 from pydantic import ValidationError
 
-from estimators.chosen import Chosen
 from index.errors import IndexCorrupt
 from index.files import read_sealed
 from index.manifest import Record
@@ -19,6 +19,26 @@ NO_SCALE = (
     "parameters; scores only rank. Where the run was recorded and traced, etymon scale measures it."
 )
 """Why nothing is known where nothing was measured."""
+
+
+class Asked(Protocol):
+    """An estimator with its parameters, as ``estimators.chosen.Chosen`` is, which needs torch."""
+
+    @property
+    def name(self) -> str:
+        """In the registry."""
+
+    @property
+    def values(self) -> Mapping[str, float]:
+        """Of its parameters."""
+
+    @property
+    def grounds_sha256(self) -> str:
+        """Of the model, factors and examples that it stands on."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that its scores depend on besides the question."""
 
 
 class Interval(Record):
@@ -112,9 +132,12 @@ class Scale(Record):
         sizes = [one.rows for one in self.by_size]
         if not sizes or not min(sizes) <= rows <= max(sizes):
             return None
-        at, known = np.log(rows), np.log(sizes)
-        ends = [[getattr(s.nats_per_unit, n) for s in self.by_size] for n in Interval.model_fields]
-        value, low, high = (float(np.interp(at, known, end)) for end in ends)
+        place = max(bisect.bisect_left(sizes, rows), 1)
+        first, last = self.by_size[place - 1], self.by_size[min(place, len(sizes) - 1)]
+        span = math.log(last.rows / first.rows)
+        part = math.log(rows / first.rows) / span if span else 0.0
+        ends = [(getattr(s.nats_per_unit, n) for s in (first, last)) for n in Interval.model_fields]
+        value, low, high = (a + part * (b - a) for a, b in ends)
         return Interval(value=value, low=low, high=high)
 
 
@@ -175,7 +198,7 @@ class IndexScales:
 
     record: ScaleRecord | None
 
-    def find(self, chosen: Chosen[Any]) -> Scale | str:
+    def find(self, chosen: Asked) -> Scale | str:
         """The scale of an estimator with its parameters, or why there is none, in a sentence."""
         named = titled(chosen.name, chosen.values)
         if self.record is None:

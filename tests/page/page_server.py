@@ -18,7 +18,9 @@ from service.schemas.answers import (
     CandidatesEvent,
     CertificateSchema,
     DocumentSchema,
+    EffectSchema,
     GradientEvent,
+    JointRemovalSchema,
     MeasurementSchema,
     ProblemResponse,
     ProgressEvent,
@@ -38,6 +40,8 @@ from service.schemas.queries import QueryRequest, Schema
 from service.search.answer import NO_SCALE
 
 ROWS = 8072
+MEASURED = "measured"
+"""A question about a run whose scale was measured."""
 CAUTION = "The model finds the completion impossible (log p = -233.0)."
 BIG_SEED = 2**61 + 1
 HOSTILE_TEXTS = (
@@ -138,6 +142,14 @@ def canned_result(request: QueryRequest, direction: str, rank: int, text: str) -
             if request.layers
             else None,
             "cluster": {1: 0, 2: 1, 3: 0}.get(rank, rank) if request.clusters else None,
+            "effect_of_removal": {
+                "nats": -2e-5 * score,
+                "low": -2e-5 * score - 0.05,
+                "high": -2e-5 * score + 0.05,
+                "confidence": 0.9,
+            }
+            if request.prompt == MEASURED
+            else None,
         }
     )
 
@@ -235,6 +247,21 @@ def canned_share(direction: str) -> ShareSchema:
     )
 
 
+def canned_removal(direction: str) -> JointRemovalSchema:
+    """What leaving all results of a direction out would do."""
+    return JointRemovalSchema.model_validate(
+        {
+            "direction": direction,
+            "rows": 6,
+            "nats": -0.5,
+            "low": -0.9,
+            "high": -0.3,
+            "confidence": 0.95,
+            "sentence": "Leaving all 6 results out of the training together: -0.5 nats.",
+        }
+    )
+
+
 def canned_answer(request: QueryRequest) -> QueryResponse:
     """The whole answer."""
     sides = sides_of(request)
@@ -247,8 +274,17 @@ def canned_answer(request: QueryRequest) -> QueryResponse:
         estimator_sha256="5e" * 32,
         by_gradients=estimator != "bm25",
         sign_and_unit=NO_UNIT if estimator == "bm25" else SIGN_AND_UNIT,
-        effect=None,
-        effect_reason=NO_SCALE,
+        effect=EffectSchema(
+            nats_per_unit=2e-5,
+            low=1e-5,
+            high=4e-5,
+            confidence=0.95,
+            measured_by="A trace of 12 questions: to first order, one row at a time.",
+        )
+        if request.prompt == MEASURED
+        else None,
+        effect_reason=None if request.prompt == MEASURED else NO_SCALE,
+        removals=[canned_removal(side) for side in sides] if request.prompt == MEASURED else [],
         ranking=request.ranking,
         results=[
             canned_result(request, side, rank, text)

@@ -581,6 +581,25 @@ def test_a_spoilt_link_fills_what_it_can(open_page: Open, service: CannedService
     assert service.asked == []
 
 
+def test_a_measured_scale_is_shown_beside_its_results(open_page: Open) -> None:
+    driver = open_page()
+    driver.ask(*ASKED)
+    expect(driver.shown("removal").first).to_be_hidden()
+    expect(driver.shown("removals").first).to_be_hidden()
+    expect(driver.shown("effect")).to_contain_text("was not measured")
+    assert '"effect_of_removal"' in driver.download("Download CSV")
+    driver.ask("measured", "Kabul")
+    first = driver.shown("removal").first
+    expect(first).to_contain_text("nats")
+    expect(first).to_contain_text("at 90% confidence), to first order")
+    expect(driver.shown("removals").first).to_contain_text("all 6 results")
+    expect(driver.shown("effect")).to_contain_text("one row at a time")
+    rows = list(csv.DictReader(io.StringIO(driver.download("Download CSV"), newline="")))
+    for row in rows:
+        assert float(row["effect_of_removal"]) == pytest.approx(-2e-5 * float(row["score"]))
+        assert row["effect_confidence"] == "0.9"
+
+
 def test_downloads_are_the_answer(open_page: Open, service: CannedService) -> None:
     driver = open_page()
     driver.ask("hostile", "Kabul")

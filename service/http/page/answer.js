@@ -9,13 +9,14 @@ const SIDES = {
   opponents: ["Opponents", "lowered it"],
 };
 
-/** Results by direction, near-duplicates folded under the best of their cluster; `shares` of them. */
-export function sidesOf(results, shares = []) {
+/** Results by direction, near-duplicates folded under the best of their cluster; `shares` and `removals` of them. */
+export function sidesOf(results, shares = [], removals = []) {
   return Object.entries(SIDES)
     .map(([direction, [title, what]]) => {
       const rows = results.filter((result) => result.direction === direction);
       const share = shares.find((one) => one.direction === direction)?.sentence ?? "";
-      return { direction, title, what, share, found: rows.length, groups: groupsOf(rows) };
+      const removal = removals.find((one) => one.direction === direction)?.sentence ?? "";
+      return { direction, title, what, share, removal, found: rows.length, groups: groupsOf(rows) };
     })
     .filter((side) => side.groups.length > 0);
 }
@@ -45,6 +46,7 @@ function cardOf(result) {
     score: signed(result.score),
     raised: result.score >= 0,
     normalised: result.normalised_score === null ? "" : signed(result.normalised_score),
+    removal: removalOf(result.effect_of_removal),
     id: visible(result.id),
     document: visible(result.document),
     facts: [
@@ -59,6 +61,26 @@ function cardOf(result) {
     })),
     strongest: strongest(result),
   };
+}
+
+/** What leaving a result out would do, where the scale of scores was measured; else "". */
+function removalOf(removal) {
+  if (!removal) return "";
+  return (
+    `without it ${signed(removal.nats)} nats (${signed(removal.low)} to ${signed(removal.high)} ` +
+    `at ${percent(removal.confidence)} confidence), to first order`
+  );
+}
+
+/** What one unit of score is worth, or why that is not known. */
+export function effectOf(answer) {
+  if (!answer.by_gradients) return "";
+  const { effect } = answer;
+  if (!effect) return answer.effect_reason ?? "";
+  return (
+    `One unit of score is worth ${signed(effect.nats_per_unit)} nats (${signed(effect.low)} to ` +
+    `${signed(effect.high)} at ${percent(effect.confidence)} confidence). ${effect.measured_by}`
+  );
 }
 
 /** What was explained: each term in words, and the value when there is more than one part to it. */

@@ -2,7 +2,7 @@
 
 import { Alpine } from "./vendor/alpine-csp.js";
 import {
-  boundOf, certificateOf, documentsOf, effortOf, measurementOf, sidesOf,
+  boundOf, certificateOf, documentsOf, effectOf, effortOf, measurementOf, sidesOf,
 } from "./answer.js";
 import { save, toCsv } from "./download.js";
 import { choicesOf, offerOf, parametersOf } from "./estimators.js";
@@ -33,6 +33,7 @@ function noAnswer(influence = true) {
     effort: "",
     partial: false,
     unit: "",
+    effect: "",
   };
 }
 
@@ -225,13 +226,14 @@ function page() {
         ...noAnswer(this.shown.influence),
         stage: STAGES.length,
         measurement: measurementOf(answer.measurement),
-        sides: sidesOf(answer.results, answer.shares),
+        sides: sidesOf(answer.results, answer.shares, answer.removals),
         certificates: answer.certificates.map((c, key) => certificateOf(c, key, sided)),
         documents: documentsOf(answer),
         layers: sumLayers(answer.results),
         effort: effortOf(answer),
         partial: answer.partial,
         unit: answer.sign_and_unit,
+        effect: effectOf(answer),
       };
       const found = counted(answer.results.length, "training example");
       this.say(answer.partial ? `Out of time: ${found} found so far.` : `Done: ${found} found.`);

@@ -2,8 +2,15 @@
 
 const COLUMNS = [
   "rank", "direction", "row", "id", "document", "score", "normalised_score", "proxy",
-  "gradient_norm", "cluster", "text", "metadata",
+  "gradient_norm", "effect_of_removal", "effect_low", "effect_high", "effect_confidence", "cluster",
+  "text", "metadata",
 ];
+
+// Columns of what leaving a row out would do, in nats; empty without a measured scale.
+const EFFECTS = {
+  effect_of_removal: "nats", effect_low: "low", effect_high: "high",
+  effect_confidence: "confidence",
+};
 
 /** Let the browser save a text as a file. */
 export function save(name, type, text) {
@@ -19,6 +26,7 @@ export function toCsv(results) {
   const rows = results.map((result) =>
     COLUMNS.map((column) => {
       if (column === "metadata") return JSON.stringify(result.metadata);
+      if (column in EFFECTS) return result.effect_of_removal?.[EFFECTS[column]];
       return result[column];
     }),
   );
