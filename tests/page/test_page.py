@@ -585,15 +585,14 @@ def test_a_measured_scale_is_shown_beside_its_results(open_page: Open) -> None:
     driver = open_page()
     driver.ask(*ASKED)
     expect(driver.shown("removal").first).to_be_hidden()
-    expect(driver.shown("removals").first).to_be_hidden()
-    expect(driver.shown("effect")).to_contain_text("was not measured")
+    expect(driver.page.locator(".unit")).to_contain_text("was not measured")
     assert '"effect_of_removal"' in driver.download("Download CSV")
     driver.ask("measured", "Kabul")
     first = driver.shown("removal").first
     expect(first).to_contain_text("nats")
     expect(first).to_contain_text("at 90% confidence), to first order")
-    expect(driver.shown("removals").first).to_contain_text("all 6 results")
-    expect(driver.shown("effect")).to_contain_text("one row at a time")
+    expect(driver.shown("share").first).to_contain_text("all 6 results")
+    expect(driver.page.locator(".unit")).to_contain_text("one row at a time")
     rows = list(csv.DictReader(io.StringIO(driver.download("Download CSV"), newline="")))
     for row in rows:
         assert float(row["effect_of_removal"]) == pytest.approx(-2e-5 * float(row["score"]))

@@ -14,9 +14,9 @@ export function sidesOf(results, shares = [], removals = []) {
   return Object.entries(SIDES)
     .map(([direction, [title, what]]) => {
       const rows = results.filter((result) => result.direction === direction);
-      const share = shares.find((one) => one.direction === direction)?.sentence ?? "";
-      const removal = removals.find((one) => one.direction === direction)?.sentence ?? "";
-      return { direction, title, what, share, removal, found: rows.length, groups: groupsOf(rows) };
+      const told = [...shares, ...removals].filter((one) => one.direction === direction);
+      const share = told.map((one) => one.sentence).join(" ");
+      return { direction, title, what, share, found: rows.length, groups: groupsOf(rows) };
     })
     .filter((side) => side.groups.length > 0);
 }
@@ -72,13 +72,13 @@ function removalOf(removal) {
   );
 }
 
-/** What one unit of score is worth, or why that is not known. */
-export function effectOf(answer) {
-  if (!answer.by_gradients) return "";
+/** What a score is, and what one unit of it is worth or why that is not known. */
+export function unitOf(answer) {
   const { effect } = answer;
-  if (!effect) return answer.effect_reason ?? "";
+  if (!answer.by_gradients) return answer.sign_and_unit;
+  if (!effect) return `${answer.sign_and_unit} ${answer.effect_reason ?? ""}`;
   return (
-    `One unit of score is worth ${signed(effect.nats_per_unit)} nats (${signed(effect.low)} to ` +
+    `${answer.sign_and_unit} One unit of score is worth ${signed(effect.nats_per_unit)} nats (${signed(effect.low)} to ` +
     `${signed(effect.high)} at ${percent(effect.confidence)} confidence). ${effect.measured_by}`
   );
 }

@@ -2,7 +2,7 @@
 
 import { Alpine } from "./vendor/alpine-csp.js";
 import {
-  boundOf, certificateOf, documentsOf, effectOf, effortOf, measurementOf, sidesOf,
+  boundOf, certificateOf, documentsOf, effortOf, measurementOf, sidesOf, unitOf,
 } from "./answer.js";
 import { save, toCsv } from "./download.js";
 import { choicesOf, offerOf, parametersOf } from "./estimators.js";
@@ -33,7 +33,6 @@ function noAnswer(influence = true) {
     effort: "",
     partial: false,
     unit: "",
-    effect: "",
   };
 }
 
@@ -232,8 +231,7 @@ function page() {
         layers: sumLayers(answer.results),
         effort: effortOf(answer),
         partial: answer.partial,
-        unit: answer.sign_and_unit,
-        effect: effectOf(answer),
+        unit: unitOf(answer),
       };
       const found = counted(answer.results.length, "training example");
       this.say(answer.partial ? `Out of time: ${found} found so far.` : `Done: ${found} found.`);
