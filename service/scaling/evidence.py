@@ -19,7 +19,8 @@ from service.run.errors import RunMismatch
 from service.run.folder import FINISHED, RecordedRun
 from service.scoring.exhaustive import exact_scores
 from service.search.opening import OpenIndex
-from service.tracing.trace import MANIFEST, Question, Trace, read_trace
+from service.tracing.trace import MANIFEST, Trace, read_trace
+from service.tracing.walk import Question
 
 NEAR = 0.01
 """Nats by which two measurements of a question by the same weights may differ, e.g. on another

@@ -136,9 +136,12 @@ class Scale(Record):
         first, last = self.by_size[place - 1], self.by_size[min(place, len(sizes) - 1)]
         span = math.log(last.rows / first.rows)
         part = math.log(rows / first.rows) / span if span else 0.0
-        ends = [(getattr(s.nats_per_unit, n) for s in (first, last)) for n in Interval.model_fields]
-        value, low, high = (a + part * (b - a) for a, b in ends)
-        return Interval(value=value, low=low, high=high)
+        one, other = first.nats_per_unit, last.nats_per_unit
+        return Interval(
+            value=one.value + part * (other.value - one.value),
+            low=one.low + part * (other.low - one.low),
+            high=one.high + part * (other.high - one.high),
+        )
 
 
 class ScaleRecord(Record):
