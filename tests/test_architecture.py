@@ -53,6 +53,7 @@ ROOMS = {
     "scripts/bench": {"scripts", "scripts/demo"},
     "scripts/bench/certificates": {"scripts", "scripts/bench", "scripts/demo"},
     "scripts/bench/recall": {"scripts", "scripts/bench", "scripts/demo"},
+    "scripts/bench/through_run": {"scripts", "scripts/bench", "scripts/demo"},
     "scripts/dev": {"scripts"},
 }
 """Rooms that each room may import from, within its package; ``PACKAGES`` says what lies beyond."""
