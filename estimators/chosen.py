@@ -52,6 +52,10 @@ class RowEstimator(Chosen[Scorer]):
     """An estimator that scores rows by other means."""
 
 
+class TracedEstimator(RowEstimator):
+    """One whose scores are influences in nats, known of every row (``registry.TRACED``)."""
+
+
 def settle_values(
     name: str, parameters: Mapping[str, Parameter], given: Mapping[str, float]
 ) -> dict[str, float]:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from estimators.model.gradients import Gradients
@@ -14,6 +16,10 @@ from estimators.model.tokens import Sequence1D
 
 class Unavailable(ValueError):  # noqa: N818 - named for what is wrong
     """An index lacks what an estimator needs; the message says what, and how to have it."""
+
+
+class Untraced(Unavailable):
+    """A question that was not traced through the run; the message says what tracing it takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +91,26 @@ class MemoryCache:
         self._kept[key] = tensors
 
 
+class Traced(Protocol):
+    """What was traced, question by question, through the run that trained the model."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the run."""
+        ...
+
+    def influences(self, fingerprint: str) -> Float[np.ndarray, "row"]:
+        """``df/dw_i`` of every row of the index, in nats of f for a change of weight 1.
+
+        Args:
+            fingerprint: of the question (``Questions.fingerprint``).
+
+        Raises:
+            Untraced: the question was not traced.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grounds:
     """What estimators may use; passes over training data are theirs to run.
@@ -97,6 +123,7 @@ class Grounds:
         sha256: of model, factors and examples; part of whatever is kept of them.
         cache: of what was fitted for this index.
         token_budget: padded tokens in a batch.
+        traced: questions traced through the model's training run; None without a trace.
     """
 
     model: nn.Module
@@ -106,6 +133,7 @@ class Grounds:
     sha256: str = ""
     cache: Cache = field(default_factory=MemoryCache)
     token_budget: int = 1024
+    traced: Traced | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +156,13 @@ class Questions:
         return len(self.sequences)
 
     def fingerprint(self, number: int) -> str:
-        """SHA-256 of the tokens and weights of one question."""
-        parts = [(s.tokens, s.first_target, weight) for s, weight in self.sequences[number]]
+        """SHA-256 of the tokens and weights of one question, in whatever order its parts are.
+
+        Weights of the same sequence add up, and one that adds up to 0 is no part of it.
+        """
+        sums: dict[tuple[tuple[int, ...], int], float] = {}
+        for sequence, weight in self.sequences[number]:
+            key = (tuple(map(int, sequence.tokens)), int(sequence.first_target))
+            sums[key] = sums.get(key, 0.0) + float(weight)
+        parts = sorted((*key, weight) for key, weight in sums.items() if weight != 0)
         return hashlib.sha256(repr(parts).encode()).hexdigest()

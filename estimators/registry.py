@@ -24,11 +24,16 @@ OPERATORS = {
 
 SCORERS = {
     "bm25": "estimators.scorers.bm25:BM25",
+    "run": "estimators.scorers.run:RunInfluence",
 }
 """Estimators without gradients."""
 
+TRACED = ("run",)
+"""Those of them whose scores are influences, known of every row before the question is asked."""
+
 PROPOSERS = {
     "bm25": "estimators.scorers.bm25:BM25",
+    "run": "estimators.scorers.run:RunInfluence",
 }
 """Orders in which rows are scored, beside the index' own codes (``CODES``)."""
 

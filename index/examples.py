@@ -1,7 +1,8 @@
 """The examples of an index: ids, documents, text, tokens and metadata, in Arrow files."""
 
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,15 @@ class ExampleStore:
     def tokens(self, row: int) -> tuple[int, ...]:
         """Token ids of one row."""
         return tuple(self._table.column("tokens")[self._stored_row(row)].as_py())
+
+    def token_bytes(self) -> Iterator[bytes]:
+        """Token ids of every row in order, as 32-bit integers in little-endian order."""
+        column = self._table.column("tokens")
+        for chunk in (column if self._stored is None else column.take(self._stored)).chunks:
+            values = chunk.values.to_numpy().astype("<i4", copy=False)
+            edges = chunk.offsets.to_numpy().tolist()
+            for start, stop in itertools.pairwise(edges):
+                yield values[start:stop].tobytes()
 
     def lengths(self) -> Int[np.ndarray, "row"]:
         """Number of tokens of every row."""

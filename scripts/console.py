@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import math
 import re
 import sys
 import time
@@ -159,6 +160,44 @@ def parse_estimator(text: str) -> tuple[str, dict[str, float]]:
                 f"ekfac:damping=0.01."
             ) from error
     return name, parameters
+
+
+def parse_filters(conditions: list[str]) -> dict[str, dict[str, Any]]:
+    """Conditions by column, from COLUMN=VALUE, COLUMN>=VALUE and COLUMN<=VALUE.
+
+    Values that read as JSON numbers or booleans are such, after = the same text too; two conditions
+    of one kind on a column are alternatives (=) or an error (>=, <=).
+
+    Raises:
+        ValueError: a condition of another form.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for condition in conditions:
+        parts = re.fullmatch(r"(.+?)(>=|<=|=)(.*)", condition, re.DOTALL)
+        if parts is None:
+            raise ValueError(
+                f"--filter must be COLUMN=VALUE, COLUMN>=VALUE or COLUMN<=VALUE, got '{condition}'."
+            )
+        column, sign, text = parts.groups()
+        asked = found.setdefault(column, {})
+        value = _value(text)
+        if sign == "=":
+            # Years and the like are texts in some corpora and numbers in others.
+            asked.setdefault("any_of", []).extend([value] if value == text else [value, text])
+        elif (name := {">=": "at_least", "<=": "at_most"}[sign]) in asked:
+            raise ValueError(f"--filter gives '{column}{sign}' twice; give it once.")
+        else:
+            asked[name] = text if isinstance(value, bool) else value
+    return found
+
+
+def _value(text: str) -> str | int | float | bool:
+    try:
+        value = json.loads(text)
+        number = isinstance(value, (int, float)) and math.isfinite(value)
+    except (ValueError, OverflowError):
+        return text
+    return value if number else text
 
 
 def show_prediction(prediction: "Prediction", loading: float) -> None:

@@ -1,9 +1,7 @@
 """Ask a running service which training examples made the model say something."""
 
-import json
-import math
-import re
 from collections import Counter
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -11,13 +9,14 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from scripts.console import parse_estimator, print_json, stderr
+from scripts.console import parse_estimator, parse_filters, print_json, stderr
+from scripts.side_by_side import show_comparison
+from scripts.texts import SHOWN_CHARACTERS, printable, shortened, signed
 from service.client import Client, Connection, ServiceError
+from service.client.comparing import compare
 from service.schemas.answers import ProgressEvent, QueryResponse
 from service.search.answer import NO_SCALE
 
-SHOWN_CHARACTERS = 240
-"""So much of each example's text is shown; the JSON line has all of it."""
 SHOWN_LAYERS = 5
 LEAST_SHARE = 0.05
 """Tokens with less of the largest token's part are not coloured."""
@@ -49,6 +48,14 @@ def main(
         typer.Option(
             help="That scores: NAME or NAME:PARAMETER=VALUE,..., e.g. kfac or ekfac:damping=0.01. "
             "Left out: the one that the index was built for."
+        ),
+    ] = None,
+    with_other: Annotated[
+        str | None,
+        typer.Option(
+            "--compare",
+            help="Another estimator, likewise: also ask it, and show which rows both have among "
+            "their best, and at which rank.",
         ),
     ] = None,
     k: Annotated[int | None, typer.Option(help="Training examples to return.")] = None,
@@ -98,7 +105,8 @@ def main(
     """Show the training examples that most raised log p(completion | prompt), and how sure that is.
 
     Options that are left out take the service's defaults. The table on stderr
-    is for people; the JSON line on stdout is the answer as the service gave it.
+    is for people; the JSON line on stdout is the answer as the service gave it,
+    with --compare both answers and the rows of either.
 
     Example:
     etymon query "The capital of France is" --completion " Paris" --k 5
@@ -128,51 +136,25 @@ def main(
             given["filters"] = parse_filters(only)
         connection = Connection(url=url, key=key, timeout=timeout)
         answer = ask(connection, {"prompt": prompt, **given}, watch=watch)
+        other = None
+        if with_other is not None:
+            name, parameters = parse_estimator(with_other)
+            again = {key: given[key] for key in given if key not in ("tokens", "layers")}
+            again |= {"prompt": prompt, "estimator": name, "parameters": parameters}
+            other = ask(connection, again, watch=watch)
     except (ServiceError, ValueError) as error:
         told = printable(str(error))
         stderr.print(Text.assemble(("error: ", "bold red"), told), soft_wrap=True)
         raise typer.Exit(1) from error
     document = answer.model_dump(mode="json")
     show(document)
-    print_json(document)
-
-
-def parse_filters(conditions: list[str]) -> dict[str, dict[str, Any]]:
-    """Conditions by column, from COLUMN=VALUE, COLUMN>=VALUE and COLUMN<=VALUE.
-
-    Values that read as JSON numbers or booleans are such, after = the same text too; two conditions
-    of one kind on a column are alternatives (=) or an error (>=, <=).
-
-    Raises:
-        ValueError: a condition of another form.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for condition in conditions:
-        parts = re.fullmatch(r"(.+?)(>=|<=|=)(.*)", condition, re.DOTALL)
-        if parts is None:
-            raise ValueError(
-                f"--filter must be COLUMN=VALUE, COLUMN>=VALUE or COLUMN<=VALUE, got '{condition}'."
-            )
-        column, sign, text = parts.groups()
-        asked = found.setdefault(column, {})
-        value = _value(text)
-        if sign == "=":
-            # Years and the like are texts in some corpora and numbers in others.
-            asked.setdefault("any_of", []).extend([value] if value == text else [value, text])
-        elif (name := {">=": "at_least", "<=": "at_most"}[sign]) in asked:
-            raise ValueError(f"--filter gives '{column}{sign}' twice; give it once.")
-        else:
-            asked[name] = text if isinstance(value, bool) else value
-    return found
-
-
-def _value(text: str) -> str | int | float | bool:
-    try:
-        value = json.loads(text)
-        number = isinstance(value, (int, float)) and math.isfinite(value)
-    except (ValueError, OverflowError):
-        return text
-    return value if number else text
+    if other is None:
+        print_json(document)
+        return
+    rows = compare(answer, other)
+    show_comparison(rows, (answer, other))
+    answers = [document, other.model_dump(mode="json")]
+    print_json({"answers": answers, "rows": [asdict(row) for row in rows]})
 
 
 def ask(connection: Connection, question: dict[str, Any], *, watch: bool) -> QueryResponse:
@@ -241,6 +223,8 @@ def show(answer: dict[str, Any]) -> None:
         _show_layers(results)
         for certificate in certificates:
             stderr.print(_certificate(certificate))
+    for note in answer["notes"]:
+        stderr.print(Text(printable(note)))
     for document in answer["documents"]:
         stderr.print(_whole_document(document))
     if answer["by_gradients"] and answer["effect_reason"] != NO_SCALE:
@@ -309,6 +293,8 @@ def _removal(removal: dict[str, Any] | None) -> str:
     """The change and below it the interval."""
     if removal is None:
         return ""
+    if removal["low"] == removal["high"]:
+        return f"{removal['nats']:+.2g}"
     return f"{removal['nats']:+.2g}\n{removal['low']:+.2g} to {removal['high']:+.2g}"
 
 
@@ -374,26 +360,6 @@ def _certificate(certificate: dict[str, Any]) -> Text:
         (status, f"bold {style}"),
         f": {printable(certificate['sentence'])}",
     )
-
-
-def signed(value: float) -> str:
-    """A score with its sign: four digits or so, never in powers of ten unless it is tiny."""
-    if abs(value) >= 100:
-        return f"{value:+,.0f}"
-    return f"{value:+.3g}" if abs(value) < 1 else f"{value:+.2f}"
-
-
-def printable(text: str) -> str:
-    """``text`` on one line, without anything that could steer a terminal."""
-    flat = "".join(" " if character.isspace() else character for character in text)
-    return "".join(
-        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in flat
-    )
-
-
-def shortened(text: str) -> str:
-    """The beginning of ``text``."""
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -55,6 +55,20 @@ def main(
         typer.Option(
             help="An index as NAME=FOLDER, e.g. default=runs/demo/index; may be repeated; else "
             "ETYMON_INDEXES."
+        ),
+    ] = None,
+    trace: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder that etymon trace wrote for the run that trained the model; with several "
+            "indexes NAME=FOLDER, and it may be repeated; else ETYMON_TRACES."
+        ),
+    ] = None,
+    run: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder of that run, where it no longer lies where it was traced; named as "
+            "--trace is; else ETYMON_RUNS."
         ),
     ] = None,
     revision: options.Revision = None,
@@ -113,7 +127,9 @@ def main(
         tokenizer=tokenizer,
         base_model=base_model,
         unused_weights=unused_weights or None,
-        indexes=parse_indexes(index) if index else None,
+        indexes=(indexes := parse_indexes(index) if index else None),
+        traces=parse_of_indexes("--trace", trace, indexes) if trace else None,
+        runs=parse_of_indexes("--run", run, indexes) if run else None,
         device=device,
         dtype=dtype,
         token_budget=token_budget,
@@ -280,6 +296,37 @@ def parse_indexes(values: list[str]) -> dict[str, Path]:
             raise ValueError(f"--index names '{name}' twice; give each index its own name.")
         indexes[name] = Path(folder)
     return indexes
+
+
+def parse_of_indexes(
+    flag: str, values: list[str], indexes: Mapping[str, Path] | None
+) -> dict[str, Path]:
+    """Folders by the name of their index, from FOLDER or NAME=FOLDER.
+
+    Args:
+        flag: that they were given with.
+        values: of the flag.
+        indexes: that were named by flags; None if they come from the environment.
+
+    Raises:
+        ValueError: a folder without a name where it could belong to several indexes, or two for
+            one index.
+    """
+    names = ["default"] if indexes is None else list(indexes)
+    found: dict[str, Path] = {}
+    for value in values:
+        name, equals, folder = value.partition("=")
+        if not equals or (name not in names and Path(value).exists()):
+            if len(names) > 1:
+                raise ValueError(
+                    f"{flag} must be NAME=FOLDER where several indexes are served, e.g. "
+                    f"{names[0]}={value}; got '{value}'."
+                )
+            name, folder = names[0], value
+        if name in found:
+            raise ValueError(f"{flag} names '{name}' twice; give each index one folder.")
+        found[name] = Path(folder)
+    return found
 
 
 def read_settings(**flags: Any) -> Settings:

@@ -2,9 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
@@ -34,6 +34,16 @@ class Settings(BaseSettings):
     indexes: dict[str, Path] = Field(
         description='Indexes by name, as JSON in the environment: {"default": "runs/demo/index"}.',
         min_length=1,
+    )
+    traces: dict[str, Path] = Field(
+        default_factory=dict,
+        description="Folders that etymon trace wrote, by the name of the index whose model the run "
+        'trained, as JSON in the environment: {"default": "runs/mine/trace"}.',
+    )
+    runs: dict[str, Path] = Field(
+        default_factory=dict,
+        description="Folders of recorded runs by the name of the index, likewise; where a traced "
+        "run no longer lies where it was traced.",
     )
     device: str = Field(default="cpu", description="Where to compute, e.g. cpu or cuda.")
     search_device: str = Field(
@@ -98,6 +108,17 @@ class Settings(BaseSettings):
         default=False,
         description="Log prompts, completions and the messages of unexpected errors.",
     )
+
+    @model_validator(mode="after")
+    def _traces_indexes(self) -> Self:
+        for what, named in (("trace", self.traces), ("run", self.runs)):
+            strange = sorted(set(named) - set(self.indexes))
+            if strange:
+                raise ValueError(
+                    f"a {what} is given for '{strange[0]}', which is no index; the indexes are "
+                    f"{', '.join(self.indexes)}"
+                )
+        return self
 
     @field_validator("api_keys", "allowed_hosts", mode="before")
     @classmethod

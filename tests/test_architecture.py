@@ -28,7 +28,7 @@ ROOMS = {
     "service/indexing": {"service", "service/scoring"},
     "service/run": {"service"},
     "service/tracing": {"service", "service/run"},
-    "service/search": {"service", "service/scoring"},
+    "service/search": {"service", "service/scoring", "service/tracing"},
     "service/scaling": {
         "service",
         "service/run",
@@ -45,6 +45,7 @@ ROOMS = {
         "service/schemas",
         "service/scoring",
         "service/search",
+        "service/tracing",
     },
     "scripts": {"service", "scripts/report"},
     "scripts/report": set(),

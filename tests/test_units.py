@@ -51,9 +51,16 @@ MEASURED = (
     r"Influences are in nats of what is asked: leaving a row out of the run changes it by minus "
     r"that, to first order",
     r'"influence, nats"',
+    r"once in the epoch would have done to the answer, in nats and to first order",
     r"the influence in nats of f of that row, read once in the segment",
     r"the influence of every reading: question, step, row, nats",
     r'\["question", "step", "row", "nats"\]',
+    r"[Ii]nfluences? (through the training run itself|of (all|some) rows), in nats",
+    r"(over all its readings|of every row of the index), in nats of f",
+    r"One whose scores are influences in nats",
+    r"Scores are nats of (the measured value|what is asked)( already)?, to first order",
+    r"scores of `run` are nats of the measured value, to first order",
+    r"scores of the estimator `run` are the one kind that is nats of f, to first order",
     r"found\.values\[number\]:\+\.3f\} nats",
     # losses
     r"mean: loss in nats a token",

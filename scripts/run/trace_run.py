@@ -17,7 +17,7 @@ from estimators.run.direction import segment_count
 from index.files import write_whole
 from scripts.console import one_sentence_errors, print_json, print_plain, show_logs, show_progress
 from scripts.console import stderr as screen
-from scripts.query import printable
+from scripts.texts import printable
 from service.checkpoints import ModelSource, read_tokenizer
 from service.models import context_of
 from service.run.errors import RunMismatch
@@ -137,7 +137,9 @@ def main(
             }
         )
         return
-    found = trace_run(recorded, loaded, encoded, out, about, show_progress, by_token=tokens)
+    found = trace_run(
+        recorded, loaded, encoded, out, about, show_progress, by_token=tokens, source=source
+    )
     for number, one in enumerate(asked):
         _show(one, found, number, recorded, words, k, epochs=epochs)
     _warn_of_growth(found.norms.tolist())

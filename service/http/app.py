@@ -31,11 +31,13 @@ from service.schemas.indexes import (
     OfferSchema,
     ParameterSchema,
     SketchSchema,
+    TraceSchema,
 )
 from service.schemas.queries import QueryRequest, Schema
 from service.scoring.estimators import Offer
 from service.search.retrieval import Retriever
 from service.settings import Settings
+from service.tracing.served import ServedTrace
 
 KEEPALIVE_SECONDS = 10.0
 """After so long without an event a stream sends a comment, so that nobody thinks it dead."""
@@ -224,6 +226,7 @@ def _list_estimators(retrievers: Mapping[str, Retriever]) -> EstimatorsResponse:
                 name=name,
                 summary=found[0][1].summary,
                 by_gradients=found[0][1].by_gradients,
+                influences=found[0][1].influences,
                 indexes=[
                     OfferSchema(
                         index=index,
@@ -253,4 +256,17 @@ def _describe(name: str, retriever: Retriever) -> IndexResponse:
     shared["corpora"] = [part.data for part in manifest.parts]
     shared["rows"] = len(retriever.index.examples)
     shared["deleted_rows"] = manifest.rows - shared["rows"]
+    shared["trace"] = _describe_trace(retriever.index.trace)
     return IndexResponse(name=name, failed_rows=manifest.failed, **shared)
+
+
+def _describe_trace(trace: ServedTrace | None) -> TraceSchema | None:
+    if trace is None:
+        return None
+    return TraceSchema(
+        questions=trace.questions,
+        run_rows=len(trace.matching.lacking),
+        lacking_rows=int(trace.matching.lacking.sum()),
+        unread_rows=trace.matching.unread,
+        notes=list(trace.told()),
+    )

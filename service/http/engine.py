@@ -3,13 +3,14 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
 
+from estimators.registry import TRACED
 from index.current import current_folder
 from index.manifest import FILE_NAME as MANIFEST
 from index.manifest import Manifest
@@ -20,6 +21,7 @@ from service.errors import (
     NotReady,
     Overloaded,
     ShuttingDown,
+    UnknownEstimator,
     UnknownIndex,
 )
 from service.http.telemetry import Refusal, Telemetry
@@ -39,6 +41,8 @@ from service.search.opening import open_index
 from service.search.retrieval import Retriever
 from service.search.run import Run
 from service.settings import Settings
+from service.tracing.asking import trace_more
+from service.tracing.walk import Question
 
 POLL_SECONDS = 0.1
 """So often it is looked whether a client has hung up."""
@@ -91,7 +95,7 @@ class Engine:
         retrievers = {}
         for name, root in settings.indexes.items():
             self._stamps[name] = _stamp(root)
-            retrievers[name] = self._open(root)
+            retrievers[name] = self._open(name)
         self.retrievers = retrievers
 
     def _source(self) -> ModelSource:
@@ -107,10 +111,17 @@ class Engine:
         first = next(iter(settings.indexes.values()))
         return source.completed(Manifest.read(current_folder(first)).model)
 
-    def _open(self, root: Path) -> Retriever:
+    def _open(self, name: str) -> Retriever:
         assert self._loaded is not None
-        index = open_index(current_folder(root), self._loaded, self.settings.search_device)
-        return Retriever(index, self.settings.token_budget)
+        settings = self.settings
+        index = open_index(
+            current_folder(settings.indexes[name]),
+            self._loaded,
+            settings.search_device,
+            trace=settings.traces.get(name),
+            run=settings.runs.get(name),
+        )
+        return Retriever(index, settings.token_budget)
 
     def reload(self) -> list[str]:
         """Open indexes that were changed or replaced, and serve them from now on.
@@ -130,7 +141,7 @@ class Engine:
                 if stamp == self._stamps.get(name):
                     continue
                 self._stamps[name] = stamp
-                retriever = self._open(root)
+                retriever = self._open(name)
             except (ValueError, OSError, RuntimeError) as error:
                 log.error("index '%s' was changed but cannot be opened: %s", name, error)
                 continue
@@ -187,6 +198,26 @@ class Engine:
         response = QueryResponse.from_answer(answer, request)
         self.telemetry.observe_answer(response)
         return response
+
+    async def trace(self, requests: Sequence[QueryRequest]) -> None:
+        """Trace what is asked of the run itself, where that was not done before.
+
+        Questions of one index are traced together. What cannot be measured is left out.
+
+        Raises:
+            RunFault: there is no run to trace through, or it cannot be traced.
+        """
+        asked: dict[str, list[Question]] = {}
+        for request in requests:
+            with suppress(BadQuery, UnknownEstimator, UnknownIndex):
+                if request.estimator in TRACED:
+                    retriever = self.check(request)
+                    found = await run_in_threadpool(retriever.measures, request.to_query())
+                    asked.setdefault(request.index, []).append(found)
+        for name, questions in asked.items():
+            trace = self.retriever(name).index.trace
+            if trace is not None:
+                await trace_more(trace, questions)
 
     def stream(self, request: QueryRequest) -> AsyncIterator[tuple[str, Schema]]:
         """Answer a query with news on the way: event names and their data, the answer last.

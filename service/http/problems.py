@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from estimators.grounds import Unavailable
+from estimators.grounds import Unavailable, Untraced
 from estimators.model.memory import OutOfMemory
 from estimators.rescoring import NonFiniteGradientError
 from index.errors import IndexCorrupt, IndexFault, IndexMismatch, IndexMissing
@@ -81,6 +81,7 @@ PROBLEMS: dict[type[Exception], Problem] = {
     WrongHost: Problem(status=421, title="Another host", closes=True),
     BadQuery: Problem(status=422, title="The query cannot be measured"),
     Unavailable: Problem(status=422, title="The index lacks what the estimator needs"),
+    Untraced: Problem(status=422, title="The question was not traced"),
     NonFiniteGradientError: Problem(status=422, title="The query's gradient is not finite"),
     Overloaded: Problem(status=429, title="Too many queries at once", retry_after=1),
     DeadlinePassed: Problem(status=429, title="Too many queries for the deadline", retry_after=1),

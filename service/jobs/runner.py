@@ -4,7 +4,7 @@ import asyncio
 import logging
 import sqlite3
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import to_json
 from starlette.concurrency import run_in_threadpool
 
+from estimators.grounds import Untraced
 from estimators.model.memory import OutOfMemory
 from service.errors import NotReady, ProcessEnded, ShuttingDown
 from service.jobs.store import JobState, JobStore, OpenQuery
@@ -47,6 +48,10 @@ class Answering(Protocol):
         """Answer a query."""
         ...
 
+    async def trace(self, requests: Sequence[QueryRequest]) -> None:
+        """Trace what they ask through the run, together, where that was not done before."""
+        ...
+
 
 class JobRunner:
     """Answers the queries of jobs, oldest job first, giving way to others.
@@ -75,6 +80,8 @@ class JobRunner:
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._turn = asyncio.Lock()
+        self._tracing = asyncio.Lock()
+        self._untraceable: dict[str, Exception] = {}
 
     async def run(self) -> None:
         """Work for ever; what is under way is dropped when this is cancelled, and stays open."""
@@ -133,13 +140,36 @@ class JobRunner:
         try:
             if query.begun >= MOST_TRIES:
                 raise ProcessEnded(f"The process ended {query.begun} times during this query.")
-            response = await self._patiently(_stored(query))
+            response = await self._traced(query, _stored(query))
             return to_json(response, inf_nan_mode="constants").decode(), None
         except Exception as error:  # noqa: BLE001 - it is the query's outcome
             problem, foreseen = self._describe(error)
             if not foreseen:
                 _log_failure(query, error)
             return None, problem
+
+    async def _traced(self, query: OpenQuery, request: QueryRequest) -> QueryResponse:
+        """The answer, once the question was traced if it needs that."""
+        try:
+            return await self._patiently(request)
+        except Untraced:
+            await self._trace(query.job)
+        return await self._patiently(request)
+
+    async def _trace(self, job: str) -> None:
+        """Trace the questions of a job, all of them in the turn of the first that needs it."""
+        async with self._tracing:
+            if job in self._untraceable:
+                raise self._untraceable[job]
+            requests = []
+            for query in await run_in_threadpool(self.store.open_queries_of, job):
+                with suppress(BadQuery):  # its own outcome
+                    requests.append(_stored(query))
+            try:
+                await self._engine.trace(requests)
+            except Exception as error:
+                self._untraceable[job] = error
+                raise
 
     async def _patiently(self, request: QueryRequest) -> QueryResponse:
         tries = 1

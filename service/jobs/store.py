@@ -243,6 +243,16 @@ class JobStore:
             rows = self._database.execute(OPEN_QUERIES, (limit,))
             return [OpenQuery(job=j, number=n, request=r, begun=b) for j, n, r, b in rows]
 
+    def open_queries_of(self, job: str) -> list[OpenQuery]:
+        """Those of one job, all of them."""
+        with self._turn:
+            rows = self._database.execute(
+                "SELECT job, number, request, begun FROM query WHERE job = ? AND answer IS NULL "
+                "AND problem IS NULL ORDER BY number",
+                (job,),
+            )
+            return [OpenQuery(job=j, number=n, request=r, begun=b) for j, n, r, b in rows]
+
     def begin(self, job: str, number: int) -> None:
         """Say that a query's turn has come."""
         with self._writing() as database:

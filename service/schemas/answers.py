@@ -17,6 +17,13 @@ SIGN_AND_UNIT = (
     "score divided by the whitened norm of the example's gradient."
 )
 
+RUN_UNIT = (
+    "score: influence through the training run itself, in nats of the measured value to first "
+    "order; positive = the example raised it. Leaving the example out of the run changes the "
+    "measured value by about minus the score; leaving out many at once can do more or less than "
+    "their sum. 0 for examples that the run never read."
+)
+
 NO_UNIT = "score: of an estimator without gradients; no influence, and without unit."
 
 
@@ -221,7 +228,11 @@ class QueryResponse(Schema):
     )
     ranking: str
     by_gradients: bool = Field(
-        description="Scores are influences by gradients; otherwise they have no unit."
+        description="Scores are inner products with gradients, and can be split by token and layer."
+    )
+    influences: bool = Field(
+        description="Scores are influences: by gradients, or through the training run itself. "
+        "Otherwise they only order examples."
     )
     sign_and_unit: str
     effect: EffectSchema | None = Field(
@@ -231,6 +242,7 @@ class QueryResponse(Schema):
     removals: list[JointRemovalSchema] = Field(
         default=[], description="One a direction; empty without a measured scale."
     )
+    notes: list[str] = Field(description="What else to know of the scores, a sentence each.")
     results: list[ResultSchema] = Field(description="Proponents first, each direction best first.")
     documents: list[DocumentSchema] = Field(description="Empty unless asked for.")
     certificates: list[CertificateSchema] = Field(
@@ -259,8 +271,15 @@ class QueryResponse(Schema):
         fields["removals"] = [
             JointRemovalSchema.from_removal(r, side) for side, r in answer.sided_removals
         ]
-        fields["sign_and_unit"] = SIGN_AND_UNIT if answer.by_gradients else NO_UNIT
+        fields["sign_and_unit"] = _sign_and_unit(answer)
+        fields["notes"] = list(answer.notes)
         return cls(**fields, index=request.index)
+
+
+def _sign_and_unit(answer: Answer) -> str:
+    if answer.by_gradients:
+        return SIGN_AND_UNIT
+    return RUN_UNIT if answer.influences else NO_UNIT
 
 
 class GradientEvent(Schema):

@@ -29,6 +29,16 @@ class SketchSchema(Schema):
     noise: NoiseRecord
 
 
+class TraceSchema(Schema):
+    """The trace of the model's training run that an index is served with."""
+
+    questions: int = Field(description="Traced so far; the estimator run answers them at once.")
+    run_rows: int = Field(description="That the run read.")
+    lacking_rows: int = Field(description="Of these, not in the index; they cannot be listed.")
+    unread_rows: int = Field(description="Of the index, that the run never read: influence 0.")
+    notes: list[str] = Field(description="The same in sentences.")
+
+
 class IndexResponse(Schema):
     """What an index is made of."""
 
@@ -43,6 +53,7 @@ class IndexResponse(Schema):
     deleted_rows: int
     failed_rows: list[FailedRow]
     sign_and_unit: str = SIGN_AND_UNIT
+    trace: TraceSchema | None = Field(description="null if it is served without one.")
 
 
 class IndexesResponse(Schema):
@@ -77,6 +88,9 @@ class EstimatorSchema(Schema):
     by_gradients: bool = Field(
         description="Scores are influences by gradients: they split by token and layer, and the "
         "sketch certificate speaks of them."
+    )
+    influences: bool = Field(
+        description="Scores are influences: by gradients, or through the training run itself."
     )
     indexes: list[OfferSchema] = Field(description="One for each index that is served.")
 

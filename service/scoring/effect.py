@@ -112,7 +112,12 @@ class Effect:
         )  # fmt: skip
 
     def _not_measured(self, rows: int) -> str:
-        measured = [] if self.scale is None else [one.rows for one in self.scale.by_size]
+        if self.scale is None:
+            return (
+                f"Leaving all {rows} results out together can do less or more than the sum of "
+                f"their scores; etymon replay --weights trains without them."
+            )
+        measured = [one.rows for one in self.scale.by_size]
         if not measured:
             return (
                 f"What leaving all {rows} results out together would do was not measured, and can "
@@ -122,6 +127,17 @@ class Effect:
             f"What leaving all {rows} results out together would do was not measured: sets of "
             f"{min(measured)} to {max(measured)} rows were."
         )
+
+
+OF_THE_RUN = Effect(
+    nats_per_unit=1.0,
+    low=1.0,
+    high=1.0,
+    confidence=1.0,
+    measured_by="Scores are nats of the measured value already, to first order: they were "
+    "differentiated through the run itself.",
+)
+"""Of scores that need no scale."""
 
 
 def effect_of(scales: IndexScales, chosen: Asked) -> tuple[Effect | None, str | None]:

@@ -5,10 +5,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
-from estimators.chosen import GradientEstimator, RowEstimator, settle_values
+from estimators.chosen import (
+    GradientEstimator,
+    RowEstimator,
+    TracedEstimator,
+    settle_values,
+)
 from estimators.contracts import Factors, Proposer
-from estimators.grounds import Cache, Grounds, MemoryCache, Parameter, Unavailable
-from estimators.registry import OPERATORS, SCORERS, estimator_class, proposer_class
+from estimators.grounds import Cache, Grounds, MemoryCache, Parameter, Traced, Unavailable
+from estimators.registry import (
+    OPERATORS,
+    SCORERS,
+    TRACED,
+    estimator_class,
+    proposer_class,
+)
 from index.examples import ExampleStore
 from service.errors import UnknownEstimator
 from service.models import BadQuery, LoadedModel
@@ -23,6 +34,7 @@ class Offer:
         summary: one sentence.
         by_gradients: whether its scores are inner products with gradients, which can be split by
             token and layer, and which the index' codes estimate.
+        influences: whether they are influences, by gradients or through the run itself.
         parameters: with this index' defaults.
         unavailable: why the index cannot answer for it; None if it can.
     """
@@ -30,6 +42,7 @@ class Offer:
     name: str
     summary: str
     by_gradients: bool
+    influences: bool
     parameters: Mapping[str, Parameter]
     unavailable: str | None
 
@@ -61,6 +74,7 @@ class Estimators:
         *,
         sha256: str = "",
         cache: Cache | None = None,
+        traced: Traced | None = None,
     ) -> Self:
         """On the grounds of fitted factors.
 
@@ -72,6 +86,7 @@ class Estimators:
             damping: that the index is built with.
             sha256: of model, factors and examples.
             cache: of what estimators fit; None keeps it in memory.
+            traced: what was traced through the model's training run.
         """
         grounds = Grounds(
             model=loaded.model,
@@ -80,6 +95,7 @@ class Estimators:
             examples=examples,
             sha256=sha256,
             cache=cache or MemoryCache(),
+            traced=traced,
         )
         return cls(grounds, name, damping)
 
@@ -127,11 +143,13 @@ class Estimators:
             part = self._open("estimator", chosen)
         except ValueError as error:
             raise BadQuery(str(error)) from error
-        kind = GradientEstimator if chosen in OPERATORS else RowEstimator
-        found: GradientEstimator | RowEstimator = kind(
-            name=chosen, part=part, values=values, grounds_sha256=self._grounds.sha256
-        )
-        return found
+        sha256, traced = self._grounds.sha256, self._grounds.traced
+        kind: type[GradientEstimator | RowEstimator] = RowEstimator
+        if chosen in OPERATORS:
+            kind = GradientEstimator
+        elif chosen in TRACED and traced is not None:
+            kind, sha256 = TracedEstimator, traced.sha256
+        return kind(name=chosen, part=part, values=values, grounds_sha256=sha256)
 
     def proposer(self, name: str) -> Proposer:
         """A proposer of the registry.
@@ -159,6 +177,7 @@ class Estimators:
             name=name,
             summary=(estimator_class(name).__doc__ or name).strip().splitlines()[0],
             by_gradients=name in OPERATORS,
+            influences=name in OPERATORS or name in TRACED,
             parameters=self._parameters(name),
             unavailable=unavailable,
         )

@@ -128,6 +128,8 @@ class Answer:
         effect: the measured scale of its scores; None if none was measured.
         effect_reason: why there is none; None if there is one.
         sided_removals: of each direction, all its results together; empty without a scale.
+        traced: whether its scores are influences through the run itself.
+        notes: what else to know of the scores, a sentence each.
     """
 
     terms: tuple[MeasuredTerm, ...]
@@ -149,6 +151,13 @@ class Answer:
     effect: Effect | None = None
     effect_reason: str | None = NO_SCALE
     sided_removals: list[tuple[Side, JointRemoval]] = field(default_factory=list)
+    traced: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def influences(self) -> bool:
+        """Whether its scores are influences: by gradients, or through the run itself."""
+        return self.by_gradients or self.traced
 
     @property
     def value(self) -> float:

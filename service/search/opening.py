@@ -27,6 +27,7 @@ from service.scoring.estimators import Estimators
 from service.scoring.scale import IndexScales, find_scales
 from service.search.calibration import IndexCalibration, find_calibration
 from service.search.device_search import make_search_index
+from service.tracing.served import ServedTrace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class OpenIndex:
         sketch: drawn as during the build.
         scales: what its scores are worth, where that was measured.
         calibration: of its queries' recall, if it was made.
+        trace: of the run that trained the model, if it is served with one.
     """
 
     folder: Path
@@ -60,6 +62,7 @@ class OpenIndex:
     sketch: Sketch
     scales: IndexScales
     calibration: IndexCalibration | None = None
+    trace: ServedTrace | None = None
 
     def inner_products(self, query: Float[np.ndarray, "dimension"]) -> Float[np.ndarray, "row"]:
         """Estimated inner product of a query's sketch with every row, in order of row."""
@@ -67,7 +70,13 @@ class OpenIndex:
         return values if self.kept is None else values[self.kept]
 
 
-def open_index(folder: Path, loaded: LoadedModel, search_device: str = "cpu") -> OpenIndex:
+def open_index(
+    folder: Path,
+    loaded: LoadedModel,
+    search_device: str = "cpu",
+    trace: Path | None = None,
+    run: Path | None = None,
+) -> OpenIndex:
     """Load the index in ``folder`` for use with ``loaded``.
 
     Args:
@@ -75,11 +84,14 @@ def open_index(folder: Path, loaded: LoadedModel, search_device: str = "cpu") ->
         loaded: the model.
         search_device: where codes are scanned: "cpu", in place, or a device of PyTorch, whose
             memory they are copied to.
+        trace: folder of a trace of the run that trained the model; None for none.
+        run: where that run lies; None takes what the trace says.
 
     Raises:
         IndexMissing: there is no finished index.
         IndexCorrupt: a file is truncated or was changed.
         IndexMismatch: it was built with another model or tokenizer.
+        RunMismatch: the trace is none, or of a run that has nothing to do with model or index.
         ValueError: its kind of code cannot be searched on that device.
     """
     manifest = Manifest.read(folder)
@@ -114,6 +126,7 @@ def open_index(folder: Path, loaded: LoadedModel, search_device: str = "cpu") ->
     failed[[record.row for record in manifest.failed]] = True
     whole = bool(keep.all())
     examples = ExampleStore(example_files(folder, manifest.parts), None if whole else keep)
+    traced = None if trace is None else ServedTrace(trace, examples, loaded, run)
     estimators = Estimators.of_factors(
         loaded,
         examples,
@@ -122,6 +135,7 @@ def open_index(folder: Path, loaded: LoadedModel, search_device: str = "cpu") ->
         manifest.estimator.damping,
         sha256=_grounds_sha256(manifest),
         cache=FileCache(folder / OPERATORS_NAME),
+        traced=traced,
     )
     return OpenIndex(
         folder=folder,
@@ -136,6 +150,7 @@ def open_index(folder: Path, loaded: LoadedModel, search_device: str = "cpu") ->
         sketch=sketch,
         calibration=find_calibration(folder, estimators.own),
         scales=find_scales(folder),
+        trace=traced,
     )
 
 

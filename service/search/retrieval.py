@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
-from estimators.chosen import GradientEstimator, RowEstimator
-from estimators.grounds import Questions, Unavailable
+from estimators.chosen import GradientEstimator, RowEstimator, TracedEstimator
+from estimators.grounds import Questions, Unavailable, Untraced
 from estimators.model.tokens import Sequence1D
-from estimators.registry import CODES, PROPOSERS
+from estimators.registry import CODES, PROPOSERS, TRACED
 from estimators.rescoring import (
     Measured,
     NonFiniteGradientError,
@@ -101,6 +101,9 @@ class Retriever:
             estimator = self.index.estimators.choose(query.estimator, query.parameters)
             query = _settled(query, estimator)
             kept = self._check(query)
+            if isinstance(estimator, TracedEstimator):  # every row is looked up at once
+                rows = len(self.index.examples) if kept is None else len(kept)
+                query = replace(query, calibration_rows=rows, audit_rows=0)
             asked = [self._asked(term) for term in query.terms]
         except (BadQuery, UnknownEstimator) as error:
             return error
@@ -113,6 +116,8 @@ class Retriever:
     ) -> Run | Exception:
         try:
             return self._run(prepared, found, place, seed)
+        except Untraced as error:
+            return error
         except Unavailable as error:
             return BadQuery(str(error))
 
@@ -145,6 +150,15 @@ class Retriever:
             seed=seed if query.seed is None else query.seed,
             clock=clock,
         )
+
+    def measures(self, query: Query) -> list[tuple[Sequence1D, float]]:
+        """The sequences of a query with their weights, completed by the model if need be.
+
+        Raises:
+            BadQuery: it cannot be measured.
+        """
+        with self.loaded.turn:
+            return _weighted([self._asked(term) for term in query.terms])
 
     def directions(
         self, sequence: Sequence1D, estimator: GradientEstimator | None = None
@@ -283,6 +297,7 @@ def _settled(query: Query, estimator: GradientEstimator | RowEstimator) -> Query
         estimator=estimator.name,
         parameters=estimator.values,
         ranking=query.ranking if by_gradients else "score",
+        budget=max(query.budget, query.k) if estimator.name in TRACED else query.budget,
     )
 
 

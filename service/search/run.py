@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from estimators.chosen import GradientEstimator, RowEstimator
+from estimators.chosen import GradientEstimator, RowEstimator, TracedEstimator
 from estimators.grounds import Questions
 from estimators.rescoring import ScoreParts
 from index.certificates.statement import Certificate, Share, no_share
-from service.scoring.effect import JointRemoval, effect_of, removal_of
+from service.scoring.effect import OF_THE_RUN, JointRemoval, effect_of, removal_of
 from service.scoring.rows import Scoring, Target
 from service.search.answer import Answer, DocumentScore, MeasuredTerm, Result
 from service.search.explaining import cluster, token_texts
@@ -59,7 +59,10 @@ class Run:
         self.terms = terms
         self.target = target
         self.fingerprint = estimator.fingerprint
-        self._effect, self._effect_reason = effect_of(index.scales, estimator)
+        self.traced = isinstance(estimator, TracedEstimator)
+        self._effect, self._effect_reason = (
+            (OF_THE_RUN, None) if self.traced else effect_of(index.scales, estimator)
+        )
         self.searches: dict[Side, Search] = {}
         self.partial = False
         self.rows = np.arange(len(index.examples)) if kept is None else kept
@@ -113,6 +116,8 @@ class Run:
             results = self._explained(results)
         self._clock.stop("explain")
         rescored = sum(search.rescored for search in self.searches.values())
+        if self.traced:  # none of them at random
+            rescored = self.scored_rows
         return Answer(
             terms=self.terms,
             estimator=query.estimator or self.index.manifest.estimator.name,
@@ -133,6 +138,8 @@ class Run:
             effect=self._effect,
             effect_reason=self._effect_reason,
             sided_removals=removals,
+            traced=self.traced,
+            notes=self._notes(),
         )
 
     def best(self, side: Side) -> list[Result]:
@@ -163,8 +170,14 @@ class Run:
             )
         return results
 
+    def _notes(self) -> tuple[str, ...]:
+        trace = self.index.trace
+        if not self.traced or trace is None or not isinstance(self.target, Questions):
+            return ()
+        return trace.notes(self.target.fingerprint(0))
+
     def _share(self, search: Search) -> Share:
-        if not self.by_gradients:
+        if not (self.by_gradients or self.traced):
             return no_share("scores of an estimator without gradients are no influences")
         return search.share()
 

@@ -1,7 +1,7 @@
 """Tracing questions through a recorded run: the influence of every row, step by step."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from estimators.run.direction import segment_of
 from estimators.run.passes import trainable
 from estimators.run.recorded import Batch, State
 from index.files import exclusive, read_sealed, sha256_of, write_sealed, write_whole
+from service.checkpoints import ModelSource
 from service.run.errors import RunMismatch
 from service.run.folder import RecordedRun
 from service.run.optimizers import named_parameters
+from service.tracing.carried import Timed, carry
+from service.tracing.price import predict_trace
 from service.tracing.walk import Parameters, Question, Walk, check_same, trace_facts
 
 MANIFEST = "trace.json"
@@ -74,6 +77,7 @@ def trace_run(
     interval: float = 60.0,
     *,
     by_token: bool = False,
+    source: ModelSource | None = None,
 ) -> Trace:
     """Trace questions backward through a run into the folder ``out``, or finish such a trace.
 
@@ -89,6 +93,7 @@ def trace_run(
         progress: shows the steps.
         interval: least number of seconds between two records of how far it is.
         by_token: also keep the part of each token of the rows.
+        source: where the model before training was loaded from; None takes what the run says.
 
     Raises:
         RunMismatch: the folder holds a trace of another run or of other questions, or the run's
@@ -100,26 +105,17 @@ def trace_run(
         if (out / MANIFEST).is_file():
             check_same(out / MANIFEST, facts)
             return read_trace(out)
+        timed = Timed(progress)
         walk = Walk(run, model, questions, out / PARTIAL, facts, interval)
         influences = _Influences(run, model, by_token=by_token)
-        walk.go(influences, progress)
+        walk.go(influences, timed)
         found = _trace_of(walk, influences, run)
-        tensors = {
-            "steps": torch.from_numpy(found.steps),
-            "rows": torch.from_numpy(found.rows),
-            "influences": torch.from_numpy(found.influences),
-            "norms": torch.from_numpy(found.norms),
+        carried = {
+            **carry(run, model, out, source),
+            "seconds": timed.seconds(len(run.steps)),
+            "price": asdict(predict_trace(run, model, questions[:1])),
         }
-        if found.tokens is not None:
-            tensors["tokens"] = torch.from_numpy(found.tokens)
-        write_whole(out / INFLUENCES, bytes(save(tensors)))
-        manifest = {
-            **facts,
-            "values": found.values,
-            "rows": found.count,
-            "influences_sha256": sha256_of(out / INFLUENCES),
-        }
-        write_sealed(out / MANIFEST, manifest)
+        _write(out, {**facts, **carried}, found)
         (out / PARTIAL).unlink(missing_ok=True)
     return found
 
@@ -145,6 +141,25 @@ def read_trace(folder: Path) -> Trace:
         raise RunMismatch(f"{folder / INFLUENCES} was changed; trace the run again.")
     found = {name: value.numpy() for name, value in load_file(folder / INFLUENCES).items()}
     return Trace(values=manifest["values"], count=manifest["rows"], **found)
+
+
+def _write(out: Path, facts: Mapping[str, Any], found: Trace) -> None:
+    tensors = {
+        "steps": torch.from_numpy(found.steps),
+        "rows": torch.from_numpy(found.rows),
+        "influences": torch.from_numpy(found.influences),
+        "norms": torch.from_numpy(found.norms),
+    }
+    if found.tokens is not None:
+        tensors["tokens"] = torch.from_numpy(found.tokens)
+    write_whole(out / INFLUENCES, bytes(save(tensors)))
+    manifest = {
+        **facts,
+        "values": found.values,
+        "rows": found.count,
+        "influences_sha256": sha256_of(out / INFLUENCES),
+    }
+    write_sealed(out / MANIFEST, manifest)
 
 
 class _Influences:

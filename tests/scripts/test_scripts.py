@@ -26,7 +26,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from index.manifest import Manifest
-from scripts import audit_recall, build_index, fit_estimator, query, serve
+from scripts import audit_recall, build_index, console, fit_estimator, query, serve, texts
 from service.client import Client
 from service.schemas.answers import QueryResponse
 from service.settings import Settings
@@ -313,7 +313,7 @@ def check_answered(answered: Ended) -> None:
     assert "The capital of France is Paris" in shown
     assert f"{answer['measurement']['value']:+.3f} nats" in shown
     for result in answer["results"]:
-        assert query.signed(result["score"]) in shown
+        assert texts.signed(result["score"]) in shown
         assert result["document"] in shown
     for certificate in answer["certificates"]:
         assert certificate["sentence"] in shown
@@ -539,6 +539,8 @@ def hostile_answer(**explained: Any) -> dict[str, Any]:
         "sign_and_unit": "score: an estimate",
         "effect": None,
         "effect_reason": "Not measured.",
+        "influences": True,
+        "notes": ["A [u]note[/u]."],
         "ranking": "score",
         "results": [result],
         "documents": [],
@@ -568,6 +570,7 @@ def test_hostile_text_is_shown_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
         "[b]",
         "[i]",
         "It [says] so.",
+        "A [u]note[/u].",
     ):
         assert part in shown
     for part in ("-1,234", "+0.25", "(the model's own)", "1 of 3,000 rows", "0.75 s", "1 token;"):
@@ -614,7 +617,7 @@ def test_what_explains_a_result_is_shown(monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_filters_are_read_from_conditions(conditions: list[str], expected: Any) -> None:
-    assert query.parse_filters(conditions) == expected
+    assert console.parse_filters(conditions) == expected
 
 
 @pytest.mark.parametrize("conditions", [["year"], ["=x"], ["a>=1", "a>=2"]])
@@ -624,8 +627,8 @@ def test_conditions_of_another_form_are_one_sentence(conditions: list[str]) -> N
 
 
 def test_printable_keeps_what_is_harmless() -> None:
-    assert query.printable("a\tb\r\nc ü 東京 [x]") == "a b  c ü 東京 [x]"
-    assert query.printable("\x1b[31m\u202e\x00\x9b") == "\ufffd[31m\ufffd\ufffd\ufffd"
+    assert texts.printable("a\tb\r\nc ü 東京 [x]") == "a b  c ü 東京 [x]"
+    assert texts.printable("\x1b[31m\u202e\x00\x9b") == "\ufffd[31m\ufffd\ufffd\ufffd"
 
 
 def test_no_service_is_one_sentence() -> None:
@@ -781,4 +784,4 @@ def test_each_direction_is_shown_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     [(15370.2, "+15,370"), (-116.04, "-116"), (3.0, "+3.00"), (-0.25, "-0.25"), (1e-7, "+1e-07")],
 )
 def test_scores_are_shown_with_their_sign(value, shown):
-    assert query.signed(value) == shown
+    assert texts.signed(value) == shown

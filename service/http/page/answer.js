@@ -66,6 +66,8 @@ function cardOf(result) {
 /** What leaving a result out would do, where the scale of scores was measured; else "". */
 function removalOf(removal) {
   if (!removal) return "";
+  const exact = removal.low === removal.high;
+  if (exact) return `without it ${signed(removal.nats)} nats, to first order`;
   return (
     `without it ${signed(removal.nats)} nats (${signed(removal.low)} to ${signed(removal.high)} ` +
     `at ${percent(removal.confidence)} confidence), to first order`
