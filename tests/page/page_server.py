@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from service.http.pages import install_page
 from service.schemas.answers import (
     NO_UNIT,
+    RUN_UNIT,
     SIGN_AND_UNIT,
     CandidatesEvent,
     CertificateSchema,
@@ -69,23 +70,28 @@ LAYERS = [
 DEFAULTS = {"ekfac": {"damping": 0.1}, "kfac": {"damping": 0.2, "block_size": 64.0}}
 """Of the parameters; other estimators have none."""
 OWN = {"default": "ekfac", "<b>b</b>": "kfac"}
+WITHOUT_GRADIENTS = {"bm25": NO_UNIT, "run": RUN_UNIT}
+NOTE = "The run never read 3 of the 8,072 rows of the <b>index</b>."
+UNTRACED = "This question was not traced through the run; ask it as a job: <b>9 minutes</b>."
 LACKING = "The index has no <b>factors</b>\u202e of EK-FAC; build it with them."
 
 
 def canned_estimators() -> EstimatorsResponse:
-    """Four estimators; the second index answers for all but EK-FAC."""
+    """Five estimators; the second index answers for all but EK-FAC."""
     summaries = {
         "bm25": "Lexical similarity, a baseline.",
         "ekfac": "EK-FAC influence: <b>curvature</b> in K-FAC's eigenbasis.",
         "identity": "The dot product of gradients.",
         "kfac": "K-FAC influence.",
+        "run": "Influence through the run.",
     }
     return EstimatorsResponse(
         estimators=[
             EstimatorSchema(
                 name=name,
                 summary=summary,
-                by_gradients=name != "bm25",
+                by_gradients=name not in WITHOUT_GRADIENTS,
+                influences=name != "bm25",
                 indexes=[canned_offer(name, index) for index in OWN],
             )
             for name, summary in summaries.items()
@@ -272,8 +278,10 @@ def canned_answer(request: QueryRequest) -> QueryResponse:
         estimator=estimator,
         parameters={**DEFAULTS.get(estimator, {}), **request.parameters},
         estimator_sha256="5e" * 32,
-        by_gradients=estimator != "bm25",
-        sign_and_unit=NO_UNIT if estimator == "bm25" else SIGN_AND_UNIT,
+        by_gradients=estimator not in WITHOUT_GRADIENTS,
+        influences=estimator != "bm25",
+        notes=[NOTE] if estimator == "run" else [],
+        sign_and_unit=WITHOUT_GRADIENTS.get(estimator, SIGN_AND_UNIT),
         effect=EffectSchema(
             nats_per_unit=2e-5,
             low=1e-5,
@@ -290,6 +298,7 @@ def canned_answer(request: QueryRequest) -> QueryResponse:
             canned_result(request, side, rank, text)
             for side in sides
             for rank, text in enumerate(texts_of(request)[: request.k], 1)
+            if (estimator, rank) != ("run", 2)  # so that not all estimators agree
         ],
         documents=[
             DocumentSchema(document="Country 1: Capital", rows=12, found=1, score=20134.5),
@@ -354,6 +363,8 @@ class CannedService:
             if request.prompt == "broken":
                 problem = canned_problem(503, "Not enough memory for this query", "Ask for fewer.")
                 yield event("error", problem)
+            elif (request.prompt, request.estimator) == ("untraced", "run"):
+                yield event("error", canned_problem(422, "The question was not traced", UNTRACED))
             elif request.prompt != "cut":
                 yield event("result", canned_answer(request))
         except asyncio.CancelledError:

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("playwright", reason="the page is tested with playwright, which is missing")
 
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Locator, expect
 
 from service.http.pages import FOLDER, SECURITY_HEADERS
 from service.schemas.queries import QueryRequest
@@ -23,7 +23,9 @@ from tests.page.page_server import (
     CAUTION,
     HOSTILE_TEXTS,
     LAYERS,
+    NOTE,
     PLAIN_TEXTS,
+    UNTRACED,
     CannedService,
     canned_answer,
     serving,
@@ -210,7 +212,7 @@ def test_every_option_is_sent(open_page: Open, service: CannedService) -> None:
 
 def options_of(driver: PageDriver) -> list[tuple[str, str | None]]:
     """The estimators to choose from, and why one cannot be."""
-    expect(driver.page.locator("[name=estimator] option")).to_have_count(4)
+    expect(driver.page.locator("[name=estimator] option")).to_have_count(5)
     return [
         (option.inner_text(), option.get_attribute("title"))
         for option in driver.page.locator("[name=estimator] option").all()
@@ -220,8 +222,8 @@ def options_of(driver: PageDriver) -> list[tuple[str, str | None]]:
 def test_the_estimators_are_those_of_the_chosen_index(open_page: Open) -> None:
     driver = open_page()
     driver.open_options()
-    own = [("the index's own: ekfac", None), ("bm25", None), ("identity", None), ("kfac", None)]
-    assert options_of(driver) == own
+    named = ["the index's own: ekfac", "bm25", "identity", "kfac", "run"]
+    assert options_of(driver) == [(name, None) for name in named]
     damping = driver.page.get_by_label("Damping")
     for name, value in (
         ("placeholder", "0.1"),
@@ -234,8 +236,9 @@ def test_the_estimators_are_those_of_the_chosen_index(open_page: Open) -> None:
     driver.page.select_option("[name=index]", "<b>b</b>")
     expect(damping).to_have_attribute("placeholder", "0.2")
     lacking = "The index has no <b>factors</b>⟨RLO⟩ of EK-FAC; build it with them."
-    own = [("the index's own: kfac", None), ("bm25", None), ("ekfac", lacking), ("identity", None)]
-    assert options_of(driver) == own
+    named = ["the index's own: kfac", "bm25", "ekfac", "identity", "run"]
+    reasons = [lacking if name == "ekfac" else None for name in named]
+    assert options_of(driver) == list(zip(named, reasons, strict=True))
     expect(driver.page.locator("[name=estimator] option[value=ekfac]")).to_be_disabled()
 
 
@@ -393,6 +396,76 @@ def test_tokens_are_coloured_and_titled_and_listed(open_page: Open) -> None:
     first.get_by_text("Details").click()
     rows = first.get_by_role("table", name="Strongest tokens").get_by_role("row")
     expect(rows).to_have_count(sum(token.score != 0 for token in wanted))
+
+
+def test_two_estimators_are_compared(open_page: Open, service: CannedService) -> None:
+    driver = open_page()
+    driver.open_options()
+    driver.page.select_option("[name=compare]", "run")
+    driver.ask(*ASKED)
+    comparison = driver.shown("comparison")
+    expect(comparison.get_by_role("heading")).to_have_text("ekfac beside run")
+    expect(comparison).to_contain_text("5 of 6 examples are among the best of both.")
+    rows = [row.all_inner_texts() for row in rows_of(comparison)]
+    shown = [[cell.strip() for cell in row[0].split("\t")] for row in rows]
+    first = PLAIN_TEXTS[0]
+    assert shown[0] == ["Example", "Rank, ekfac", "Rank, run", "Score, ekfac", "Score, run"]
+    assert shown[1] == ["Among the best of both: 5"]
+    assert shown[2] == [first, "1", "1", "+12,523", "+12,523"]
+    assert shown[7] == ["Only ekfac: 1"]
+    assert shown[8] == [PLAIN_TEXTS[1], "2", "\u2013", "+4,428", "\u2013"]
+    expect(comparison).to_contain_text(NOTE)
+    expect(comparison).to_contain_text("in nats of the measured value to first order")
+    assert [asked.get("estimator") for asked in service.asked] == [None, "run"]
+    assert not {"tokens", "layers"} & set(service.asked[1])
+    driver.page.select_option("[name=compare]", "")
+    driver.ask(*ASKED)
+    expect(comparison).to_have_count(0)
+
+
+def rows_of(section: Locator) -> list[Locator]:
+    return section.get_by_role("row").all()
+
+
+def test_a_comparison_that_is_refused_says_why_beside_the_answer(open_page: Open) -> None:
+    driver = open_page()
+    driver.open_options()
+    driver.page.select_option("[name=compare]", "run")
+    driver.ask("untraced", "Kabul")
+    comparison = driver.shown("comparison")
+    expect(comparison).to_contain_text("No comparison with run: The question was not traced")
+    expect(comparison).to_contain_text(UNTRACED)
+    assert len(driver.texts()) > 1
+    assert driver.accessibility_faults() == []
+
+
+def test_an_untraced_question_is_refused_readably(open_page: Open) -> None:
+    driver = open_page()
+    driver.open_options()
+    driver.page.select_option("[name=estimator]", "run")
+    driver.fill("untraced", "Kabul")
+    driver.page.click("button:has-text('Ask')")
+    expect(driver.shown("problem")).to_contain_text("The question was not traced")
+    expect(driver.shown("problem")).to_contain_text(UNTRACED)
+
+
+def test_notes_of_an_answer_are_shown(open_page: Open) -> None:
+    driver = open_page()
+    driver.open_options()
+    driver.page.select_option("[name=estimator]", "run")
+    driver.ask(*ASKED)
+    expect(driver.shown("note")).to_have_text(NOTE)
+    expect(driver.page.locator(".unit").last).to_contain_text("Leaving the example out of the run")
+
+
+def test_a_link_says_what_to_compare_with(open_page: Open, service: CannedService) -> None:
+    driver = open_page()
+    driver.open("#prompt=hostile&completion=x&compare=run")
+    assert driver.page.locator("[name=compare]").input_value() == "run"
+    driver.page.click("button:has-text('Ask')")
+    expect(driver.shown("comparison")).to_contain_text("<script>window.hacked=1</script>")
+    assert driver.page.evaluate("window.hacked") is None
+    assert driver.accessibility_faults() == []
 
 
 def test_layers_are_plotted_and_tabled(open_page: Open) -> None:

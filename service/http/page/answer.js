@@ -164,13 +164,16 @@ export function effortOf(answer) {
   );
 }
 
-/** Whole documents, most influential first. */
+/** A table of whole documents, most influential first; null where none was asked for. */
 export function documentsOf(answer) {
-  return answer.documents.map((document, key) => ({
-    key,
-    name: visible(document.document),
-    rows: count(document.rows),
-    found: count(document.found),
-    score: document.score === null ? "not scored" : signed(document.score),
-  }));
+  if (answer.documents.length === 0) return null;
+  const rows = answer.documents.map((document) => [
+    visible(document.document),
+    document.score === null ? "not scored" : signed(document.score),
+    count(document.rows),
+    count(document.found),
+  ]);
+  const titles = ["Document", "Score", "Rows", "Among the results"];
+  const columns = titles.map((title, place) => ({ title, figure: place > 0 }));
+  return { columns, groups: [{ title: "", rows }] };
 }

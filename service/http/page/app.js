@@ -4,13 +4,15 @@ import { Alpine } from "./vendor/alpine-csp.js";
 import {
   boundOf, certificateOf, documentsOf, effortOf, measurementOf, sidesOf, unitOf,
 } from "./answer.js";
+import { comparisonOf, noComparison } from "./compare.js";
 import { save, toCsv } from "./download.js";
-import { choicesOf, offerOf, parametersOf } from "./estimators.js";
+import { choicesOf, comparableOf, offerOf, parametersOf } from "./estimators.js";
 import { count, counted, duration, visible } from "./format.js";
 import { emptyForm, fromHash, newFilter, toBody, toHash } from "./form.js";
 import { fillText } from "./heatmap.js";
-import { drawLayers, sumLayers } from "./layers.js";
+import { drawLayers, layerTableOf, sumLayers } from "./layers.js";
 import { ask, fetchEstimators, fetchIndexes, parse, Problem } from "./stream.js";
+import { fillTable } from "./tables.js";
 
 const STAGES = ["Gradient", "Candidates", "Rescoring"];
 const QUIET_MS = 5000; // between two things that a screen reader is told while rows are rescored
@@ -28,8 +30,9 @@ function noAnswer(influence = true) {
     sides: [],
     bounds: [],
     certificates: [],
-    documents: [],
+    documents: null,
     layers: [],
+    note: "",
     effort: "",
     partial: false,
     unit: "",
@@ -50,6 +53,7 @@ function page() {
     notice: "",
     state: "idle", // idle, running, finished, cancelled, failed
     shown: noAnswer(),
+    comparison: null,
     spoken: "",
     sizes: false,
     dark: false,
@@ -97,6 +101,9 @@ function page() {
     get estimatorChoices() {
       return choicesOf(this.estimators, this.form);
     },
+    get compareChoices() {
+      return comparableOf(this.estimators, this.form);
+    },
     get offer() {
       return offerOf(this.estimators, this.form);
     },
@@ -121,6 +128,8 @@ function page() {
       const form = fromHash(location.hash);
       if (!form) return;
       this.cancel();
+      controller?.abort();
+      this.comparison = null;
       this.form = form;
       this.state = "idle";
       this.shown = noAnswer();
@@ -161,9 +170,11 @@ function page() {
 
     async submit() {
       if (this.running) return;
+      controller?.abort(); // of a comparison
       controller = new AbortController();
       const { signal } = controller;
       this.state = "running";
+      this.comparison = null;
       this.notice = "";
       this.shown = noAnswer(this.byGradients);
       answerText = "";
@@ -173,8 +184,27 @@ function page() {
         await ask(this.body(), signal, (name, data, text) => {
           if (!signal.aborted) this.onEvent(name, data, text);
         });
+        if (this.form.compare !== "" && !signal.aborted) await this.compare(signal);
       } catch (error) {
         if (!signal.aborted) this.fail(error);
+      }
+    },
+
+    async compare(signal) {
+      const name = this.form.compare;
+      this.comparison = noComparison(`Asking ${name} the same`);
+      const asked = { ...this.form, estimator: name };
+      const body = toBody(asked, { byGradients: false, parameters: [] });
+      try {
+        await ask(body, signal, (event, data) => {
+          if (event !== "result" || signal.aborted) return;
+          this.comparison = comparisonOf(parse(answerText), data);
+        });
+      } catch (error) {
+        if (signal.aborted) return;
+        if (!(error instanceof Problem)) console.error(error);
+        const title = `No comparison with ${name}: ${error.title ?? "an error of the page"}`;
+        this.comparison = noComparison(title, error.message, "box warning");
       }
     },
 
@@ -229,6 +259,7 @@ function page() {
         certificates: answer.certificates.map((c, key) => certificateOf(c, key, sided)),
         documents: documentsOf(answer),
         layers: sumLayers(answer.results),
+        note: visible(answer.notes.join(" ")),
         effort: effortOf(answer),
         partial: answer.partial,
         unit: unitOf(answer),
@@ -296,6 +327,12 @@ function page() {
     },
     fill(element, result) {
       fillText(element, Alpine.raw(result));
+    },
+    tabulate(element, table) {
+      fillTable(element, Alpine.raw(table));
+    },
+    get layerTable() {
+      return layerTableOf(Alpine.raw(this.shown.layers));
     },
     draw(canvas) {
       // `dark` is read so that the chart is drawn anew, in the other colours, when it changes.

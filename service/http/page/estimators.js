@@ -37,6 +37,16 @@ export function choicesOf(estimators, form) {
   }));
 }
 
+/** The options of what to compare an answer with. */
+export function comparableOf(estimators, form) {
+  const [, ...named] = choicesOf(estimators, { index: form.index, estimator: form.compare });
+  const own = offersOf(estimators, form.index).find((offer) => offer.own);
+  const missing = own && !named.some(({ name }) => name === own.name);
+  const listed = { disabled: false, title: null };
+  const others = missing ? [{ ...listed, name: own.name, label: visible(own.name) }] : [];
+  return [{ ...listed, name: "", label: "nothing" }, ...others, ...named];
+}
+
 /** The parameters to ask for; of an estimator that is not known, those that were typed. */
 export function parametersOf(offer, typed) {
   const parameters = offer.parameters ?? Object.fromEntries(typedNames(typed));

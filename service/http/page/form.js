@@ -21,6 +21,7 @@ export function emptyForm() {
     space: true,
     index: "default",
     estimator: "", // the index's own
+    compare: "", // nothing
     parameters: {}, // of any estimator, by name
     direction: "proponents",
     ranking: "normalised",

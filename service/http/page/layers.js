@@ -18,9 +18,19 @@ export function sumLayers(results) {
   return [...layers.values()].map((sums) => ({
     ...sums,
     short: sums.name.slice(shared.length),
-    texts: [sums.raised, sums.lowered, sums.raised + sums.lowered].map(signed),
-    size: number(sums.raised - sums.lowered),
   }));
+}
+
+/** The same as a table. */
+export function layerTableOf(layers) {
+  const rows = layers.map(({ name, raised, lowered }) => [
+    name,
+    ...[raised, lowered, raised + lowered].map(signed),
+    number(raised - lowered),
+  ]);
+  const titles = ["Layer", "Raised", "Lowered", "Sum", "Sum of sizes"];
+  const columns = titles.map((title, place) => ({ title, figure: place > 0 }));
+  return { columns, groups: [{ title: "", rows }] };
 }
 
 /** What all names have in common up to a dot. */
