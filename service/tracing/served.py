@@ -130,7 +130,8 @@ class ServedTrace:
         self._cached: OrderedDict[str, tuple[np.ndarray, float]] = OrderedDict()
         self._turn = threading.Lock()
         self._find_more()
-        log.info("trace %s: %s", folder, " ".join(self.told()))
+        level = logging.WARNING if self.matching.lacking.any() else logging.INFO
+        log.log(level, "trace %s: %s", folder, " ".join(self.told()))
 
     @property
     def sha256(self) -> str:
