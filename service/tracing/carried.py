@@ -18,6 +18,7 @@ from index.files import sha256_of, write_whole
 from service.checkpoints import ModelSource
 from service.run.errors import RunMismatch
 from service.run.folder import RecordedRun
+from service.run.model_facts import source_of
 from service.run.optimizers import named_parameters, plain_name
 
 ROWS = "rows.jsonl"
@@ -58,7 +59,7 @@ def carry(
     """
     lines = [json.dumps({"id": r.id, "content": _content(r).hex()}) + "\n" for r in run.rows]
     write_whole(out / ROWS, "".join(lines).encode())
-    source = source or run.model
+    source = source_of(model, source or run.model)
     return {
         "run": str(run.folder.resolve()),
         "model": source and asdict(source),

@@ -22,7 +22,7 @@ from index.files import read_sealed, sha256_of
 from service.checkpoints import ModelSource
 from service.models import LoadedModel
 from service.run.errors import RunFault, RunMismatch
-from service.run.folder import RUN
+from service.run.folder import FINISHED
 from service.tracing.carried import read_carried
 from service.tracing.matching import Matching
 from service.tracing.trace import INFLUENCES, MANIFEST
@@ -106,8 +106,9 @@ class ServedTrace:
         run: where the run lies; None takes what the trace says.
 
     Raises:
-        RunMismatch: there is no such trace, the model is not the run's last state, or the index
-            has none of the run's rows.
+        RunMismatch: there is no such trace, the model is not the run's last state, the index has
+            none of the run's rows, or the run that is given is another.
+        RunFault: there is no run where one is said to be.
     """
 
     def __init__(
@@ -126,6 +127,8 @@ class ServedTrace:
                 f"its model read them."
             )
         self._run = run
+        if run is not None:
+            check_run(self)
         self._parts = [first]
         self._cached: OrderedDict[str, tuple[np.ndarray, float]] = OrderedDict()
         self._turn = threading.Lock()
@@ -250,7 +253,7 @@ class ServedTrace:
             f"tracing it takes about {_duration(price['seconds'])}, "
             f"{price['trainings_a_question']:.1f} trainings"
         )
-        if (self.run / RUN).is_file():
+        if (self.run / FINISHED).is_file():
             return (
                 f"This question was not traced through the run; ask it as a job (POST /v1/jobs): "
                 f"{takes}, and less a question for several in one job."
@@ -278,11 +281,16 @@ def untraced(trace: ServedTrace, questions: Sequence[Question]) -> list[Question
 
 
 def check_run(trace: ServedTrace) -> None:
-    """Raise RunFault if there is no run to trace questions through."""
-    if not (trace.run / RUN).is_file():
+    """Raise RunFault unless the run that was traced lies where it is said to be."""
+    if not (trace.run / FINISHED).is_file():
         raise RunFault(
-            f"The question was not traced, and the run no longer lies in {trace.run}; start the "
-            f"service with --run FOLDER, its place."
+            f"The run no longer lies in {trace.run}, and without it no further question can be "
+            f"traced; start the service with --run FOLDER, its place."
+        )
+    if sha256_of(trace.run / FINISHED) != trace.sha256:
+        raise RunMismatch(
+            f"The run in {trace.run} is not the one of the trace in {trace.folder}; start the "
+            f"service with --run FOLDER, the place of that one."
         )
 
 

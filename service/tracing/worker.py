@@ -56,7 +56,9 @@ def main() -> int:
     told: dict[str, str] = {}
     try:
         trace(order)
-    except (ValueError, RuntimeError, OSError) as error:
+    except OSError as error:
+        told["error"] = f"{error}; see that {order['out']} can be written to, and has room."
+    except (ValueError, RuntimeError) as error:
         told["error"] = str(error)
     print(json.dumps(told), file=answers, flush=True)
     return 0

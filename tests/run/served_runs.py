@@ -1,9 +1,15 @@
-"""A tiny run that was recorded and traced, and an index of its last model to serve it with."""
+"""A tiny run that was recorded and traced, and an index of its last model to serve it with.
+
+As a plug-in: ``pytest_plugins = ["tests.run.served_runs"]``. PYTEST_DONT_REWRITE
+"""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -16,6 +22,7 @@ from service.models import load_model
 from service.run.folder import RecordedRun
 from service.run.loading import load_first_model
 from service.run.recorder import record_run
+from service.settings import Settings
 from service.tracing.questions import AskedQuestion
 from service.tracing.trace import Trace, trace_run
 from tests.service_fixtures import CONTEXT, COUNTRIES, END, byte_level_tokenizer
@@ -45,6 +52,24 @@ class ServedRun:
     model: Path
     index: Path
     found: Trace
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> ServedRun:
+    """Tests only read it."""
+    return make_served_run(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture
+def trace(served: ServedRun, tmp_path: Path) -> Path:
+    """A copy of the trace that a test may change."""
+    return Path(shutil.copytree(served.trace, tmp_path / "trace"))
+
+
+def settings(served: ServedRun, **changes: Any) -> Settings:
+    """Of a service of the index with the trace; ``changes`` change the usual ones."""
+    usual = {"model": str(served.model), "indexes": {"default": served.index}}
+    return Settings(**{**usual, "traces": {"default": served.trace}, **changes})
 
 
 def facts() -> list[str]:

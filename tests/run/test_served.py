@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,50 +11,35 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from estimators.model.tokens import Sequence1D
 from index.files import read_sealed, write_sealed
 from scripts import query
-from scripts.serve import parse_of_indexes
 from scripts.serve_mcp import as_text
 from service.client import ServiceProblem
 from service.client.comparing import compare
 from service.http.app import create_app
-from service.run.errors import RunMismatch
 from service.schemas.answers import QueryResponse
-from service.settings import Settings
 from service.tracing import asking
 from service.tracing.served import MORE
 from service.tracing.trace import MANIFEST
+from service.tracing.worker import as_json
 from tests.run.served_runs import (
     MISSING,
     PROMPT,
     TWICE,
     ServedRun,
-    build,
     facts,
-    make_served_run,
+    settings,
 )
 from tests.service_fixtures import Client
 
+pytest_plugins = ["tests.run.served_runs"]
+
 LIMA = {"prompt": PROMPT, "completion": " Lima"}
 OSLO = {"prompt": PROMPT, "completion": " Oslo"}
+LIMA_TOKENS = [(Sequence1D(tokens=(5, 6, 7), first_target=2), 1.0)]
 NEVER = (sys.executable, "-c", "import sys; sys.stdin.read()")
 """In place of the worker: takes its order and never answers."""
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> ServedRun:
-    return make_served_run(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture
-def trace(served: ServedRun, tmp_path: Path) -> Path:
-    """A copy of the trace that a test may change."""
-    return Path(shutil.copytree(served.trace, tmp_path / "trace"))
-
-
-def settings(served: ServedRun, **changes: Any) -> Settings:
-    usual = {"model": str(served.model), "indexes": {"default": served.index}}
-    return Settings(**{**usual, "traces": {"default": served.trace}, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -316,12 +300,9 @@ def test_a_job_goes_on_after_the_service_ended_while_it_traced(
 def test_a_job_whose_run_is_gone_says_so_once_a_query(
     served: ServedRun, trace: Path, tmp_path: Path
 ) -> None:
-    kept = settings(
-        served,
-        traces={"default": trace},
-        runs={"default": tmp_path / "nowhere"},
-        jobs_path=tmp_path / "jobs.sqlite",
-    )
+    manifest = read_sealed(trace / MANIFEST, "")
+    write_sealed(trace / MANIFEST, {**manifest, "run": "/gone"})
+    kept = settings(served, traces={"default": trace}, jobs_path=tmp_path / "jobs.sqlite")
     with Client(create_app(kept)) as client:
         for one in outcomes(client, submit(client, OSLO, {**LIMA, "against": " Accra"})):
             assert "start the service with --run FOLDER" in one["problem"]["detail"]
@@ -338,69 +319,9 @@ def test_a_process_that_traces_ends_with_its_service(served: ServedRun, tmp_path
     process.stdin.flush()
     assert "There is no recorded run in" in json.loads(process.stdout.readline())["error"]
     process.communicate()
-    held = subprocess.run(asking.WORKER, stdin=subprocess.DEVNULL, cwd=asking.ROOT, check=False)
-    assert held.returncode != 0
-
-
-# What does not fit
-
-
-def test_another_model_than_the_runs_last_is_refused(served: ServedRun, tmp_path: Path) -> None:
-    first = served.model.parent / "first"
-    build(tmp_path / "index", first, [{"id": "a", "text": facts()[0]}])
-    other = {"model": str(first), "indexes": {"default": tmp_path / "index"}}
-    with pytest.raises(RunMismatch, match="ended with other weights: their SHA-256 is"):
-        create_app(settings(served, **other)).state.engine.load()
-
-
-def test_an_index_of_other_texts_is_refused(served: ServedRun, tmp_path: Path) -> None:
-    build(tmp_path / "index", served.model, [{"id": "fact 0", "text": "The sea is wide."}])
-    other = {"indexes": {"default": tmp_path / "index"}}
-    with pytest.raises(RunMismatch, match="has none of the 17 rows that the run"):
-        create_app(settings(served, **other)).state.engine.load()
-
-
-def test_a_trace_that_is_not_whole_is_refused(served: ServedRun, trace: Path) -> None:
-    manifest = read_sealed(trace / MANIFEST, "")
-
-    def refused(match: str) -> None:
-        engine = create_app(settings(served, traces={"default": trace})).state.engine
-        with pytest.raises(RunMismatch, match=match):
-            engine.load()
-
-    with (trace / "rows.jsonl").open("a") as file:
-        file.write("\n")
-    refused("rows.jsonl is missing or was changed")
-    earlier = {name: value for name, value in manifest.items() if name != "last_weights_sha256"}
-    write_sealed(trace / MANIFEST, earlier)
-    refused("is of an earlier version")
-    (trace / MANIFEST).unlink()
-    refused("no whole trace")
-
-
-def test_a_trace_of_an_index_that_is_not_served_is_refused(served: ServedRun) -> None:
-    with pytest.raises(ValueError, match="a trace is given for 'other', which is no index"):
-        settings(served, traces={"other": served.trace})
-
-
-@pytest.mark.parametrize(
-    ("values", "indexes", "expected"),
-    [
-        (["a"], None, {"default": "a"}),
-        (["a"], {"mine": Path("i")}, {"mine": "a"}),
-        (["b=x", "a=y"], {"a": Path("i"), "b": Path("j")}, {"a": "y", "b": "x"}),
-        (["b=x"], None, {"b": "x"}),
-    ],
-)
-def test_a_trace_belongs_to_the_index_that_is_named(
-    values: list[str], indexes: dict[str, Path] | None, expected: dict[str, str]
-) -> None:
-    found = parse_of_indexes("--trace", values, indexes)
-    assert found == {name: Path(folder) for name, folder in expected.items()}
-
-
-def test_a_trace_without_a_name_needs_a_single_index() -> None:
-    with pytest.raises(ValueError, match="--trace must be NAME=FOLDER where several indexes are"):
-        parse_of_indexes("--trace", ["x"], {"a": Path("i"), "b": Path("j")})
-    with pytest.raises(ValueError, match="--run names 'a' twice"):
-        parse_of_indexes("--run", ["a=x", "a=y"], {"a": Path("i"), "b": Path("j")})
+    order = {**order, "run": str(served.run), "questions": [as_json(LIMA_TOKENS)]}
+    left = subprocess.run(
+        asking.WORKER, input=json.dumps(order) + "\n", text=True, cwd=asking.ROOT, check=False
+    )
+    assert left.returncode == 1
+    assert not (tmp_path / "out" / MANIFEST).exists()
