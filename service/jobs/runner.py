@@ -81,6 +81,7 @@ class JobRunner:
         self._changed = asyncio.Event()
         self._turn = asyncio.Lock()
         self._tracing = asyncio.Lock()
+        self._being_traced: set[str] = set()
         self._untraceable: dict[str, Exception] = {}
 
     async def run(self) -> None:
@@ -112,14 +113,21 @@ class JobRunner:
             await self._drop([place for place in self._tasks if place[0] == job])
 
     async def _start_some(self) -> bool:
-        """Fill up to ``together``; whether all are at work."""
+        """Fill up to ``together``; whether all are at work.
+
+        Jobs whose questions are being traced are passed over: that may take hours.
+        """
         async with self._turn:
             before = set(self._tasks)  # they may get their outcome while the file is read
-            for query in await run_in_threadpool(self.store.open_queries, self._together):
+            others = sorted(self._being_traced)
+            for query in await run_in_threadpool(self.store.open_queries, self._together, others):
                 place = (query.job, query.number)
-                if place not in before and len(self._tasks) < self._together:
+                if place not in before and self._at_work() < self._together:
                     self._tasks[place] = asyncio.create_task(self._answer(query))
-        return len(self._tasks) >= self._together
+        return self._at_work() >= self._together
+
+    def _at_work(self) -> int:
+        return sum(job not in self._being_traced for job, _ in self._tasks)
 
     async def _answer(self, query: OpenQuery) -> None:
         try:
@@ -158,18 +166,22 @@ class JobRunner:
 
     async def _trace(self, job: str) -> None:
         """Trace the questions of a job, all of them in the turn of the first that needs it."""
-        async with self._tracing:
-            if job in self._untraceable:
-                raise self._untraceable[job]
-            requests = []
-            for query in await run_in_threadpool(self.store.open_queries_of, job):
-                with suppress(BadQuery):  # its own outcome
-                    requests.append(_stored(query))
-            try:
+        self._being_traced.add(job)
+        self._changed.set()
+        try:
+            async with self._tracing:
+                if job in self._untraceable:
+                    raise self._untraceable[job]
+                requests = []
+                for query in await run_in_threadpool(self.store.open_queries_of, job):
+                    with suppress(BadQuery):  # its own outcome
+                        requests.append(_stored(query))
                 await self._engine.trace(requests)
-            except Exception as error:
-                self._untraceable[job] = error
-                raise
+        except Exception as error:
+            self._untraceable[job] = error
+            raise
+        finally:
+            self._being_traced.discard(job)
 
     async def _patiently(self, request: QueryRequest) -> QueryResponse:
         tries = 1

@@ -47,7 +47,8 @@ OPEN_QUERIES = """
 SELECT job, number, request, begun
 FROM job CROSS JOIN query INDEXED BY open_query ON job.id = job
 WHERE state != 'finished' AND answer IS NULL AND problem IS NULL
-ORDER BY job.rowid, number LIMIT ?
+AND job.id NOT IN (SELECT value FROM json_each(?2))
+ORDER BY job.rowid, number LIMIT ?1
 """
 """SQLite takes the order of these joins and this index only when it is told to."""
 
@@ -237,10 +238,10 @@ class JobStore:
                 size += len(answer or problem)
             return found, None
 
-    def open_queries(self, limit: int) -> list[OpenQuery]:
-        """Queries without an outcome, oldest jobs first."""
+    def open_queries(self, limit: int, others_than: Sequence[str] = ()) -> list[OpenQuery]:
+        """Queries without an outcome, oldest jobs first; none of the jobs ``others_than``."""
         with self._turn:
-            rows = self._database.execute(OPEN_QUERIES, (limit,))
+            rows = self._database.execute(OPEN_QUERIES, (limit, json.dumps(list(others_than))))
             return [OpenQuery(job=j, number=n, request=r, begun=b) for j, n, r, b in rows]
 
     def open_queries_of(self, job: str) -> list[OpenQuery]:

@@ -376,7 +376,9 @@ def test_a_deleted_jobs_texts_are_gone_from_the_disk(store: JobStore, tmp_path: 
 
 
 def test_finding_work_does_not_read_what_is_done(store: JobStore) -> None:
-    plan = store._database.execute(f"EXPLAIN QUERY PLAN {job_store.OPEN_QUERIES}", (2,)).fetchall()
+    plan = store._database.execute(
+        f"EXPLAIN QUERY PLAN {job_store.OPEN_QUERIES}", (2, "[]")
+    ).fetchall()
     told = " ".join(row[3] for row in plan)
     assert "open_query" in told
     assert "TEMP B-TREE" not in told

@@ -70,6 +70,8 @@ def answer() -> QueryResponse:
         parameters={"damping": 0.1},
         estimator_sha256="",
         by_gradients=True,
+        influences=True,
+        notes=[],
         sign_and_unit=SIGN_AND_UNIT,
         effect=None,
         effect_reason=None,

@@ -271,7 +271,8 @@ def test_a_job_traces_its_questions_together_and_keeps_them(
 def test_a_job_goes_on_after_the_service_ended_while_it_traced(
     served: ServedRun, trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = settings(served, traces={"default": trace}, jobs_path=tmp_path / "jobs.sqlite")
+    path = tmp_path / "jobs.sqlite"
+    kept = settings(served, traces={"default": trace}, jobs_path=path, jobs_together=1)
     begun: list[Any] = []
     create = asyncio.create_subprocess_exec
 
@@ -290,6 +291,8 @@ def test_a_job_goes_on_after_the_service_ended_while_it_traced(
 
         client.run(started)
         assert ask(client, **LIMA)["results"]
+        (found,) = outcomes(client, submit(client, LIMA))  # other jobs go on
+        assert found["problem"] is None
     assert begun[0].returncode is not None
     monkeypatch.undo()
     with Client(create_app(kept)) as client:
