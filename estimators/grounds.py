@@ -110,6 +110,25 @@ class Traced(Protocol):
         """
         ...
 
+    def direction(self, fingerprint: str) -> Mapping[str, Tensor]:
+        """The run's direction, by name of parameter; see ``estimators.run.direction``.
+
+        Its inner product with the gradient of a row's summed loss is what reading that row once an
+        epoch does to f, in nats and to first order.
+
+        Args:
+            fingerprint: of the question.
+
+        Raises:
+            Untraced: no direction was traced for it.
+        """
+        ...
+
+    @property
+    def directed(self) -> Mapping[str, int]:
+        """Sizes of the parameters that directions have, by name; empty where none was traced."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grounds:

@@ -19,6 +19,7 @@ OPERATORS = {
     "ekfac": "estimators.operators.ekfac:EKFac",
     "identity": "estimators.operators.identity:Identity",
     "kfac": "estimators.operators.kfac:KFac",
+    "run-direction": "estimators.operators.run_direction:RunDirection",
 }
 """The query side: estimators by gradients."""
 
@@ -30,6 +31,10 @@ SCORERS = {
 
 TRACED = ("run",)
 """Those of them whose scores are influences, known of every row before the question is asked."""
+
+RUN_DIRECTION = "run-direction"
+THROUGH_RUN = ("run", RUN_DIRECTION)
+"""Estimators that answer questions which were traced through the training run, in nats."""
 
 PROPOSERS = {
     "bm25": "estimators.scorers.bm25:BM25",

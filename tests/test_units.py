@@ -53,6 +53,10 @@ MEASURED = (
     r'"influence, nats"',
     r"once in the epoch would have done to the answer, in nats and to first order",
     r"the influence in nats of f of that row, read once in the segment",
+    r"(reading that row once an epoch does to f, in|through the run \(`{1,2}estimators/run/"
+    r"direction\.py`{1,2}\): in) nats (and|of f,) to first order",
+    r"questions which were traced through the training run, in nats",
+    r"would do to the measured value, in nats to first order, by the run's own direction",
     r"the influence of every reading: question, step, row, nats",
     r'\["question", "step", "row", "nats"\]',
     r"[Ii]nfluences? (through the training run itself|of (all|some) rows), in nats",

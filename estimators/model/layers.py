@@ -8,10 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn, Self
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from estimators.model.trial import find_obstacles
+
+ADAPTER = "base_model.model."
+"""What PEFT puts before the name of everything in the model that it wraps."""
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without PEFT's wrapping: as in the model with the adapter in place."""
+    return name.removeprefix(ADAPTER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +125,32 @@ class LinearLayer:
     def parameters(self) -> int:
         """Number of attributed parameters (weights and bias)."""
         return self.in_features * self.out_features
+
+    @property
+    def parameter_names(self) -> frozenset[str]:
+        """Plain names in the model of the weight and, if the block reads its 1, the bias."""
+        module = plain_name(self.name.partition("[")[0])
+        return frozenset([f"{module}.weight", *([f"{module}.bias"] * self.has_bias)])
+
+    def part_of(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """What tensors by plain names of parameters have here: [in, out], where it computes.
+
+        Zeros for a parameter that is not among them.
+        """
+        module = plain_name(self.name.partition("[")[0])
+        own: Tensor = self.module.weight  # type: ignore[assignment]
+        found = torch.zeros(self.in_features, self.out_features, device=own.device)
+        rows = self.in_features - int(self.has_bias)
+        weight, bias = parameters.get(f"{module}.weight"), parameters.get(f"{module}.bias")
+        if weight is not None:
+            flat = isinstance(self.module, Conv1D)
+            block = (
+                weight[self.inputs, self.outputs] if flat else weight[self.outputs, self.inputs].T
+            )
+            found[:rows] = block.to(found)
+        if self.has_bias and bias is not None:
+            found[-1] = bias[self.outputs].to(found)
+        return found
 
     def add_to_weights(self, step: Tensor) -> None:
         """Add ``step`` (``[in, out]``, the shape of the layer's gradient) to weight and bias."""

@@ -24,8 +24,8 @@ from service.run.errors import RunMismatch
 from service.run.folder import RecordedRun
 from service.run.loading import load_first_model
 from service.run.replay import retrain
-from service.tracing.directions import DirectionPlan, trace_directions
-from service.tracing.price import TracePrice, predict_trace
+from service.tracing.directions import trace_directions
+from service.tracing.price import DirectionPlan, TracePrice, predict_trace
 from service.tracing.questions import AskedQuestion, read_questions
 from service.tracing.trace import Trace, measured_values, trace_run
 
@@ -124,7 +124,9 @@ def main(
         return
     about = {"asked": [asdict(one) for one in asked]}
     if plan is not None:
-        kept = trace_directions(recorded, loaded, encoded, out, about, plan, show_progress)
+        kept = trace_directions(
+            recorded, loaded, encoded, out, about, plan, show_progress, source=source
+        )
         _warn_of_growth(kept.norms)
         print_json(
             {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
 
-from estimators.registry import TRACED
+from estimators.registry import THROUGH_RUN
 from index.current import current_folder
 from index.manifest import FILE_NAME as MANIFEST
 from index.manifest import Manifest
@@ -207,17 +207,17 @@ class Engine:
         Raises:
             RunFault: there is no run to trace through, or it cannot be traced.
         """
-        asked: dict[str, list[Question]] = {}
+        asked: dict[tuple[str, str], list[Question]] = {}
         for request in requests:
             with suppress(BadQuery, UnknownEstimator, UnknownIndex):
-                if request.estimator in TRACED:
+                if request.estimator in THROUGH_RUN:
                     retriever = self.check(request)
                     found = await run_in_threadpool(retriever.measures, request.to_query())
-                    asked.setdefault(request.index, []).append(found)
-        for name, questions in asked.items():
+                    asked.setdefault((request.index, request.estimator), []).append(found)
+        for (name, estimator), questions in asked.items():
             trace = self.retriever(name).index.trace
             if trace is not None:
-                await trace_more(trace, questions)
+                await trace_more(trace, questions, estimator)
 
     def stream(self, request: QueryRequest) -> AsyncIterator[tuple[str, Schema]]:
         """Answer a query with news on the way: event names and their data, the answer last.

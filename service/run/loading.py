@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from estimators.model.layers import plain_name
 from estimators.run.recorded import State
 from estimators.storage import fingerprint_tensors
 from service.adapters import read_model
@@ -16,7 +17,7 @@ from service.checkpoints import ModelSource
 from service.run.dropout import silence_dropout
 from service.run.errors import RunMismatch
 from service.run.folder import RecordedRun
-from service.run.optimizers import named_parameters, plain_name
+from service.run.optimizers import named_parameters
 
 
 def load_first_model(

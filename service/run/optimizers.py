@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from estimators.model.layers import plain_name
 from estimators.run.recorded import Group, OptimizerName, Recipe, State
 from service.run.errors import Unrecordable
 
@@ -20,13 +21,6 @@ CLASSES: Mapping[type, OptimizerName] = {
     torch.optim.Adam: "adam",
     torch.optim.AdamW: "adamw",
 }
-ADAPTER = "base_model.model."
-"""What PEFT puts before the name of everything in the model that it wraps."""
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without PEFT's wrapping: as in the model with the adapter in place."""
-    return name.removeprefix(ADAPTER)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from estimators.model.layers import plain_name
 from estimators.run.recorded import Recipe
 from estimators.storage import fingerprint_tensors
 from index.errors import IndexFault
@@ -35,7 +36,6 @@ from service.run.optimizers import (
     constants_of,
     flag_of,
     named_parameters,
-    plain_name,
     recipe_of,
     state_of,
     states_kept,

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from estimators.registry import RUN_DIRECTION
 from index.certificates.statement import Certificate, Share
 from service.schemas.queries import QueryRequest, Schema
 from service.search.answer import Answer, Effect, JointRemoval, MeasuredTerm, Result
@@ -22,6 +23,13 @@ RUN_UNIT = (
     "order; positive = the example raised it. Leaving the example out of the run changes the "
     "measured value by about minus the score; leaving out many at once can do more or less than "
     "their sum. 0 for examples that the run never read."
+)
+
+DIRECTION_UNIT = (
+    "score: what reading the example once an epoch in the training run would do to the measured "
+    "value, in nats to first order, by the run's own direction; positive = it would raise it. The "
+    "example need not have been in the run. Many together can do more or less than their sum. "
+    "normalised_score: the score divided by the whitened norm of the example's gradient."
 )
 
 NO_UNIT = "score: of an estimator without gradients; no influence, and without unit."
@@ -277,6 +285,8 @@ class QueryResponse(Schema):
 
 
 def _sign_and_unit(answer: Answer) -> str:
+    if answer.estimator == RUN_DIRECTION:
+        return DIRECTION_UNIT
     if answer.by_gradients:
         return SIGN_AND_UNIT
     return RUN_UNIT if answer.influences else NO_UNIT

@@ -139,6 +139,12 @@ OF_THE_RUN = Effect(
 )
 """Of scores that need no scale."""
 
+OF_A_DIRECTION = (
+    "Scores are nats of the measured value already, to first order, for an example that is read "
+    "once an epoch; what leaving out one that was read would do, the estimator run says."
+)
+"""Why scores by the run's direction have no scale."""
+
 
 def effect_of(scales: IndexScales, chosen: Asked) -> tuple[Effect | None, str | None]:
     """The measured scale of an estimator's scores, or why there is none."""

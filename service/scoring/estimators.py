@@ -16,6 +16,7 @@ from estimators.grounds import Cache, Grounds, MemoryCache, Parameter, Traced, U
 from estimators.registry import (
     OPERATORS,
     SCORERS,
+    THROUGH_RUN,
     TRACED,
     estimator_class,
     proposer_class,
@@ -147,6 +148,8 @@ class Estimators:
         kind: type[GradientEstimator | RowEstimator] = RowEstimator
         if chosen in OPERATORS:
             kind = GradientEstimator
+            if chosen in THROUGH_RUN and traced is not None:
+                sha256 += traced.sha256
         elif chosen in TRACED and traced is not None:
             kind, sha256 = TracedEstimator, traced.sha256
         return kind(name=chosen, part=part, values=values, grounds_sha256=sha256)

@@ -8,9 +8,17 @@ from jaxtyping import Bool, Float, Int
 
 from estimators.chosen import GradientEstimator, RowEstimator, TracedEstimator
 from estimators.grounds import Questions
+from estimators.registry import RUN_DIRECTION
 from estimators.rescoring import ScoreParts
 from index.certificates.statement import Certificate, Share, no_share
-from service.scoring.effect import OF_THE_RUN, JointRemoval, effect_of, removal_of
+from service.scoring.effect import (
+    OF_A_DIRECTION,
+    OF_THE_RUN,
+    Effect,
+    JointRemoval,
+    effect_of,
+    removal_of,
+)
 from service.scoring.rows import Scoring, Target
 from service.search.answer import Answer, DocumentScore, MeasuredTerm, Result
 from service.search.explaining import cluster, token_texts
@@ -18,6 +26,7 @@ from service.search.opening import OpenIndex
 from service.search.proxies import Proxies
 from service.search.query import Query, Side
 from service.search.search import Clock, Search, Steps
+from service.tracing.served import told_of_layers
 
 BOTH: tuple[Side, ...] = ("proponents", "opponents")
 
@@ -60,9 +69,7 @@ class Run:
         self.target = target
         self.fingerprint = estimator.fingerprint
         self.traced = isinstance(estimator, TracedEstimator)
-        self._effect, self._effect_reason = (
-            (OF_THE_RUN, None) if self.traced else effect_of(index.scales, estimator)
-        )
+        self._effect, self._effect_reason = _effect(index, estimator)
         self.searches: dict[Side, Search] = {}
         self.partial = False
         self.rows = np.arange(len(index.examples)) if kept is None else kept
@@ -172,7 +179,11 @@ class Run:
 
     def _notes(self) -> tuple[str, ...]:
         trace = self.index.trace
-        if not self.traced or trace is None or not isinstance(self.target, Questions):
+        if trace is None:
+            return ()
+        if self.query.estimator == RUN_DIRECTION:
+            return told_of_layers(trace, self.index.loaded.coverage.layers)
+        if not self.traced or not isinstance(self.target, Questions):
             return ()
         return trace.notes(self.target.fingerprint(0))
 
@@ -252,6 +263,16 @@ class Run:
             positions = parts.by_position[0].double().tolist()
             result = replace(result, tokens=tuple(zip(texts, positions, strict=True)))
         return result
+
+
+def _effect(
+    index: OpenIndex, estimator: GradientEstimator | RowEstimator
+) -> tuple[Effect | None, str | None]:
+    if estimator.name == RUN_DIRECTION:
+        return None, OF_A_DIRECTION
+    if isinstance(estimator, TracedEstimator):
+        return OF_THE_RUN, None
+    return effect_of(index.scales, estimator)
 
 
 def _sign(side: Side) -> float:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import service
 from service.run.errors import RunFault
-from service.tracing.served import ServedTrace, check_run, fingerprint_of, untraced
+from service.tracing.parts import fingerprint_of
+from service.tracing.served import ServedTrace, check_run, untraced
 from service.tracing.walk import Question
 from service.tracing.worker import as_json
 
@@ -30,7 +31,7 @@ TOGETHER = 16
 log = logging.getLogger(__name__)
 
 
-async def trace_more(trace: ServedTrace, questions: Sequence[Question]) -> None:
+async def trace_more(trace: ServedTrace, questions: Sequence[Question], estimator: str) -> None:
     """Trace those questions that were not traced; many together, since they share the passes.
 
     If it is cancelled, or the process ends, what was done is kept for the next time.
@@ -38,7 +39,7 @@ async def trace_more(trace: ServedTrace, questions: Sequence[Question]) -> None:
     Raises:
         RunFault: there is no run to trace through, or it cannot be traced.
     """
-    asked = untraced(trace, questions)
+    asked = untraced(trace, questions, estimator)
     if not asked:
         return
     check_run(trace)
@@ -50,6 +51,7 @@ async def trace_more(trace: ServedTrace, questions: Sequence[Question]) -> None:
             "run": str(trace.run.resolve()),
             "source": trace.source and asdict(trace.source),
             "out": str(out),
+            "estimator": estimator,
             "questions": [as_json(question) for question in some],
         }
         told = await _carried_out(order)

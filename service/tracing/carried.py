@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from estimators.model.layers import plain_name
 from estimators.model.progress import Progress
 from estimators.run.recorded import Row
 from estimators.storage import fingerprint_tensors
@@ -19,7 +20,7 @@ from service.checkpoints import ModelSource
 from service.run.errors import RunMismatch
 from service.run.folder import RecordedRun
 from service.run.model_facts import source_of
-from service.run.optimizers import named_parameters, plain_name
+from service.run.optimizers import named_parameters
 
 ROWS = "rows.jsonl"
 

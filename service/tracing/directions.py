@@ -12,38 +12,24 @@ from torch import Tensor, nn
 
 from estimators.model.progress import Progress, no_progress
 from estimators.run.adjoint import Adjoint
-from estimators.run.curvature import Curvature
 from estimators.run.direction import (
     Directions,
     StepBack,
     direction_back,
     reading_weights,
-    segment_count,
 )
 from estimators.run.recorded import State
 from index.files import exclusive, read_sealed, sha256_of, write_sealed, write_whole
+from service.checkpoints import ModelSource
 from service.run.errors import RunMismatch
 from service.run.folder import RecordedRun
+from service.tracing.carried import Timed, carry
+from service.tracing.price import DirectionPlan, predict_trace, segments_of
 from service.tracing.walk import Parameters, Question, Walk, check_same, trace_facts
 
 MANIFEST = "directions.json"
 PARTIAL = "directions-partial.safetensors"
 WEIGHTS = "readings.safetensors"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DirectionPlan:
-    """How directions are found.
-
-    Attributes:
-        curvature: of the steps: Gauss-Newton's of half of each batch, or the whole Hessian.
-        segments: parts of the run, each with a direction of its own; None takes one an epoch.
-        seed: of the rows that stand for a batch.
-    """
-
-    curvature: Curvature = "gauss-newton"
-    segments: int | None = None
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +75,6 @@ class RunDirections:
         return {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
 
 
-def segments_of(run: RecordedRun, plan: DirectionPlan) -> int:
-    """How many segments the run is parted into."""
-    return plan.segments or segment_count(run.rows, run.steps)
-
-
 def trace_directions(
     run: RecordedRun,
     model: nn.Module,
@@ -103,6 +84,8 @@ def trace_directions(
     plan: DirectionPlan | None = None,
     progress: Progress = no_progress,
     interval: float = 60.0,
+    *,
+    source: ModelSource | None = None,
 ) -> RunDirections:
     """Walk questions backward through a run for their directions alone, into the folder ``out``.
 
@@ -117,6 +100,7 @@ def trace_directions(
         plan: None takes the defaults.
         progress: shows the steps.
         interval: least number of seconds between two records of how far it is.
+        source: where the model before training was loaded from; None takes what the run says.
 
     Raises:
         RunMismatch: the folder holds directions of another run or of other questions, or the run's
@@ -131,12 +115,16 @@ def trace_directions(
             return read_directions(out)
         walk = Walk(run, model, questions, out / PARTIAL, facts, interval)
         visit = _Met(run, model, plan, len(questions))
-        walk.go(visit, progress)
+        timed = Timed(progress)
+        walk.go(visit, timed)
         files = [_write(out, number, parts) for number, parts in enumerate(visit.sums.found)]
         weights = reading_weights(len(run.rows), run.steps, visit.segments)
         write_whole(out / WEIGHTS, bytes(save({"weights": weights})))
         manifest = {
             **facts,
+            **carry(run, model, out, source),
+            "seconds": timed.seconds(len(run.steps)),
+            "price": asdict(predict_trace(run, model, questions[:1], plan)),
             "values": walk.values,
             "norms": [norms[::-1] for norms in walk.norms],
             "files": files,

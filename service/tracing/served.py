@@ -6,95 +6,35 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from safetensors import safe_open
+from torch import Tensor
 
-from estimators.grounds import Questions, Untraced
-from estimators.model.tokens import Sequence1D
+from estimators.grounds import Untraced
+from estimators.model.layers import LinearLayer
 from index.examples import ExampleStore
-from index.files import read_sealed, sha256_of
+from index.files import sha256_of
 from service.checkpoints import ModelSource
 from service.models import LoadedModel
 from service.run.errors import RunFault, RunMismatch
 from service.run.folder import FINISHED
 from service.tracing.carried import read_carried
 from service.tracing.matching import Matching
-from service.tracing.trace import INFLUENCES, MANIFEST
+from service.tracing.parts import MORE, DirectionFolder, Parts, TraceFolder, fingerprint_of
 from service.tracing.walk import Question
 
-MORE = "more"
-"""Folder in a trace with traces of further questions, each in a folder of its own."""
 KEPT = 8
 """Questions whose influences are kept in memory."""
-AGAIN = "trace the run again"
+KINDS = {"run": TraceFolder, "run-direction": DirectionFolder}
+"""What an estimator needs to be traced."""
 
 log = logging.getLogger(__name__)
 
 
-def fingerprint_of(question: Question) -> str:
-    """As questions are known by, see ``Questions.fingerprint``."""
-    return Questions(sequences=[question]).fingerprint(0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TraceFolder:
-    """A trace on disk.
-
-    Attributes:
-        folder: where it is.
-        manifest: what it is made of.
-    """
-
-    folder: Path
-    manifest: Mapping[str, Any]
-
-    @classmethod
-    def open(cls, folder: Path) -> "TraceFolder":
-        """Read a whole trace.
-
-        Raises:
-            RunMismatch: there is none, it was changed, or it carries nothing of its run.
-        """
-        if not (folder / MANIFEST).is_file():
-            raise RunMismatch(
-                f"There is no whole trace in {folder} ({MANIFEST} is missing); run etymon trace, "
-                f"or repeat it if it was interrupted."
-            )
-        manifest = read_sealed(folder / MANIFEST, AGAIN)
-        if "last_weights_sha256" not in manifest:
-            raise RunMismatch(
-                f"The trace in {folder} is of an earlier version, which kept nothing of the run's "
-                f"rows and last weights beside it; {AGAIN}, into another folder."
-            )
-        if sha256_of(folder / INFLUENCES) != manifest["influences_sha256"]:
-            raise RunMismatch(f"{folder / INFLUENCES} was changed; {AGAIN}.")
-        return cls(folder=folder, manifest=manifest)
-
-    @cached_property
-    def numbers(self) -> Mapping[str, int]:
-        """Of its questions, by their fingerprints."""
-        return {
-            fingerprint_of([(Sequence1D(tokens=tuple(t), first_target=f), w) for t, f, w in one]): n
-            for n, one in enumerate(self.manifest["questions"])
-        }
-
-    def totals(self, number: int) -> Float[np.ndarray, "run_row"]:
-        """``df/dw_i`` of every row of the run over all its readings, in nats of f."""
-        with safe_open(self.folder / INFLUENCES, framework="np") as file:
-            rows = file.get_tensor("rows")
-            values = file.get_slice("influences")[number].astype(np.float64)
-        found: np.ndarray = np.bincount(rows, weights=values, minlength=self.manifest["rows"])
-        return found
-
-
 class ServedTrace:
-    """Influences of an index' rows on the questions that were traced.
+    """What was traced, as an index serves it: influences of its rows, directions, or both.
 
     Further questions may be traced beside it while it is served; they are found when they are
     asked for.
@@ -107,20 +47,22 @@ class ServedTrace:
 
     Raises:
         RunMismatch: there is no such trace, the model is not the run's last state, the index has
-            none of the run's rows, or the run that is given is another.
+            none of the run's rows and there are no directions, or the run that is given is another.
         RunFault: there is no run where one is said to be.
     """
 
     def __init__(
         self, folder: Path, examples: ExampleStore, loaded: LoadedModel, run: Path | None = None
     ) -> None:
-        first = TraceFolder.open(folder)
+        self._traces = Parts(folder, TraceFolder)
+        self._directions = Parts(folder, DirectionFolder)
+        first = self._traces.first or self._directions.first or TraceFolder.open(folder)
         self.folder = folder
         self.facts = first.manifest
         self._check_model(loaded)
         carried = read_carried(folder, self.facts["rows_sha256"])
         self.matching = Matching.of(carried, examples)
-        if self.matching.lacking.all():
+        if self.matching.lacking.all() and self._directions.first is None:
             raise RunMismatch(
                 f"The index has none of the {len(carried):,} rows that the run of the trace in "
                 f"{folder} read, by their tokens; build the index from the texts of the run, as "
@@ -129,12 +71,13 @@ class ServedTrace:
         self._run = run
         if run is not None:
             check_run(self)
-        self._parts = [first]
         self._cached: OrderedDict[str, tuple[np.ndarray, float]] = OrderedDict()
         self._turn = threading.Lock()
-        self._find_more()
-        level = logging.WARNING if self.matching.lacking.any() else logging.INFO
-        log.log(level, "trace %s: %s", folder, " ".join(self.told()))
+        self._traces.find_more(self.sha256)
+        self._directions.find_more(self.sha256)
+        if self._traces.first is not None:
+            level = logging.WARNING if self.matching.lacking.any() else logging.INFO
+            log.log(level, "trace %s: %s", folder, " ".join(self.told()))
 
     @property
     def sha256(self) -> str:
@@ -156,7 +99,7 @@ class ServedTrace:
     @property
     def questions(self) -> int:
         """How many were traced."""
-        return len({fingerprint for part in self._parts for fingerprint in part.numbers})
+        return len(self._traces.known | self._directions.known)
 
     def influences(self, fingerprint: str) -> Float[np.ndarray, "row"]:
         """``df/dw_i`` of every row of the index, in nats of f; 0 where the run never read it.
@@ -166,10 +109,29 @@ class ServedTrace:
         """
         return self._found(fingerprint)[0]
 
-    def has(self, fingerprint: str) -> bool:
-        """Whether a question was traced, by now."""
+    def direction(self, fingerprint: str) -> Mapping[str, Tensor]:
+        """The run's direction for a question, by name of parameter.
+
+        Raises:
+            Untraced: none was traced for it.
+        """
         with self._turn:
-            return self._place(fingerprint) is not None
+            place = self._directions.place(fingerprint, self.sha256)
+        if place is None:
+            raise Untraced(self._price("run-direction"))
+        return place[0].direction(place[1])
+
+    @property
+    def directed(self) -> Mapping[str, int]:
+        """Sizes of the parameters that directions have, by name."""
+        first = self._directions.first
+        return {} if first is None else first.parameters
+
+    def has(self, fingerprint: str, estimator: str = "run") -> bool:
+        """Whether a question was traced, by now, for one of ``KINDS``."""
+        parts = self._directions if estimator == "run-direction" else self._traces
+        with self._turn:
+            return parts.place(fingerprint, self.sha256) is not None
 
     def notes(self, fingerprint: str) -> tuple[str, ...]:
         """What to know of the influences on a question, a sentence each.
@@ -215,9 +177,9 @@ class ServedTrace:
         """Influences, and what part of all influence the rows have that the index lacks."""
         with self._turn:
             if fingerprint not in self._cached:
-                place = self._place(fingerprint)
+                place = self._traces.place(fingerprint, self.sha256)
                 if place is None:
-                    raise Untraced(self._price())
+                    raise Untraced(self._price("run"))
                 totals = place[0].totals(place[1])
                 found = self.matching.over_index(totals), self.matching.lost(totals)
                 self._cached[fingerprint] = found
@@ -225,30 +187,9 @@ class ServedTrace:
                     self._cached.popitem(last=False)
             return self._cached[fingerprint]
 
-    def _place(self, fingerprint: str) -> tuple[TraceFolder, int] | None:
-        for look_again in (False, True):
-            if look_again:
-                self._find_more()
-            for part in self._parts:
-                if fingerprint in part.numbers:
-                    return part, part.numbers[fingerprint]
-        return None
-
-    def _find_more(self) -> None:
-        known = {part.folder for part in self._parts}
-        for path in sorted(self.folder.glob(f"{MORE}/*/{MANIFEST}")):
-            if path.parent in known:
-                continue
-            try:
-                part = TraceFolder.open(path.parent)
-            except ValueError as error:
-                log.warning("questions that were traced later are left out: %s", error)
-                continue
-            if part.manifest["run_sha256"] == self.sha256:
-                self._parts.append(part)
-
-    def _price(self) -> str:
-        price = self.facts["price"]
+    def _price(self, estimator: str) -> str:
+        directed = self._directions.first if estimator == "run-direction" else None
+        price = (self.facts if directed is None else directed.manifest)["price"]
         takes = (
             f"tracing it takes about {_duration(price['seconds'])}, "
             f"{price['trainings_a_question']:.1f} trainings"
@@ -274,10 +215,23 @@ class ServedTrace:
             )
 
 
-def untraced(trace: ServedTrace, questions: Sequence[Question]) -> list[Question]:
-    """Those that were not traced, each once."""
+def told_of_layers(trace: ServedTrace, layers: Sequence[LinearLayer]) -> tuple[str, ...]:
+    """What part of the run's direction the layers of an index hold, in a sentence if not all."""
+    held = {name for layer in layers for name in layer.parameter_names}
+    sizes = trace.directed
+    share = sum(size for name, size in sizes.items() if name in held) / sum(sizes.values())
+    if share == 1:
+        return ()
+    return (
+        f"The layers of this index hold {share:.0%} of the numbers that the run trained; what the "
+        f"others would add is not in these scores.",
+    )
+
+
+def untraced(trace: ServedTrace, questions: Sequence[Question], estimator: str) -> list[Question]:
+    """Those that were not traced for an estimator, each once."""
     found = {fingerprint_of(question): question for question in questions}
-    return [question for key, question in sorted(found.items()) if not trace.has(key)]
+    return [question for key, question in sorted(found.items()) if not trace.has(key, estimator)]
 
 
 def check_run(trace: ServedTrace) -> None:

@@ -15,6 +15,7 @@ from estimators.model.tokens import Sequence1D
 from service.checkpoints import ModelSource
 from service.run.folder import RecordedRun
 from service.run.loading import load_first_model
+from service.tracing.directions import trace_directions
 from service.tracing.trace import trace_run
 from service.tracing.walk import Question
 
@@ -36,14 +37,15 @@ def trace(order: dict[str, Any]) -> None:
     """Trace what is ordered, or finish it if it was interrupted.
 
     Args:
-        order: "run", "out" (folders), "source" (of the model before training, or None) and
-            "questions".
+        order: "run", "out" (folders), "source" (of the model before training, or None),
+            "questions" and the "estimator" that they are traced for.
     """
     run = RecordedRun.open(Path(order["run"]))
     source = order["source"] and ModelSource(**order["source"])
     model = load_first_model(run, source)
     questions = [from_json(one) for one in order["questions"]]
-    trace_run(run, model, questions, Path(order["out"]), {}, source=source)
+    work = trace_directions if order["estimator"] == "run-direction" else trace_run
+    work(run, model, questions, Path(order["out"]), {}, source=source)
 
 
 def main() -> int:

@@ -239,7 +239,7 @@ def submit(client: Client, *asked: dict[str, Any]) -> str:
 
 def outcomes(client: Client, job: str) -> list[dict[str, Any]]:
     async def wait() -> list[dict[str, Any]]:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(300):
             while (await client.http.get(f"/v1/jobs/{job}")).json()["state"] != "finished":
                 await asyncio.sleep(0.1)
         response = await client.http.get(f"/v1/jobs/{job}/results")
@@ -285,7 +285,7 @@ def test_a_job_goes_on_after_the_service_ended_while_it_traced(
         job = submit(client, OSLO)
 
         async def started() -> None:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(180):
                 while not begun:
                     await asyncio.sleep(0.05)
 

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 
+from estimators.model.layers import plain_name
 from estimators.storage import fingerprint_model, fingerprint_tensors
 from index.examples import Example, ExampleStore, write_examples
 from index.files import read_sealed, write_sealed
@@ -18,7 +19,6 @@ from service.http.app import create_app
 from service.run.errors import RunFault, RunMismatch
 from service.run.folder import RecordedRun
 from service.run.loading import load_first_model
-from service.run.optimizers import plain_name
 from service.run.recorder import RunRecorder
 from service.tracing.carried import CarriedRow, content_hash, last_weights_sha256
 from service.tracing.matching import Matching

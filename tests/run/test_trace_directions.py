@@ -17,12 +17,11 @@ from service.run.optimizers import named_parameters
 from service.run.recorder import RunRecorder
 from service.tracing.directions import (
     PARTIAL,
-    DirectionPlan,
     RunDirections,
     read_directions,
     trace_directions,
 )
-from service.tracing.price import predict_trace
+from service.tracing.price import DirectionPlan, predict_trace
 from service.tracing.trace import trace_run
 from tests.run.test_trace import QUESTIONS, interrupted
 from tests.run.trainings import load, make_model, train

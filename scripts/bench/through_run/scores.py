@@ -27,8 +27,8 @@ from service.models import load_model
 from service.run.optimizers import named_parameters
 from service.scoring.estimators import Estimators
 from service.scoring.exhaustive import exact_scores
-from service.tracing.directions import DirectionPlan, segments_of, trace_directions
-from service.tracing.price import predict_trace
+from service.tracing.directions import trace_directions
+from service.tracing.price import DirectionPlan, predict_trace, segments_of
 from service.tracing.trace import trace_run
 
 DAMPINGS = (0.001, 0.01, 0.1, 1.0)
