@@ -38,7 +38,7 @@ PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --no-loadscop
 # What numbers depend on if they depend on the processor: MKL's and PyTorch's own instructions.
 PROCESSORS ?= MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE
 THREADS ?= 1 2
-NUMERICAL ?= tests/estimators tests/index tests/search tests/run/test_adjoint.py tests/indexing/test_parts.py \
+NUMERICAL ?= tests/estimators tests/index tests/search tests/run/test_adjoint.py tests/run/test_direction.py tests/indexing/test_parts.py \
 	tests/indexing/test_dirty_data.py tests/indexing/test_building.py
 # A PyTorch with a working GPU that is already installed is used; otherwise one is installed.
 GPU := $(shell $(PYTHON) -c "import torch; print('yes' if torch.cuda.is_available() else '')" 2>/dev/null)

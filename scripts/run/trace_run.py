@@ -93,6 +93,9 @@ def main(
             "of a random half.",
         ),
     ] = False,
+    checkpoint_seconds: Annotated[
+        float, typer.Option(min=0, help="Least time between two records of how far it is.")
+    ] = 60.0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only predict time and memory; write nothing.")
     ] = False,
@@ -125,7 +128,15 @@ def main(
     about = {"asked": [asdict(one) for one in asked]}
     if plan is not None:
         kept = trace_directions(
-            recorded, loaded, encoded, out, about, plan, show_progress, source=source
+            recorded,
+            loaded,
+            encoded,
+            out,
+            about,
+            plan,
+            show_progress,
+            checkpoint_seconds,
+            source=source,
         )
         _warn_of_growth(kept.norms)
         print_json(
@@ -140,7 +151,15 @@ def main(
         )
         return
     found = trace_run(
-        recorded, loaded, encoded, out, about, show_progress, by_token=tokens, source=source
+        recorded,
+        loaded,
+        encoded,
+        out,
+        about,
+        show_progress,
+        checkpoint_seconds,
+        by_token=tokens,
+        source=source,
     )
     for number, one in enumerate(asked):
         _show(one, found, number, recorded, words, k, epochs=epochs)
