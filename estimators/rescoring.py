@@ -21,7 +21,8 @@ from estimators.model.gradients import (
     sum_over_tokens,
     widen,
 )
-from estimators.model.layers import LinearLayer
+from estimators.model.layers import LinearLayer, VocabularyLayer
+from estimators.model.terms import VocabularyTerms
 from estimators.model.tokens import Sequence1D, TokenBatch, collate, plan_batches
 
 
@@ -73,7 +74,11 @@ def query_gradients(
     def visit(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
         gradients[layer.name] = -sum_over_tokens(widen(a), widen(d))
 
-    losses = visit_gradients(model, layers, batch, visit)
+    def visit_terms(layer: VocabularyLayer, terms: VocabularyTerms) -> None:
+        gradients[layer.name] = terms.empty(len(queries))
+        terms.add_to(list(gradients[layer.name]), [-1.0] * len(queries))
+
+    losses = visit_gradients(model, layers, batch, visit, visit_terms=visit_terms)
     idle = [layer.name for layer in layers if layer.name not in gradients]
     if idle:
         raise ValueError(_IDLE.format(idle[0]))
@@ -141,7 +146,17 @@ def measure_queries(
                 product = a[rows].flatten(0, 1).T @ weighted[rows].flatten(0, 1)
                 gradients[layer.name][owner] -= product
 
-        losses = visit_gradients(model, layers, batch, visit)
+        def visit_terms(
+            layer: VocabularyLayer,
+            terms: VocabularyTerms,
+            owners: list[int] = owners,
+            weights: Tensor = weights,
+        ) -> None:
+            if layer.name not in gradients:
+                gradients[layer.name] = terms.empty(len(queries))
+            terms.add_to([gradients[layer.name][owner] for owner in owners], (-weights).tolist())
+
+        losses = visit_gradients(model, layers, batch, visit, visit_terms=visit_terms)
         for place, loss in zip(places, losses.tolist(), strict=True):
             found[place] = -loss
     for (q, _, _), value in zip(parts, found, strict=True):
@@ -194,11 +209,16 @@ def score_batch(
 
     def visit(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
         moved = apply_layer(directions[layer.name], widen(a), layer.has_bias)
-        products = moved.mul_(widen(d)).sum(-1)
+        add(layer, moved.mul_(widen(d)).sum(-1))
+
+    def visit_terms(layer: VocabularyLayer, terms: VocabularyTerms) -> None:
+        add(layer, terms.products(directions[layer.name]))
+
+    def add(layer: LinearLayer, products: Tensor) -> None:
         by_layer[:, numbers[layer.name]] = products.sum(1)
         by_position.add_(products)
 
-    visit_gradients(model, layers, batch, visit, append_one=False)
+    visit_gradients(model, layers, batch, visit, append_one=False, visit_terms=visit_terms)
     return ScoreParts(by_layer=by_layer, by_position=by_position)
 
 
@@ -223,5 +243,8 @@ def score_batch_for_queries(
             gradients = sum_over_tokens(a[part], d[part]).flatten(1)
             scores[:, part].addmm_(direction, gradients.T)
 
-    visit_gradients(model, layers, batch, visit)
+    def visit_terms(layer: VocabularyLayer, terms: VocabularyTerms) -> None:
+        scores.add_(terms.scores(directions[layer.name]))
+
+    visit_gradients(model, layers, batch, visit, visit_terms=visit_terms)
     return scores

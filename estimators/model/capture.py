@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from estimators.model.layers import LinearLayer
+from estimators.model.layers import LinearLayer, VocabularyLayer
 from estimators.model.output_head import final_states, losses_and_gradient
+from estimators.model.terms import HeadRun, VocabularyTerms
 from estimators.model.tokens import TokenBatch
 from estimators.model.trial import embeddings_require_grad
 
@@ -18,6 +19,9 @@ Visitor = Callable[[LinearLayer, Tensor, Tensor], None]
 """Receives a layer, its inputs ``a`` [batch, token, in] (1 appended for the bias, unless asked not
 to) and the gradients ``d`` [batch, token, out] of the summed loss with respect to its outputs.
 Masked and padded tokens have d = 0."""
+
+TermsVisitor = Callable[[VocabularyLayer, VocabularyTerms], None]
+"""Receives a vocabulary layer and the terms of its gradients, all its uses together."""
 
 
 @contextmanager
@@ -80,6 +84,7 @@ def visit_gradients(
     visit: Visitor,
     label_seed: int | None = None,
     append_one: bool = True,
+    visit_terms: TermsVisitor | None = None,
 ) -> Float[Tensor, "batch"]:
     """One forward and one backward pass of the batch's losses, handing each layer to ``visit``.
 
@@ -96,21 +101,76 @@ def visit_gradients(
         label_seed: draw the labels from the model's own distribution (true Fisher) with this seed;
             None takes the batch's own tokens.
         append_one: whether ``visit`` gets the inputs of layers with a bias with a 1 appended.
+        visit_terms: called once a vocabulary layer, after ``visit`` had the other layers.
 
     Returns:
         The loss of each sequence in nats, by ``model``.
+
+    Raises:
+        ValueError: there are vocabulary layers, and nobody receives them.
     """
     groups: dict[nn.Module, list[LinearLayer]] = {model: []}
     for layer in layers:
         groups.setdefault(layer.checkpoint or model, []).append(layer)
     losses: dict[nn.Module, Tensor] = {}
     for checkpoint, own in groups.items():
-        with torch.enable_grad(), captured(checkpoint, own, visit, append_one):
+        linear = [layer for layer in own if not isinstance(layer, VocabularyLayer)]
+        wide = [layer for layer in own if isinstance(layer, VocabularyLayer)]
+        labels = batch.input_ids.roll(-1, 1)
+        with (
+            torch.enable_grad(),
+            captured(checkpoint, linear, visit, append_one),
+            _embedded(wide) as read,
+        ):
             head, states = final_states(checkpoint, batch)
-            losses[checkpoint], gradient = losses_and_gradient(head, states, batch, label_seed)
+            losses[checkpoint], gradient = losses_and_gradient(
+                head, states, batch, label_seed, labels if wide else None
+            )
             if gradient is not None and own:
                 states.backward(gradient)  # type: ignore[no-untyped-call]
+        run = HeadRun(head=head, states=states.detach(), labels=labels)
+        for layer in wide:
+            if visit_terms is None:
+                raise ValueError(f"Nothing here can use {layer.name}; fit without --embeddings.")
+            visit_terms(layer, _terms(layer, batch, read, run))
     return losses[model]
+
+
+@contextmanager
+def _embedded(layers: Sequence[VocabularyLayer]) -> Iterator[dict[nn.Module, Tensor]]:
+    """Collects the gradients of the outputs of the layers' embeddings."""
+    found: dict[nn.Module, Tensor] = {}
+
+    def after_forward(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        output.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: found.update({module: gradient.detach()})
+        )
+
+    embeddings = [x.uses.embedding for x in layers if x.uses.embedding is not None]
+    handles = [module.register_forward_hook(after_forward) for module in embeddings]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _terms(
+    layer: VocabularyLayer, batch: TokenBatch, read: dict[nn.Module, Tensor], run: HeadRun
+) -> VocabularyTerms:
+    embedding, gradient = layer.uses.embedding, None
+    padding: int | None = getattr(embedding, "padding_idx", None)
+    if embedding is not None:
+        gradient = read[embedding]
+        if padding is not None:  # PyTorch gives its row no gradient
+            gradient = gradient.masked_fill((batch.input_ids == padding)[..., None], 0)
+    return VocabularyTerms(
+        batch=batch,
+        vocabulary=layer.in_features,
+        read=gradient,
+        predicted=None if layer.uses.head is None else run,
+        padding=padding,
+    )
 
 
 def freeze(model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from estimators.model.trial import find_obstacles
+from estimators.model.vocabulary import Uses, Vocabulary, find_vocabulary
 
 ADAPTER = "base_model.model."
 """What PEFT puts before the name of everything in the model that it wraps."""
@@ -34,6 +35,8 @@ class LayerSelection:
         patterns: shell patterns over dotted module names; a layer is wanted if any matches.
         widest: a side of a weight matrix with more features is split into equal blocks; None never
             splits.
+        embeddings: whether the token embeddings and the output head are wanted too, which no
+            pattern matches; they are never split.
 
     Raises:
         ValueError: no pattern, or ``widest`` below 1.
@@ -41,6 +44,7 @@ class LayerSelection:
 
     patterns: tuple[str, ...] = ("*",)
     widest: int | None = None
+    embeddings: bool = False
 
     def __post_init__(self) -> None:
         if not self.patterns:
@@ -56,6 +60,8 @@ class LayerSelection:
         facts = {"layer_patterns": json.dumps(self.patterns)}
         if self.widest is not None:
             facts["widest"] = str(self.widest)
+        if self.embeddings:
+            facts["embeddings"] = "true"
         return facts
 
     @classmethod
@@ -65,6 +71,7 @@ class LayerSelection:
         return cls(
             patterns=tuple(json.loads(facts["layer_patterns"])),
             widest=None if widest is None else int(widest),
+            embeddings="embeddings" in facts,
         )
 
 
@@ -152,6 +159,11 @@ class LinearLayer:
             found[-1] = bias[self.outputs].to(found)
         return found
 
+    @property
+    def curvature_entries(self) -> int:
+        """Numbers that the covariances of both sides consist of."""
+        return self.in_features**2 + self.out_features**2
+
     def add_to_weights(self, step: Tensor) -> None:
         """Add ``step`` (``[in, out]``, the shape of the layer's gradient) to weight and bias."""
         weight: Tensor = self.module.weight.data  # type: ignore[assignment]
@@ -162,6 +174,43 @@ class LinearLayer:
             weight[self.outputs, self.inputs] += rows.T
         if self.has_bias:
             self.module.bias.data[self.outputs] += step[-1].to(weight.dtype)  # type: ignore[operator,index]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabularyLayer(LinearLayer):
+    """A weight with a row for each entry of the vocabulary, [in = vocabulary, out = feature].
+
+    As embeddings it is an affine map of one-hot vectors. As a head it maps features to logits; its
+    gradient is ``sum_t (p_t - y_t) h_t^T`` in the same shape. Of a tied weight it is the sum of
+    both: see ``estimators.model.terms``. A bias of the head is no part of it.
+
+    Attributes:
+        uses: the modules whose weight it is; ``module`` is the first of them in the model.
+    """
+
+    uses: Uses
+
+    @property
+    def has_bias(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def curvature_entries(self) -> int:
+        """The vocabulary's side has a diagonal only; each use has its own."""
+        return len(self.uses) * (self.in_features + self.out_features**2)
+
+    def part_of(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """What tensors by plain names of parameters have here, a tied one under its first name."""
+        own: Tensor = self.module.weight  # type: ignore[assignment]
+        weight = parameters.get(f"{plain_name(self.name)}.weight")
+        found = torch.zeros(self.in_features, self.out_features, device=own.device)
+        return found if weight is None else weight.to(found)
+
+    def add_to_weights(self, step: Tensor) -> None:
+        """Add ``step`` (``[in, out]``, the shape of the layer's gradient) to the weight."""
+        weight: Tensor = self.module.weight.data  # type: ignore[assignment]
+        weight += step.to(weight.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,16 +267,16 @@ def at_checkpoint(
 
 
 def find_layers(model: nn.Module, selection: LayerSelection = EVERY_LAYER) -> Coverage:
-    """List the layers to attribute: every linear layer but the output head.
+    """List the layers to attribute: every linear layer but, unless wanted, the output head.
 
     Linear layers are ``nn.Linear``, HF ``Conv1D`` and quantised layers of any library, which are
     known by their ``in_features`` and ``out_features`` and count with in x out parameters, however
     they are packed. A trial pass on eight tokens finds those that cannot be attributed: see
     ``estimators.model.trial``.
 
-    The output head (``model.get_output_embeddings()``) and the token embeddings are left out: their
-    gradients concern single tokens, and they are tied in many models. They are named in
-    ``skipped`` with their share, like norms and every other module that holds parameters. So are
+    The output head (``model.get_output_embeddings()``) and the token embeddings are attributed if
+    ``selection.embeddings``, as one layer if they are tied. Otherwise they are named in ``skipped``
+    with their share, like norms and every other module that holds parameters. So are other
     layers that share their weights: the gradient of such a weight is the sum of all its uses.
 
     Args:
@@ -242,6 +291,7 @@ def find_layers(model: nn.Module, selection: LayerSelection = EVERY_LAYER) -> Co
     head = get_head() if callable(get_head) else None
     linear = {name: m for name, m in model.named_modules() if _is_linear(m)}
     obstacles = find_obstacles(model, linear)
+    vocabulary = find_vocabulary(model, obstacles) if selection.embeddings else Vocabulary()
     sizes = _own_sizes(model)
     total = sum(sizes.values())
     layers: list[LinearLayer] = []
@@ -249,20 +299,41 @@ def find_layers(model: nn.Module, selection: LayerSelection = EVERY_LAYER) -> Co
     holders = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     for name, size in sizes.items():
         module = model.get_submodule(name)
+        if (uses := vocabulary.uses.get(name)) is not None:
+            if size >= (held := uses.weight.numel()):  # else it came with what it is tied to
+                layers.append(_vocabulary_layer(name, module, uses))
+                size -= held
+            if size:
+                why = "bias of the output head"
+                skipped.append(_skip(f"{name}.bias", module, size, total, why))
+            continue
         tied = any(holders[id(p)] > 1 for p in module.parameters(recurse=False))
-        reason = _reason_to_skip(name, module, head, selection, tied) or obstacles.get(name)
+        reason = (
+            vocabulary.obstacles.get(name)
+            or _reason_to_skip(name, module, head, selection, tied)
+            or obstacles.get(name)
+        )
         if reason is None:
             layers.extend(_blocks(name, module, selection.widest))
             continue
-        kind = type(module).__name__
-        skipped.append(
-            SkippedModule(name=name, kind=kind, parameters=size, share=size / total, reason=reason)
-        )
+        skipped.append(_skip(name, module, size, total, reason))
     if not layers:
         _refuse_empty(selection, skipped)
     attributed = sum(layer.parameters for layer in layers)
     return Coverage(
         layers=tuple(layers), skipped=tuple(skipped), attributed_share=attributed / total
+    )
+
+
+def _skip(name: str, module: nn.Module, size: int, total: int, reason: str) -> SkippedModule:
+    kind = type(module).__name__
+    return SkippedModule(name=name, kind=kind, parameters=size, share=size / total, reason=reason)
+
+
+def _vocabulary_layer(name: str, module: nn.Module, uses: Uses) -> VocabularyLayer:
+    rows, features = uses.weight.shape
+    return VocabularyLayer(
+        name=name, module=module, in_features=rows, out_features=features, uses=uses
     )
 
 

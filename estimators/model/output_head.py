@@ -39,7 +39,7 @@ def final_states(
         The head and its inputs; for a model that has none, or that changes its logits after it (by
         capping or scaling them), ``nn.Identity`` and the logits.
     """
-    head = _plain_head(model)
+    head = plain_head(model)
     if head is None:
         return nn.Identity(), next_token_logits(model, batch)
     with _watched(head, factor=1.0, keep=1) as given:
@@ -52,6 +52,7 @@ def losses_and_gradient(
     states: Float[Tensor, "batch token feature"],
     batch: TokenBatch,
     label_seed: int | None = None,
+    drawn: Int[Tensor, "batch token"] | None = None,
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch token feature"] | None]:
     """Losses of a batch's sequences, and the gradient of their sum with respect to ``states``.
 
@@ -64,13 +65,14 @@ def losses_and_gradient(
         states: from ``final_states``.
         batch: which tokens count.
         label_seed: see ``estimators.model.capture.visit_gradients``.
+        drawn: is filled with the label of each position that predicts a counted token.
 
     Returns:
         The losses; the gradient, None if the states require none.
     """
     flat = states.detach().flatten(0, 1)
     counted = batch.target_mask[:, 1:]  # the token after each position
-    places = nn.functional.pad(counted, (0, 1)).flatten().nonzero()[:, 0]
+    places = predicting(batch)
     targets = batch.input_ids[:, 1:][counted]
     numbers = None if label_seed is None else label_numbers(batch, label_seed)[counted]
     gradient = torch.zeros_like(flat) if states.requires_grad else None
@@ -85,6 +87,8 @@ def losses_and_gradient(
             room = torch.empty_like(wide)
         probabilities = torch.softmax(wide, dim=-1, out=room[: len(wide)])
         labels = targets[part] if numbers is None else draw_labels(probabilities, numbers[part])
+        if drawn is not None:
+            drawn.view(-1)[some] = labels
         labels = labels[:, None]
         losses[some] = _surprisal(wide, probabilities, labels)
         if gradient is not None:
@@ -93,6 +97,44 @@ def losses_and_gradient(
     return losses.view(batch.input_ids.shape).sum(1), (
         None if gradient is None else gradient.view_as(states)
     )
+
+
+def predicting(batch: TokenBatch) -> Int[Tensor, "position"]:
+    """Positions that predict a counted token, numbered through the flattened batch; ascending."""
+    return nn.functional.pad(batch.target_mask[:, 1:], (0, 1)).flatten().nonzero()[:, 0]
+
+
+@torch.no_grad()
+def residuals(
+    head: nn.Module,
+    states: Float[Tensor, "batch token feature"],
+    batch: TokenBatch,
+    labels: Int[Tensor, "batch token"],
+) -> Iterator[tuple[Int[Tensor, "position"], Float[Tensor, "position vocabulary"]]]:
+    """``p - y``, the gradients of the losses with respect to the logits, some positions at a time.
+
+    The head runs again: keeping them all from ``losses_and_gradient`` would take a vocabulary a
+    position.
+
+    Args:
+        head: turns states into logits.
+        states: from ``final_states``.
+        batch: which tokens count.
+        labels: of each position that predicts a counted token.
+
+    Yields:
+        Positions as in ``predicting``, and their residuals in float32 at least, which are
+        overwritten at the next step.
+    """
+    flat, places = states.flatten(0, 1), predicting(batch)
+    room: Tensor | None = None
+    for part in _parts(len(places), head, flat):
+        some = places[part]
+        wide = _wide(head(flat[some][None]).flatten(0, 1))
+        room = torch.empty_like(wide) if room is None else room
+        slope = torch.softmax(wide, dim=-1, out=room[: len(wide)])
+        own = labels.flatten()[some][:, None]
+        yield some, slope.scatter_add_(1, own, -torch.ones_like(slope[:, :1]))
 
 
 def _surprisal(
@@ -120,7 +162,8 @@ def _parts(count: int, head: nn.Module, states: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _plain_head(model: nn.Module) -> nn.Module | None:
+def plain_head(model: nn.Module) -> nn.Module | None:
+    """The output head, if the logits are what it gives; tried once a model."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     if not isinstance(head, nn.Module):
