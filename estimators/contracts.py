@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from estimators.grounds import Grounds, Parameter, Questions
-from estimators.model.layers import LinearLayer
+from estimators.model.layers import LinearLayer, VocabularyLayer
+from estimators.model.terms import VocabularyTerms
 from estimators.sketching.whitening import LayerWhitening
 
 
@@ -28,6 +29,10 @@ class Accumulator(Protocol):
         ``positions`` index the flattened tokens that serve a counted token; elsewhere ``d`` is 0.
         Running out of memory must leave the sums as they were.
         """
+        ...
+
+    def add_terms(self, layer: VocabularyLayer, terms: VocabularyTerms) -> None:
+        """Add a batch of a vocabulary layer; likewise."""
         ...
 
     def settle(self) -> None:

@@ -52,6 +52,8 @@ class EstimatorRecord(Record):
     """The estimator, the layers it attributes and those it leaves out.
 
     ``widest``: sides of weight matrices with more features are split into blocks; None: no side is.
+    ``embeddings``: whether the token embeddings and the output head are attributed, beside the
+    layers that match ``layer_patterns``.
     """
 
     name: str
@@ -59,6 +61,7 @@ class EstimatorRecord(Record):
     damping: float
     layer_patterns: list[str]
     widest: int | None = None
+    embeddings: bool = False
     layers: list[str]
     attributed_share: float
     skipped: list[SkippedRecord]

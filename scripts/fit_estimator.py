@@ -44,6 +44,7 @@ def main(
     ] = "sampled",
     layers: options.Layers = None,
     widest: options.Widest = None,
+    embeddings: options.Embeddings = False,
     split: options.Split = "train",
     text_column: options.TextColumn = "text",
     limit: options.Limit = None,
@@ -71,7 +72,9 @@ def main(
     """
     show_logs()
     start = time.perf_counter()
-    selection = LayerSelection(patterns=tuple(layers or ["*"]), widest=widest)
+    selection = LayerSelection(
+        patterns=tuple(layers or ["*"]), widest=widest, embeddings=embeddings
+    )
     loaded = load_model(
         options.model_source(model, revision, tokenizer, base_model, unused_weights),
         layers=selection,

@@ -51,6 +51,13 @@ Layers = Annotated[
         "All linear layers but the output head by default.",
     ),
 ]
+Embeddings = Annotated[
+    bool,
+    typer.Option(
+        "--embeddings",
+        help="Also attribute the token embeddings and the output head, whatever --layers says.",
+    ),
+]
 Widest = Annotated[
     int | None,
     typer.Option(

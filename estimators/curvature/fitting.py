@@ -6,10 +6,11 @@ from typing import Literal, Protocol
 from torch import Tensor, nn
 
 from estimators.contracts import PASSES, Accumulator, Factors, Sums
-from estimators.model.capture import Visitor, visit_gradients
-from estimators.model.layers import LinearLayer
+from estimators.model.capture import TermsVisitor, Visitor, visit_gradients
+from estimators.model.layers import LinearLayer, VocabularyLayer
 from estimators.model.memory import BackOff
 from estimators.model.progress import Progress, no_progress
+from estimators.model.terms import VocabularyTerms
 from estimators.model.tokens import Sequence1D, collate, plan_batches
 from estimators.registry import factors_class
 
@@ -136,18 +137,30 @@ class _Adding:
         def work(part: Sequence[int]) -> None:
             batch = collate([self._sequences[p] for p in part])
             served = batch.position_mask.flatten().nonzero().squeeze(1).to(self._device)
-            visit = self._visitor(part, served, counted)
+            visit, visit_terms = self._visitors(part, served, counted)
             placed = batch.to(self._device)
-            visit_gradients(self._model, self._layers, placed, visit, self._label_seed)
+            visit_gradients(
+                self._model,
+                self._layers,
+                placed,
+                visit,
+                self._label_seed,
+                visit_terms=visit_terms,
+            )
 
         return work
 
-    def _visitor(
+    def _visitors(
         self, part: Sequence[int], served: Tensor, counted: dict[str, set[int]]
-    ) -> Visitor:
+    ) -> tuple[Visitor, TermsVisitor]:
         def visit(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
             if not counted[layer.name].issuperset(part):
                 self._sums.add(layer, a, d, served)
                 counted[layer.name].update(part)
 
-        return visit
+        def visit_terms(layer: VocabularyLayer, terms: VocabularyTerms) -> None:
+            if not counted[layer.name].issuperset(part):
+                self._sums.add_terms(layer, terms)
+                counted[layer.name].update(part)
+
+        return visit, visit_terms

@@ -20,8 +20,9 @@ class EigenbasisOperator(ABC):
     ``(H + lambda I)^-1 G = Q_A [(Q_A^T G Q_S) / (L + lambda)] Q_S^T``.
 
     Args:
-        tensors: for each layer NAME, ``NAME.left`` (Q_A, [in, in]), ``NAME.right`` (Q_S,
-            [out, out]) and what the eigenvalues L [in, out] come from (``needs``).
+        tensors: for each layer NAME, ``NAME.right`` (Q_S, [out, out]), ``NAME.left`` (Q_A, [in,
+            in]; over a vocabulary none, for the identity) and what the eigenvalues L [in, out]
+            come from (``needs``).
 
     Raises:
         ValueError: a tensor is missing.
@@ -33,9 +34,12 @@ class EigenbasisOperator(ABC):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
-        self._names = [n.removesuffix(".left") for n in tensors if n.endswith(".left")]
+        sides = [key for key in tensors if key.endswith((".left", ".right"))]
+        self._names = list(dict.fromkeys(key.rpartition(".")[0] for key in sides))
         for name in self._names:
-            for part in ("right", *self.needs):
+            values = tensors.get(f"{name}.left_values")
+            sides = ["right"] if values is not None and values.ndim == 2 else ["left", "right"]
+            for part in (*sides, *self.needs):
                 if f"{name}.{part}" not in tensors:
                     raise ValueError(f"The factors of layer {name} lack '{part}'; fit again.")
 
@@ -76,10 +80,14 @@ class EigenbasisOperator(ABC):
         """
         result = {}
         for name, gradient in gradients.items():
-            left, right = (q.to(gradient) for q in self._bases(name))
-            rotated = left.T @ gradient @ right
-            rotated = rotated * self._inverse(name, damping).to(gradient)
-            result[name] = left @ rotated @ right.T
+            left, right = self._bases(name)
+            right = right.to(gradient)
+            inverse = self._inverse(name, damping).to(gradient)
+            if left is None:
+                result[name] = (gradient @ right * inverse) @ right.T
+                continue
+            left = left.to(gradient)
+            result[name] = left @ (left.T @ gradient @ right * inverse) @ right.T
         return result
 
     def whitening(self, layers: Sequence[LinearLayer], damping: float) -> dict[str, LayerWhitening]:
@@ -93,8 +101,8 @@ class EigenbasisOperator(ABC):
             result[layer.name] = LayerWhitening(
                 left_basis=left,
                 right_basis=right,
-                left_scale=u.sqrt().to(left.dtype),
-                right_scale=v.sqrt().to(left.dtype),
+                left_scale=u.sqrt().to(right.dtype),
+                right_scale=v.sqrt().to(right.dtype),
                 energy=float(u @ eigenvalues.double() @ v),
             )
         return result
@@ -115,10 +123,10 @@ class EigenbasisOperator(ABC):
             )
         return 1 / (eigenvalues + damping * mean)
 
-    def _bases(self, name: str) -> tuple[Tensor, Tensor]:
+    def _bases(self, name: str) -> tuple[Tensor | None, Tensor]:
         if name not in self._names:
             raise ValueError(
                 f"No curvature factors for layer {name}; they exist for {self._names}. "
                 f"Fit the estimator on this model with the same layer patterns."
             )
-        return self._tensors[f"{name}.left"], self._tensors[f"{name}.right"]
+        return self._tensors.get(f"{name}.left"), self._tensors[f"{name}.right"]

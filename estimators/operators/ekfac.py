@@ -9,9 +9,11 @@ from torch import Tensor
 
 from estimators.contracts import RunPass
 from estimators.curvature.accumulation import LongSum, pad_columns
-from estimators.curvature.kronecker import Covariances, Eigenbasis
+from estimators.curvature.eigenbasis import Eigenbasis
+from estimators.curvature.kronecker import Covariances
 from estimators.model.gradients import widen
-from estimators.model.layers import LinearLayer
+from estimators.model.layers import LinearLayer, VocabularyLayer
+from estimators.model.terms import VocabularyTerms
 from estimators.operators.eigenbasis import EigenbasisOperator
 
 
@@ -61,9 +63,8 @@ class CorrectedEigenvalues:
         """Nothing added yet."""
         tensors: dict[str, Tensor] = {}
         for name, basis in bases.items():
-            shape = len(basis.left_values), len(basis.right_values)
             tensors |= basis.tensors(name)
-            tensors[f"{name}.squares"] = torch.zeros(shape, dtype=torch.float64)
+            tensors[f"{name}.squares"] = torch.zeros(basis.shape, dtype=torch.float64)
             tensors[f"{name}.examples"] = torch.zeros((), dtype=torch.int64)
         return cls(tensors)
 
@@ -81,6 +82,21 @@ class CorrectedEigenvalues:
             rotated = rotation(number)
             recent.addcmul_(rotated, rotated)
         self._examples[layer.name] += len(a)
+
+    def add_terms(self, layer: VocabularyLayer, terms: VocabularyTerms) -> None:
+        """Add the examples of one batch of a vocabulary layer; likewise.
+
+        The gradient of one example at a time is formed, all uses of the weight together.
+        """
+        right = pad_columns(self._bases[f"{layer.name}.right"].to(terms.empty(0)))
+        turned = terms.turned(right)
+        recent = self._sums[layer.name].recent(right)[: layer.in_features]
+        gradient, fresh = torch.empty_like(recent), torch.zeros_like(recent)
+        for number in range(len(terms.batch.rows)):
+            turned.of(number).add_to([gradient.zero_()], [1.0])
+            fresh.addcmul_(gradient, gradient)
+        recent += fresh  # a head needs memory for each example
+        self._examples[layer.name] += len(terms.batch.rows)
 
     def _rotations(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
         """Q_A and Q_S padded with zeros, on the device and in the precision of ``like``."""
@@ -108,7 +124,7 @@ class CorrectedEigenvalues:
         tensors = dict(self._bases)
         for name, sums in self._sums.items():
             means = sums.total / int(self._examples[name])
-            tensors[f"{name}.eigenvalues"] = means.to(tensors[f"{name}.left"].dtype).cpu()
+            tensors[f"{name}.eigenvalues"] = means.to(tensors[f"{name}.right"].dtype).cpu()
         return tensors
 
 

@@ -20,7 +20,8 @@ class KFac(EigenbasisOperator):
 
     The factor T puts the eigenvalues in units of the mean loss of an example (a sum over its
     tokens), under K-FAC's assumption that tokens are independent. EK-FAC's factors hold A and S
-    too, so an index built with them answers for K-FAC.
+    too, so an index built with them answers for K-FAC. Of a weight with a row for each vocabulary
+    entry, A is the diagonal of second moments; of a tied one H is the sum over both uses.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("left_values", "right_values", "positions")
@@ -37,4 +38,5 @@ class KFac(EigenbasisOperator):
     def eigenvalues(self, name: str) -> Float[Tensor, "in out"]:
         """Products of the two sides' eigenvalues, times the mean positions an example."""
         left, right, positions = (self._tensors[f"{name}.{part}"] for part in self.needs)
-        return torch.outer(left, right) * float(positions)
+        product = torch.outer(left, right) if left.ndim == 1 else left.T @ right
+        return product * float(positions)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from estimators.model.capture import visit_gradients
 from estimators.model.gradients import Gradients, apply_layer, widen
-from estimators.model.layers import LinearLayer
+from estimators.model.layers import LinearLayer, VocabularyLayer
+from estimators.model.terms import VocabularyTerms
 from estimators.model.tokens import TokenBatch
 from estimators.sketching.whitening import LayerWhitening
 
@@ -89,10 +90,10 @@ class Sketch:
             for side, width in enumerate((layer.in_features, layer.out_features))
         ]
         maps = {
-            "train left": _fold_frame(frames[0], white.left_map(dual=False)),
-            "train right": _fold_frame(frames[1], white.right_map(dual=False)),
-            "query left": _fold_frame(frames[0], torch.diag(1 / white.left_scale)),
-            "query right": _fold_frame(frames[1], torch.diag(1 / white.right_scale)),
+            "train left": _fold_frame(frames[0], white.left_basis, white.left_scale),
+            "train right": _fold_frame(frames[1], white.right_basis, white.right_scale),
+            "query left": _fold_frame(frames[0], None, 1 / white.left_scale),
+            "query right": _fold_frame(frames[1], None, 1 / white.right_scale),
         }
         bases = {"left basis": white.left_basis, "right basis": white.right_basis}
         for what, matrix in (maps | bases).items():
@@ -162,6 +163,11 @@ class Sketch:
         projected = torch.bmm(inputs.transpose(1, 2), d @ right.T)
         blocks[:, self._slices[layer.name]] = projected.flatten(1).to(blocks)
 
+    def _fill_terms(self, blocks: Tensor, layer: VocabularyLayer, terms: VocabularyTerms) -> None:
+        like = terms.empty(0)
+        left, right = (self._near(f"{layer.name} train {s}", like) for s in ("left", "right"))
+        blocks[:, self._slices[layer.name]] = terms.projected(left, right).flatten(1).to(blocks)
+
     def query(
         self, directions: Gradients
     ) -> tuple[Float[Tensor, "query dimension"], Float[Tensor, "query"]]:
@@ -216,7 +222,12 @@ def training_sketches(
         for sketch, block in zip(sketches, blocks, strict=True):
             sketch._fill(block, layer, a, d)
 
-    visit_gradients(model, sketches[0]._layers, batch, visit, append_one=False)
+    def visit_terms(layer: VocabularyLayer, terms: VocabularyTerms) -> None:
+        for sketch, block in zip(sketches, blocks, strict=True):
+            sketch._fill_terms(block, layer, terms)
+
+    layers = sketches[0]._layers
+    visit_gradients(model, layers, batch, visit, append_one=False, visit_terms=visit_terms)
     return [
         (sketch._folded(block), torch.linalg.vector_norm(block, dim=1))
         for sketch, block in zip(sketches, blocks, strict=True)
@@ -296,7 +307,10 @@ def _orthonormal_frame(
     return torch.from_numpy(q.T.copy())
 
 
-def _fold_frame(frame: Tensor | None, side: Tensor) -> Tensor:
+def _fold_frame(frame: Tensor | None, basis: Tensor | None, scale: Tensor) -> Tensor:
+    """``frame diag(scale) basis^T``; nothing as wide as a vocabulary on both sides is formed."""
     if frame is None:
-        return side
-    return (frame @ side.double()).to(side.dtype)
+        return torch.diag(scale) if basis is None else scale[:, None] * basis.T
+    if basis is None:
+        return (frame * scale.double()).to(scale.dtype)
+    return (frame @ (scale[:, None] * basis.T).double()).to(scale.dtype)

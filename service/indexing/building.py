@@ -345,6 +345,7 @@ class _Build:
             damping=self.options.damping,
             layer_patterns=list(selection.patterns),
             widest=selection.widest,
+            embeddings=selection.embeddings,
             layers=[layer.name for layer in coverage.layers],
             attributed_share=coverage.attributed_share,
             skipped=[SkippedRecord(**asdict(module)) for module in coverage.skipped],

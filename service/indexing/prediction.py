@@ -161,7 +161,7 @@ def predict_fit(
 
 def _checkpoint_bytes(loaded: LoadedModel) -> int:
     """The larger of the sums of the two passes: covariances; bases and squares."""
-    sides = sum(x.in_features**2 + x.out_features**2 for x in loaded.coverage.layers)
+    sides = sum(layer.curvature_entries for layer in loaded.coverage.layers)
     entries = sum(layer.parameters for layer in loaded.coverage.layers)
     return max(8 * sides, 4 * sides + 8 * entries)
 

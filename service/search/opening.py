@@ -96,7 +96,9 @@ def open_index(
     """
     manifest = Manifest.read(folder)
     wanted = LayerSelection(
-        patterns=tuple(manifest.estimator.layer_patterns), widest=manifest.estimator.widest
+        patterns=tuple(manifest.estimator.layer_patterns),
+        widest=manifest.estimator.widest,
+        embeddings=manifest.estimator.embeddings,
     )
     with loaded.turn:
         loaded = replace(loaded, coverage=find_layers(loaded.model, wanted))

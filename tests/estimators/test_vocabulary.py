@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from estimators.curvature.fitting import fit_estimator
 from estimators.model.capture import visit_gradients
 from estimators.model.layers import (
     Coverage,
@@ -15,14 +16,20 @@ from estimators.model.layers import (
     VocabularyLayer,
     find_layers,
 )
+from estimators.model.terms import VocabularyTerms
 from estimators.model.tokens import Sequence1D, collate
+from estimators.operators.identity import Identity
+from estimators.operators.kfac import KFac
+from estimators.registry import FACTORS
 from estimators.rescoring import (
     measure_queries,
     query_gradients,
     score_batch,
     score_batch_for_queries,
 )
+from estimators.sketching.sketch import Sketch, SketchPlan, training_sketches
 from tests import dense_reference as dense
+from tests.directions import query_directions
 
 WITH_EMBEDDINGS = LayerSelection(embeddings=True)
 EXACT = 1e-9  # float64 rounding, with room to spare
@@ -226,3 +233,227 @@ def test_code_without_a_place_for_them_is_told(gpt2, sequences):
     layers = find_layers(gpt2, WITH_EMBEDDINGS).layers
     with pytest.raises(ValueError, match=r"transformer.wte; fit without --embeddings"):
         visit_gradients(gpt2, layers, collate(sequences), lambda *_: None)
+
+
+DAMPING = 0.1
+
+
+def dense_moments(
+    model: nn.Module, layer: VocabularyLayer, sequences: list[Sequence1D], seed: int
+) -> list[tuple[Tensor, Tensor, float]]:
+    """Of each use, over its positions: means of ``x^2`` and of ``y y^T``; positions an example."""
+    copied = dense.trainable(model)
+    labels = dense.drawn_labels(copied, sequences, seed)
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    kept: dict[str, Tensor] = {}
+    names = {module: name for name, module in model.named_modules()}
+    if layer.uses.embedding is not None:
+        copied.get_submodule(names[layer.uses.embedding]).register_forward_hook(
+            lambda _, __, output: kept.update(read=output)
+        )
+    if layer.uses.head is not None:
+        copied.get_submodule(names[layer.uses.head]).register_forward_hook(
+            lambda _, inputs, output: kept.update(states=inputs[0], predicted=output)
+        )
+    for sequence, own in zip(sequences, labels, strict=True):
+        loss = dense.loss(copied, sequence, own)
+        outputs = {what: kept[what] for what in ("read", "predicted") if what in kept}
+        slopes = torch.autograd.grad(loss, list(outputs.values()))
+        for what, slope in zip(outputs, slopes, strict=True):
+            for t in range(len(sequence.tokens) - 1):
+                one_hot = torch.eye(layer.in_features).double()[sequence.tokens[t]]
+                pair = (
+                    (one_hot, slope[0, t])
+                    if what == "read"
+                    else (slope[0, t], kept["states"][0, t].detach())
+                )
+                found.setdefault(what, []).append(pair)
+    return [
+        (
+            torch.stack([x**2 for x, _ in pairs]).mean(0),
+            torch.stack([torch.outer(y, y) for _, y in pairs]).mean(0),
+            len(pairs) / len(sequences),
+        )
+        for pairs in found.values()
+    ]
+
+
+def dense_kfac(moments: list[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """``sum_u T_u diag(M_u) kron C_u``, without its parts off the basis' diagonal."""
+    whole = sum(t * x.sum() * y for x, y, t in moments)
+    basis = torch.linalg.eigh(whole)[1]
+    values = sum(t * torch.outer(x, (basis.T @ y @ basis).diagonal()) for x, y, t in moments)
+    return dense.kronecker_operator(torch.eye(len(values)).double(), basis, values)
+
+
+@pytest.fixture(scope="module")
+def ekfac(model, coverage, sequences):
+    return fit_estimator("ekfac", model, coverage.layers, sequences, token_budget=25)
+
+
+def test_kfac_is_the_dense_sum_over_uses(model, coverage, sequences, directions):
+    fitted = fit_estimator("kfac", model, coverage.layers, sequences, token_budget=25)
+    found = fitted.precondition(directions, DAMPING)
+    for layer in vocabulary_layers(coverage):
+        curvature = dense_kfac(dense_moments(model, layer, sequences, seed=0))
+        for i in range(3):
+            solved = dense.damped_solve(curvature, directions[layer.name][i], DAMPING)
+            assert dense.relative_error(found[layer.name][i], solved) < EXACT
+
+
+def test_ekfacs_eigenvalues_are_second_moments_of_whole_gradients(
+    model, coverage, sequences, ekfac
+):
+    seed = 1  # of the second pass
+    labels = dense.drawn_labels(model, sequences, seed)
+    gradients = [
+        dense_gradient(model, coverage.layers, sequence, own)
+        for sequence, own in zip(sequences, labels, strict=True)
+    ]
+    for layer in vocabulary_layers(coverage):
+        right = ekfac.tensors()[f"{layer.name}.right"]
+        assert f"{layer.name}.left" not in ekfac.tensors()
+        assert dense.relative_error(right.T @ right, torch.eye(len(right))) < EXACT
+        left = torch.eye(layer.in_features).double()
+        expected = dense.corrected_eigenvalues([g[layer.name] for g in gradients], left, right)
+        assert dense.relative_error(ekfac.eigenvalues(layer.name), expected) < EXACT
+
+
+def test_ekfacs_factors_answer_for_kfac(model, coverage, sequences, ekfac, directions):
+    kfac = fit_estimator("kfac", model, coverage.layers, sequences)
+    expected = kfac.precondition(directions, DAMPING)
+    found = KFac(ekfac.tensors()).precondition(directions, DAMPING)
+    assert dense.worst_error(found, expected) < EXACT
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_whitening_keeps_scores(model, coverage, sequences, directions, gradients, name):
+    fitted = fit_estimator(name, model, coverage.layers, sequences)
+    for layer in vocabulary_layers(coverage):
+        white = fitted.whitening(coverage.layers, DAMPING)[layer.name]
+        left = {dual: white.left_map(dual=dual).double() for dual in (False, True)}
+        right = {dual: white.right_map(dual=dual).double() for dual in (False, True)}
+        gradient, query = gradients[1][layer.name], directions[layer.name][0]
+        phi = left[False] @ gradient @ right[False].T
+        psi = left[True] @ query @ right[True].T
+        scale = float(torch.linalg.vector_norm(gradient) * torch.linalg.vector_norm(query))
+        assert abs(float((phi * psi).sum() - (gradient * query).sum())) < 1e-6 * scale
+
+
+def test_an_interrupted_fit_ends_the_same(gpt2, sequences):
+    layers = find_layers(gpt2, WITH_EMBEDDINGS).layers
+    whole = fit_estimator("ekfac", gpt2, layers, sequences, token_budget=12).tensors()
+
+    class Interrupted(Exception):
+        pass
+
+    class Memory:
+        """Fails after each batch in turn; what was offered before is loaded."""
+
+        kept: tuple[str, int, dict[str, Tensor]] | None = None
+
+        def load(self, name):
+            found = self.kept
+            return found[1:] if found is not None and found[0] == name else None
+
+        def offer(self, name, done, sums):
+            if self.kept is not None and (name, done) == self.kept[:2]:
+                return
+            self.kept = name, done, {k: v.clone() for k, v in sums.tensors().items()}
+            raise Interrupted
+
+    memory = Memory()
+    for _ in range(100):
+        try:
+            found = fit_estimator(
+                "ekfac", gpt2, layers, sequences, token_budget=12, checkpoint=memory
+            ).tensors()
+            break
+        except Interrupted:
+            continue
+    assert all(torch.equal(found[key], tensor) for key, tensor in whole.items())
+
+
+def test_memory_that_runs_out_half_way_counts_nothing_twice(gpt2, sequences, monkeypatch):
+    layers = find_layers(gpt2, WITH_EMBEDDINGS).layers
+    (layer,) = vocabulary_layers(find_layers(gpt2, WITH_EMBEDDINGS))
+    expected = fit_estimator("ekfac", gpt2, [layer], sequences, token_budget=90)
+    whole = VocabularyTerms.add_to
+    failed = []
+
+    def failing(self, targets, weights):
+        if self.batch.rows[0] == 104 and not failed:
+            failed.append(True)
+            raise MemoryError
+        whole(self, targets, weights)
+
+    monkeypatch.setattr(VocabularyTerms, "add_to", failing)
+    found = fit_estimator("ekfac", gpt2, layers, sequences, token_budget=90)
+    assert failed
+    name = layer.name
+    assert dense.relative_error(found.eigenvalues(name), expected.eigenvalues(name)) < EXACT
+
+
+@pytest.fixture(scope="module", params=["ekfac", "identity"])
+def sketched(request, gpt2, llama, sequences, queries):
+    """For a tied and an untied model in turn: what sketches are drawn for and tried on."""
+    found = []
+    for model in (gpt2, llama):
+        narrow = copy.deepcopy(model).float()
+        layers = find_layers(narrow, WITH_EMBEDDINGS).layers
+        layers = tuple(x for x in layers if isinstance(x, VocabularyLayer))
+        fitted = fit_estimator(request.param, narrow, layers, sequences)
+        gradients, _ = query_gradients(narrow, layers, queries)
+        asked = query_directions(fitted, gradients, DAMPING)
+        exact = score_batch_for_queries(narrow, layers, asked, collate(sequences))
+        found.append((narrow, layers, fitted.whitening(layers, DAMPING), asked, exact.double()))
+    return found
+
+
+@pytest.mark.parametrize("rank", [1000, 4])
+def test_sketches_of_scores_are_unbiased(sketched, sequences, rank):
+    for model, layers, whitening, asked, exact in sketched:
+        plans = [SketchPlan(seed=seed, dimensions=256, rank=rank) for seed in range(300)]
+        sketches = [Sketch(layers, whitening, plan) for plan in plans]
+        trained = training_sketches(sketches, model, collate(sequences))
+        estimates = torch.stack(
+            [s.query(asked)[0] @ x.T for s, (x, _) in zip(sketches, trained, strict=True)]
+        ).double()
+        error = (estimates.mean(0) - exact).abs()
+        scale = float(exact.abs().max())  # where nothing is reduced there is no spread at all
+        allowed = 4 * estimates.std(0) / len(plans) ** 0.5 + 1e-4 * scale
+        assert (error < allowed).all()
+        assert float(estimates.std(0).mean()) < 2 * float(exact.std())
+
+
+def test_sketches_have_the_whitened_norms(sketched, sequences):
+    for model, layers, whitening, _, _ in sketched:
+        sketch = Sketch(layers, whitening, SketchPlan(seed=1, dimensions=1024, rank=1000))
+        vectors, norms = sketch.training(model, collate(sequences))
+        for i, sequence in enumerate(sequences):
+            gradient = dense_gradient(model, layers, sequence)
+            phi = torch.cat(
+                [
+                    (
+                        whitening[n].left_map(dual=False).double()
+                        @ g
+                        @ whitening[n].right_map(dual=False).double().T
+                    ).flatten()
+                    for n, g in gradient.items()
+                ]
+            )
+            length = float(torch.linalg.vector_norm(phi))
+            assert float(norms[i]) == pytest.approx(length, rel=1e-4)
+            assert float(torch.linalg.vector_norm(vectors[i])) == pytest.approx(length, rel=1e-4)
+
+
+def test_the_sketch_of_a_row_is_that_of_its_dense_gradient(sketched, sequences):
+    """What ``training`` does by terms, ``query`` does to whole matrices, whitening aside."""
+    for model, layers, _, _, _ in sketched:
+        whitening = Identity().whitening(layers, DAMPING)
+        sketch = Sketch(layers, whitening, SketchPlan(seed=1, dimensions=64, rank=3))
+        vectors, _ = sketch.training(model, collate(sequences))
+        dense_ones = [dense_gradient(model, layers, s) for s in sequences]
+        stacked = {x.name: torch.stack([g[x.name] for g in dense_ones]) for x in layers}
+        expected, _ = sketch.query(stacked)
+        assert dense.relative_error(vectors, expected) < 1e-4

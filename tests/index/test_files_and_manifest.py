@@ -277,6 +277,14 @@ def test_a_truncated_manifest_is_corrupt(tmp_path):
         Manifest.read(tmp_path)
 
 
+def test_a_manifest_older_than_the_choice_of_embeddings_has_none(tmp_path):
+    example_manifest().write(tmp_path)
+    content = json.loads((tmp_path / FILE_NAME).read_text())
+    del content["checksum"], content["estimator"]["embeddings"]
+    write_sealed(tmp_path / FILE_NAME, content)
+    assert not Manifest.read(tmp_path).estimator.embeddings
+
+
 def test_unknown_fields_are_refused(tmp_path):
     class Newer(Manifest):
         colour: str

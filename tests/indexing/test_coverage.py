@@ -88,10 +88,14 @@ def _save(workspace: Workspace, name: str, model: PreTrainedModel) -> Path:
         ("gpt2", ["--widest", "24"], []),
         ("gpt2", ["--layers", "*mlp*", "--widest", "30"], ["--gradient-checkpointing"]),
         ("gpt2", [], ["--dtype", "bfloat16"]),
+        ("gpt2", ["--embeddings"], []),
+        ("gpt2", ["--embeddings", "--estimator", "kfac"], ["--gradient-checkpointing"]),
+        ("gpt2", ["--embeddings", "--estimator", "identity"], []),
         ("llama", [], []),
         ("llama", ["--widest", "20"], ["--dtype", "bfloat16", "--gradient-checkpointing"]),
         ("qwen2", [], []),
         ("gpt_neox", [], []),
+        ("gpt_neox", ["--embeddings", "--widest", "30"], ["--dtype", "bfloat16"]),
         ("lora", ["--layers", "*lora_*"], []),
         ("lora", ["--layers", "*lora_*"], ["--dtype", "bfloat16"]),
         ("lora", ["--layers", "*.base_layer"], ["--gradient-checkpointing"]),
@@ -111,6 +115,7 @@ def test_from_fit_to_answer(name, fitting, both, folders, workspace, tmp_path):
     manifest = Manifest.read(index)
     assert json_line(fitted.stdout)["layers"] == len(manifest.estimator.layers)
     assert (manifest.estimator.widest is not None) == ("--widest" in fitting)
+    assert manifest.estimator.embeddings == ("--embeddings" in fitting)
     split = [layer for layer in manifest.estimator.layers if "[" in layer]
     assert bool(split) == ("--widest" in fitting)
 
@@ -139,11 +144,11 @@ def test_the_choice_of_layers_is_stored_with_the_factors(folders, workspace, tmp
     fitted = invoke(
         fit_estimator,
         *("--model", folders["gpt2"], "--data", workspace.corpus, "--out", factors),
-        *("--layers", "*.1.mlp.*", "--widest", 50),
+        *("--layers", "*.1.mlp.*", "--widest", 50, "--embeddings"),
     )
     assert fitted.code == 0, fitted.stderr
-    assert "attributed: 4 layers, 4 of them blocks of wider ones" in fitted.stderr
+    assert "attributed: 5 layers, 4 of them blocks of wider ones" in fitted.stderr
     assert "transformer.h.*.ln_1 (LayerNorm, 2 modules, " in fitted.stderr
     _, _, facts = load_factors(factors)
-    wanted = LayerSelection(patterns=("*.1.mlp.*",), widest=50)
+    wanted = LayerSelection(patterns=("*.1.mlp.*",), widest=50, embeddings=True)
     assert LayerSelection.from_facts(facts) == wanted

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from estimators.curvature import eigenbasis
 from estimators.curvature import fitting as passes
-from estimators.curvature import kronecker
 from estimators.model.layers import LayerSelection
 from index.errors import DiskFull, IndexBusy, IndexMismatch
 from index.files import exclusive, write_whole
@@ -124,7 +124,7 @@ def test_interrupted_in_the_eigendecomposition(
     fit: Fit, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ):
     calls = []
-    decompose = kronecker._eigh
+    decompose = eigenbasis._eigh
 
     def interrupted(matrix):
         calls.append(matrix)
@@ -134,7 +134,7 @@ def test_interrupted_in_the_eigendecomposition(
 
     out = tmp_path / "factors"
     with monkeypatch.context() as patch:
-        patch.setattr(kronecker, "_eigh", interrupted)
+        patch.setattr(eigenbasis, "_eigh", interrupted)
         with pytest.raises(Interrupted):
             fit.run(out)
     assert fit.run(out) == whole
