@@ -66,7 +66,7 @@ class VocabularyTerms:
         ids = self.batch.input_ids
         found = direction.new_zeros(ids.numel())
         if self.read is not None:
-            found += (direction[ids.flatten()] * self._read_rows()).sum(1)
+            found += (direction[ids.flatten()] * self.read_rows().flatten(0, 1)).sum(1)
         for places, x, y in self._predicted():
             found[places] += (x @ direction).mul_(y).sum(1)
         return found.view(ids.shape)
@@ -82,8 +82,7 @@ class VocabularyTerms:
         if self.read is not None:
             reading = replace(self, predicted=None)
             found += torch.stack([reading.products(one).sum(1) for one in directions])
-        for places, x, y in self._predicted():
-            runs = list(self._runs(places))
+        for x, y, runs in self.predicted_parts():
             numbers = [number for number, _ in runs]
             for entries in self._cached_entries(len(runs), y):
                 part = [x[run, entries].T @ y[run] for _, run in runs]
@@ -104,30 +103,13 @@ class VocabularyTerms:
     ) -> None:
         """Add ``weight * G`` of each sequence to its target; several may have the same one."""
         if self.read is not None:
-            rows = self._read_rows().view(*self.batch.input_ids.shape, -1)
             for target, ids, own, weight in zip(
-                targets, self.batch.input_ids, rows, weights, strict=True
+                targets, self.batch.input_ids, self.read_rows(), weights, strict=True
             ):
                 target.index_add_(0, ids, own, alpha=weight)
-        for places, x, y in self._predicted():
-            for number, run in self._runs(places):
+        for x, y, runs in self.predicted_parts():
+            for number, run in runs:
                 targets[number].addmm_(x[run].T, y[run], alpha=weights[number])
-
-    def projected(
-        self, left: Float[Tensor, "rows vocabulary"], right: Float[Tensor, "columns feature"]
-    ) -> Float[Tensor, "batch rows columns"]:
-        """``left G right^T``."""
-        ids = self.batch.input_ids
-        found = right.new_zeros(len(ids), len(left), len(right))
-        turned = replace(self, turn=right.T)
-        if turned.read is not None:
-            inputs = left[:, ids.flatten()].view(len(left), *ids.shape).transpose(0, 1)
-            found += torch.bmm(inputs, turned._read_rows().view(*ids.shape, -1))
-        for places, x, y in turned._predicted():
-            inputs = x @ left.T
-            for number, run in turned._runs(places):
-                found[number].addmm_(inputs[run].T, y[run])
-        return found
 
     def turned(self, turn: Float[Tensor, "feature turned"]) -> "VocabularyTerms":
         """Of ``G turn``."""
@@ -159,7 +141,7 @@ class VocabularyTerms:
                 counted = counted & (ids != self.padding)
             places = counted.nonzero()[:, 0]
             counts = torch.bincount(ids[places], minlength=self.vocabulary)
-            rows = self._read_rows()[places]
+            rows = self.read_rows().flatten(0, 1)[places]
             found.append((counts.to(rows), rows))
         if self.predicted is not None:
             rows = widen(self.predicted.states.flatten(0, 1)[predicting(self.batch)])
@@ -169,9 +151,23 @@ class VocabularyTerms:
             found.append((squares, rows))
         return found
 
-    def _read_rows(self) -> Float[Tensor, "position turned"]:
+    def read_rows(self) -> Float[Tensor, "batch token turned"]:
+        """``y_t`` of the embeddings, whose ``x_t`` are the batch's tokens."""
         assert self.read is not None
-        return self._turn(widen(self.read.flatten(0, 1)))
+        return self._turn(widen(self.read))
+
+    def predicted_parts(
+        self,
+    ) -> Iterator[
+        tuple[
+            Float[Tensor, "position vocabulary"],
+            Float[Tensor, "position turned"],
+            list[tuple[int, slice]],
+        ]
+    ]:
+        """``x_t`` and ``y_t`` of the head for some positions, and which are whose sequence's."""
+        for places, x, y in self._predicted():
+            yield x, y, self._runs(places)
 
     def _predicted(
         self,
@@ -192,14 +188,13 @@ class VocabularyTerms:
     def _turn(self, rows: Tensor) -> Tensor:
         return rows if self.turn is None else rows @ self.turn
 
-    def _runs(self, places: Int[Tensor, "position"]) -> Iterator[tuple[int, slice]]:
+    def _runs(self, places: Int[Tensor, "position"]) -> list[tuple[int, slice]]:
         """Each sequence's own among some positions."""
         owners = places // self.batch.input_ids.shape[1]
         numbers, counts = torch.unique_consecutive(owners, return_counts=True)
-        start = 0
-        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-            yield number, slice(start, start + count)
-            start += count
+        ends = counts.cumsum(0)
+        pairs = zip((ends - counts).tolist(), ends.tolist(), strict=True)
+        return list(zip(numbers.tolist(), (slice(*pair) for pair in pairs), strict=True))
 
     def _cached_entries(self, count: int, rows: Tensor) -> Iterator[slice]:
         """Entries of the vocabulary for which ``count`` gradients fit into the caches."""

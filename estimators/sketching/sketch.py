@@ -6,7 +6,8 @@ with ``E<P psi, P phi> = <psi, phi>``. It is applied in two stages:
 1. Each layer's whitened gradient is multiplied on both sides by random orthonormal frames (Haar,
    scaled by ``sqrt(width / rank)``) down to ``rank x rank``. Whitening, eigenbasis and frame fold
    into one matrix a side, so that no gradient of the layer's own size is formed. A side narrower
-   than ``rank`` is kept whole, without noise.
+   than ``rank`` is kept whole, without noise. A vocabulary is hashed into more buckets instead:
+   see ``estimators.sketching.hashing``.
 2. The entries of all layers get random signs, are folded into ``dimensions`` buckets of equal size
    by a random permutation (CountSketch with balanced buckets) and rotated by a Hadamard matrix, so
    that each coordinate is nearly Gaussian, as one-bit codes need.
@@ -26,6 +27,9 @@ from estimators.model.gradients import Gradients, apply_layer, widen
 from estimators.model.layers import LinearLayer, VocabularyLayer
 from estimators.model.terms import VocabularyTerms
 from estimators.model.tokens import TokenBatch
+from estimators.sketching import hashing
+from estimators.sketching.hashing import VocabularyFrame
+from estimators.sketching.near import Near
 from estimators.sketching.whitening import LayerWhitening
 
 
@@ -74,7 +78,8 @@ class Sketch:
         self.plan = plan
         self._layers = tuple(layers)
         self._whitening = dict(whitening)
-        self._near = _Near()
+        self._near = Near()
+        self._frames: dict[str, VocabularyFrame] = {}
         self._slices: dict[str, slice] = {}
         self._shapes: list[tuple[int, int]] = []
         start = 0
@@ -85,6 +90,8 @@ class Sketch:
 
     def _add_layer(self, number: int, layer: LinearLayer, start: int) -> int:
         white = self._whitening[layer.name]
+        if isinstance(layer, VocabularyLayer):
+            return self._add_vocabulary(number, layer, start)
         frames = [
             _orthonormal_frame(width, self.plan, 2 * number + side)
             for side, width in enumerate((layer.in_features, layer.out_features))
@@ -95,12 +102,39 @@ class Sketch:
             "query left": _fold_frame(frames[0], None, 1 / white.left_scale),
             "query right": _fold_frame(frames[1], None, 1 / white.right_scale),
         }
-        bases = {"left basis": white.left_basis, "right basis": white.right_basis}
-        for what, matrix in (maps | bases).items():
+        shape = len(maps["train left"]), len(maps["train right"])
+        return self._add_block(layer, maps | {"left basis": white.left_basis}, shape, start)
+
+    def _add_vocabulary(self, number: int, layer: VocabularyLayer, start: int) -> int:
+        white = self._whitening[layer.name]
+        count = self.plan.rank * (hashing.BUCKETS_A_RANK if self.plan.folded else 1)
+        count = min(count, layer.in_features)
+        rotation = None
+        if not self.plan.folded:
+            rotation = _orthonormal_frame(count, self.plan, 2 * number)
+        generator = np.random.Generator(np.random.Philox(key=[self.plan.seed, 2**33 + number]))
+        self._frames[layer.name] = VocabularyFrame(white.left_scale, count, generator, rotation)
+        frame = _orthonormal_frame(layer.out_features, self.plan, 2 * number + 1)
+        maps = {
+            "train right": _fold_frame(frame, white.right_basis, white.right_scale),
+            "query right": _fold_frame(frame, None, 1 / white.right_scale),
+        }
+        return self._add_block(layer, maps, (count, len(maps["train right"])), start)
+
+    def _add_block(
+        self,
+        layer: LinearLayer,
+        maps: Mapping[str, Tensor | None],
+        shape: tuple[int, int],
+        start: int,
+    ) -> int:
+        """Keep what a layer's blocks are made with, and the entries that they take."""
+        bases = {"right basis": self._whitening[layer.name].right_basis}
+        for what, matrix in {**maps, **bases}.items():
             if matrix is not None:
                 self._near.add(f"{layer.name} {what}", matrix)
-        self._shapes.append((len(maps["train left"]), len(maps["train right"])))
-        end = start + math.prod(self._shapes[-1])
+        self._shapes.append(shape)
+        end = start + math.prod(shape)
         self._slices[layer.name] = slice(start, end)
         return end
 
@@ -164,9 +198,9 @@ class Sketch:
         blocks[:, self._slices[layer.name]] = projected.flatten(1).to(blocks)
 
     def _fill_terms(self, blocks: Tensor, layer: VocabularyLayer, terms: VocabularyTerms) -> None:
-        like = terms.empty(0)
-        left, right = (self._near(f"{layer.name} train {s}", like) for s in ("left", "right"))
-        blocks[:, self._slices[layer.name]] = terms.projected(left, right).flatten(1).to(blocks)
+        right = self._near(f"{layer.name} train right", terms.empty(0))
+        block = self._frames[layer.name].training(terms, right)
+        blocks[:, self._slices[layer.name]] = block.flatten(1).to(blocks)
 
     def query(
         self, directions: Gradients
@@ -187,8 +221,12 @@ class Sketch:
         square = torch.zeros(count, dtype=torch.float64, device=device)
         for name, gradient in directions.items():
             rotated = self._rotated(name, gradient)
-            left, right = (self._near(f"{name} query {s}", gradient) for s in ("left", "right"))
-            blocks[:, self._slices[name]] = (left @ rotated @ right.T).flatten(1).to(blocks)
+            right = self._near(f"{name} query right", gradient)
+            if (frame := self._frames.get(name)) is not None:
+                block = frame.query(rotated @ right.T)
+            else:
+                block = self._near(f"{name} query left", gradient) @ rotated @ right.T
+            blocks[:, self._slices[name]] = block.flatten(1).to(blocks)
             square += self._whitened_square(name, rotated)
         return self._folded(blocks), square.sqrt()
 
@@ -207,6 +245,9 @@ class Sketch:
     def _whitened_square(self, name: str, rotated: Tensor) -> Float[Tensor, "query"]:
         white = self._whitening[name]
         psi = rotated / white.left_scale.to(rotated)[:, None] / white.right_scale.to(rotated)
+        if name in self._frames:  # too large for a copy in float64
+            norms = [torch.linalg.vector_norm(one, dtype=torch.float64) for one in psi]
+            return torch.stack(norms).square()
         return psi.double().square().sum((-2, -1))
 
 
@@ -234,28 +275,6 @@ def training_sketches(
     ]
 
 
-class _Near:
-    """Fixed tensors by name, each copied only once to the device and precision that asks for it."""
-
-    def __init__(self) -> None:
-        self._own: dict[str, Tensor] = {}
-        self._copies: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        self._own[name] = tensor
-
-    def __call__(self, name: str, like: Tensor) -> Tensor:
-        """The tensor ``name`` on the device of ``like``, in its precision if it is a float."""
-        own = self._own[name]
-        dtype = like.dtype if own.is_floating_point() else own.dtype
-        if own.device == like.device and own.dtype == dtype:
-            return own
-        key = (name, like.device, dtype)
-        if key not in self._copies:
-            self._copies[key] = own.to(device=like.device, dtype=dtype)
-        return self._copies[key]
-
-
 class _Fold:
     """Second stage: random signs, balanced buckets, Hadamard rotation."""
 
@@ -263,7 +282,7 @@ class _Fold:
         k = plan.dimensions
         self.padded = max(k, k * math.ceil(entries / k))
         generator = np.random.Generator(np.random.Philox(key=[plan.seed, 2**32]))
-        self._near = _Near()
+        self._near = Near()
         self._near.add("order", torch.from_numpy(generator.permutation(self.padded)))
         signs = generator.integers(0, 2, self.padded).astype(np.float32) * 2 - 1
         self._near.add("signs", torch.from_numpy(signs))
