@@ -71,7 +71,7 @@ def find_vocabulary(model: nn.Module, obstacles: Mapping[str, str]) -> Vocabular
             reasons[name] = obstacles.get(name) or check(model, module)
     weights = {id(module.weight) for module in found.values()}
     if len(found) == 2 and len(weights) == 1:  # tied
-        reason = next((f"{n}: {r}" for n, r in reasons.items() if r is not None), None)
+        reason = next((f"tied to {n}: {r}" for n, r in reasons.items() if r is not None), None)
         pair = Uses(embedding=found["input"], head=found["output"])
         uses = dict.fromkeys(reasons, pair)
         reasons = {name: reasons[name] or reason for name in reasons}

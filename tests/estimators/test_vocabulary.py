@@ -467,3 +467,46 @@ def test_the_sketch_of_a_row_is_that_of_its_dense_gradient(
         stacked = {x.name: torch.stack([g[x.name] for g in dense_ones]) for x in layers}
         expected, _ = sketch.query(stacked)
         assert dense.relative_error(vectors, expected) < 1e-4
+
+
+def test_what_cannot_be_attributed_is_named(llama, gpt2):
+    class Scaled(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            return 2 * super().forward(ids)
+
+    def reasons(model: nn.Module) -> dict[str, str]:
+        skipped = find_layers(model, WITH_EMBEDDINGS).skipped
+        return {module.name: module.reason for module in skipped if "norm" not in module.name}
+
+    scaled = copy.deepcopy(llama)
+    weight = scaled.get_input_embeddings().weight
+    scaled.set_input_embeddings(Scaled(*weight.shape, _weight=weight))
+    assert reasons(scaled) == {"model.embed_tokens": "its outputs are not rows of its weight"}
+
+    capped = copy.deepcopy(llama)
+    plain = capped.forward
+
+    def forward(**arguments):
+        found = plain(**arguments)
+        found.logits = 30 * torch.tanh(found.logits / 30)
+        return found
+
+    capped.forward = forward
+    assert reasons(capped) == {
+        "lm_head": "output head whose outputs are not the logits as they are"
+    }
+
+    biased = copy.deepcopy(llama)
+    biased.lm_head.bias = nn.Parameter(torch.ones(11).double(), requires_grad=False)
+    assert reasons(biased) == {"lm_head.bias": "bias of the output head"}
+    shares = find_layers(biased, WITH_EMBEDDINGS)
+    total = shares.attributed_share + sum(module.share for module in shares.skipped)
+    assert total == pytest.approx(1)
+
+    tied = copy.deepcopy(gpt2)
+    embedding = Scaled(*tied.lm_head.weight.shape, _weight=tied.lm_head.weight)
+    tied.set_input_embeddings(embedding)
+    embedding.weight = tied.lm_head.weight
+    found = reasons(tied)
+    assert found["transformer.wte"] == "its outputs are not rows of its weight"
+    assert found["lm_head"] == "tied to transformer.wte: its outputs are not rows of its weight"
