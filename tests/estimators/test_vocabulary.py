@@ -469,6 +469,17 @@ def test_the_sketch_of_a_row_is_that_of_its_dense_gradient(
         assert dense.relative_error(vectors, expected) < 1e-4
 
 
+def test_batch_composition_changes_no_sketch(sketched, sequences, monkeypatch):
+    monkeypatch.setattr("estimators.sketching.hashing.BUCKETS_A_RANK", 2)
+    for model, layers, whitening, _, _ in sketched:
+        sketch = Sketch(layers, whitening, SketchPlan(seed=1, dimensions=64, rank=3))
+        together, norms = sketch.training(model, collate(sequences))
+        for i, sequence in enumerate(sequences):
+            alone, norm = sketch.training(model, collate([sequence]))
+            assert float((alone[0] - together[i]).abs().max()) < 1e-4 * float(norms.max())
+            assert float(norm[0]) == pytest.approx(float(norms[i]), rel=1e-4)
+
+
 def test_what_cannot_be_attributed_is_named(llama, gpt2):
     class Scaled(nn.Embedding):
         def forward(self, ids: Tensor) -> Tensor:
