@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from estimators.curvature.fitting import Labels
-from estimators.model.layers import LayerSelection
+from estimators.model.selection import LayerSelection
 from estimators.registry import FACTORS
 from scripts import options
 from scripts.console import (

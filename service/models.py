@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from estimators.model.capture import freeze
-from estimators.model.layers import EVERY_LAYER, Coverage, LayerSelection, find_layers
+from estimators.model.layers import Coverage, find_layers
 from estimators.model.recomputation import recompute_blocks
+from estimators.model.selection import EVERY_LAYER, LayerSelection
 from estimators.model.tokens import Sequence1D
 from estimators.storage import fingerprint_model
 from index.manifest import ModelRecord

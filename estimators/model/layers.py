@@ -1,17 +1,17 @@
 """Which layers of a model are attributed, and what share of its parameters that is."""
 
 import fnmatch
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn, Self
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from estimators.model.selection import EVERY_LAYER, LayerSelection
 from estimators.model.trial import find_obstacles
 from estimators.model.vocabulary import Uses, Vocabulary, find_vocabulary
 
@@ -22,61 +22,6 @@ ADAPTER = "base_model.model."
 def plain_name(name: str) -> str:
     """A parameter's name without PEFT's wrapping: as in the model with the adapter in place."""
     return name.removeprefix(ADAPTER)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerSelection:
-    """Which layers are wanted, and how wide a block of curvature may be.
-
-    It is stored with fitted factors and in the manifest: whoever uses the factors must find the
-    same layers.
-
-    Attributes:
-        patterns: shell patterns over dotted module names; a layer is wanted if any matches.
-        widest: a side of a weight matrix with more features is split into equal blocks; None never
-            splits.
-        embeddings: whether the token embeddings and the output head are wanted too, which no
-            pattern matches; they are never split.
-
-    Raises:
-        ValueError: no pattern, or ``widest`` below 1.
-    """
-
-    patterns: tuple[str, ...] = ("*",)
-    widest: int | None = None
-    embeddings: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.patterns:
-            raise ValueError("No layer pattern was given; '*' takes every linear layer.")
-        if self.widest is not None and self.widest < 1:
-            raise ValueError(
-                f"The widest side of a block must be 1 or more, got {self.widest}; give the number "
-                f"of features, e.g. 4096."
-            )
-
-    def to_facts(self) -> dict[str, str]:
-        """The selection as header entries of a factors file."""
-        facts = {"layer_patterns": json.dumps(self.patterns)}
-        if self.widest is not None:
-            facts["widest"] = str(self.widest)
-        if self.embeddings:
-            facts["embeddings"] = "true"
-        return facts
-
-    @classmethod
-    def from_facts(cls, facts: Mapping[str, str]) -> Self:
-        """The selection that ``to_facts`` wrote; other entries are ignored."""
-        widest = facts.get("widest")
-        return cls(
-            patterns=tuple(json.loads(facts["layer_patterns"])),
-            widest=None if widest is None else int(widest),
-            embeddings="embeddings" in facts,
-        )
-
-
-EVERY_LAYER = LayerSelection()
-"""Every linear layer, unsplit."""
 
 
 @dataclass(frozen=True, kw_only=True)

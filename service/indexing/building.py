@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from estimators.model.layers import LayerSelection, find_layers
+from estimators.model.layers import find_layers
 from estimators.model.progress import Progress, no_progress
+from estimators.model.selection import LayerSelection
 from estimators.sketching.sketch import Sketch, SketchPlan
 from estimators.storage import load_factors
 from index.codes.vectors import LOW_RANK

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from estimators.contracts import Accumulator
 from estimators.curvature.fitting import Labels, fit_estimator
-from estimators.model.layers import LayerSelection
 from estimators.model.memory import ran_out
 from estimators.model.progress import Progress, no_progress
+from estimators.model.selection import LayerSelection
 from estimators.model.tokens import Sequence1D
 from estimators.registry import factors_class
 from estimators.storage import fingerprint_tensors, serialise_factors

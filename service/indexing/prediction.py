@@ -13,7 +13,8 @@ import numpy as np
 
 from estimators.contracts import Factors
 from estimators.curvature.fitting import fit_estimator
-from estimators.model.layers import LayerSelection, find_layers
+from estimators.model.layers import find_layers
+from estimators.model.selection import LayerSelection
 from estimators.model.tokens import Sequence1D, plan_batches
 from estimators.sketching.sketch import Sketch
 from estimators.storage import load_factors, serialise_factors

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from estimators.model.layers import LayerSelection, find_layers
+from estimators.model.layers import find_layers
+from estimators.model.selection import LayerSelection
 from estimators.sketching.sketch import Sketch, SketchPlan
 from estimators.storage import load_factors
 from index.codes.faiss_module import usable_processors

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from estimators.curvature.fitting import fit_estimator
-from estimators.model.layers import LayerSelection, find_layers
+from estimators.model.layers import find_layers
+from estimators.model.selection import LayerSelection
 from estimators.model.tokens import collate
 from estimators.rescoring import (
     query_gradients,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from estimators.model.capture import freeze, visit_gradients
 from estimators.model.gradients import find_non_finite, sum_over_tokens
-from estimators.model.layers import LayerSelection, LinearLayer, find_layers
+from estimators.model.layers import LinearLayer, find_layers
+from estimators.model.selection import LayerSelection
 from estimators.model.tokens import Sequence1D, TokenBatch, collate, plan_batches
 from tests import dense_reference as dense
 from tests.dense_reference import batched_inner_product as inner_product

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from estimators.curvature.fitting import fit_estimator
 from estimators.model.capture import freeze
-from estimators.model.layers import LayerSelection, LinearLayer, find_layers
+from estimators.model.layers import LinearLayer, find_layers
 from estimators.model.measurement import draw_labels, label_numbers, next_token_logits
+from estimators.model.selection import LayerSelection
 from estimators.model.tokens import Sequence1D, TokenBatch, collate
 from estimators.operators.ekfac import EKFac, Rotation
 from estimators.operators.identity import Identity

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from estimators.curvature.fitting import fit_estimator
-from estimators.model.layers import LayerSelection, find_layers
+from estimators.model.layers import find_layers
+from estimators.model.selection import LayerSelection
 from estimators.model.tokens import Sequence1D, collate
 from estimators.rescoring import query_gradients, score_batch_for_queries
 from service.models import load_model

@@ -21,7 +21,8 @@ from transformers import (
 
 from estimators.curvature.fitting import fit_estimator
 from estimators.model.capture import freeze
-from estimators.model.layers import LayerSelection, find_layers
+from estimators.model.layers import find_layers
+from estimators.model.selection import LayerSelection
 from estimators.model.tokens import Sequence1D, collate
 from estimators.rescoring import query_gradients, score_batch
 from estimators.storage import fingerprint_model, fingerprint_tensors

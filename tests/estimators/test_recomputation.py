@@ -8,9 +8,10 @@ from torch import nn
 
 from estimators.curvature.fitting import fit_estimator
 from estimators.model.capture import freeze, visit_gradients
-from estimators.model.layers import LayerSelection, find_layers
+from estimators.model.layers import find_layers
 from estimators.model.measurement import next_token_logits
 from estimators.model.recomputation import recompute_blocks
+from estimators.model.selection import LayerSelection
 from estimators.model.tokens import collate
 from estimators.rescoring import query_gradients, score_batch
 from estimators.sketching.sketch import Sketch, SketchPlan

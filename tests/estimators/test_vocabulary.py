@@ -9,13 +9,8 @@ from torch import Tensor, nn
 
 from estimators.curvature.fitting import fit_estimator
 from estimators.model.capture import visit_gradients
-from estimators.model.layers import (
-    Coverage,
-    LayerSelection,
-    LinearLayer,
-    VocabularyLayer,
-    find_layers,
-)
+from estimators.model.layers import Coverage, LinearLayer, VocabularyLayer, find_layers
+from estimators.model.selection import LayerSelection
 from estimators.model.terms import VocabularyTerms
 from estimators.model.tokens import Sequence1D, collate
 from estimators.operators.identity import Identity
@@ -216,6 +211,21 @@ def test_the_score_is_a_directional_derivative(model, coverage, sequences, direc
     step = 1e-5  # central differences err by its square, rounding by 1e-16 over it
     slope = (losses(step) - losses(-step)) / (2 * step)
     assert dense.relative_error(slope.detach(), score) < 1e-6
+
+
+def test_a_direction_by_names_of_parameters_meets_every_use(model, coverage, sequences):
+    """As the directions of a run are kept: a tied weight has one name."""
+    copied = dense.trainable(model)
+    parameters = dict(copied.named_parameters())
+    generator = torch.Generator().manual_seed(8)
+    whole = {name: torch.randn(p.shape, generator=generator) for name, p in parameters.items()}
+    direction = {layer.name: layer.part_of(whole).double() for layer in coverage.layers}
+    found = score_batch(model, coverage.layers, direction, collate(sequences[:1])).total
+    dense.loss(copied, sequences[0]).backward()
+    named = {name for layer in coverage.layers for name in layer.parameter_names}
+    assert named <= set(parameters)
+    parts = [(whole[name] * parameters[name].grad).sum() for name in named]
+    assert float(found) == pytest.approx(float(sum(parts)), rel=1e-5)
 
 
 def test_the_row_of_padding_gets_no_gradient_from_reading(llama, sequences):

@@ -17,7 +17,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from estimators.model.layers import LayerSelection
+from estimators.model.selection import LayerSelection
 from estimators.storage import load_factors
 from index.manifest import Manifest
 from scripts import build_index, fit_estimator

@@ -10,7 +10,7 @@ import pytest
 
 from estimators.curvature import eigenbasis
 from estimators.curvature import fitting as passes
-from estimators.model.layers import LayerSelection
+from estimators.model.selection import LayerSelection
 from index.errors import DiskFull, IndexBusy, IndexMismatch
 from index.files import exclusive, write_whole
 from scripts import fit_estimator

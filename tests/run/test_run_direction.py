@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from estimators.model.layers import LayerSelection, find_layers
+from estimators.model.layers import find_layers
+from estimators.model.selection import LayerSelection
 from estimators.model.tokens import Sequence1D, collate
 from estimators.rescoring import score_batch
 from service.http.app import create_app

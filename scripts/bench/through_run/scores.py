@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from estimators.curvature.fitting import fit_estimator
-from estimators.model.layers import LayerSelection
+from estimators.model.selection import LayerSelection
 from estimators.model.tokens import Sequence1D
 from estimators.run.adjoint import final_adjoint
 from estimators.run.direction import Directions, reading_weights
