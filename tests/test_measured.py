@@ -374,22 +374,36 @@ def shares() -> list[str]:
 
 def through_run() -> list[str]:
     record = newest("run")
+    heading = (
+        "| scores | LDS, 5 % left out | LDS, half left out | top 20 shared with the run's | slope"
+    )
+    passages = [f"{heading} | its top 20 left out, nats | trainings a question |"]
+    for name, facts in record["tasks"].items():
+        passages += [
+            f"**{name}**: {facts['description']}",
+            f"recording it took {100 * facts['recorder_share']:.1f} % more",
+        ]
+        passages += [run_line(row) for row in record["rows"] if row["task"] == name]
+    return passages
+
+
+def run_line(row: Record) -> str:
+    """An estimator's line of the table of runs."""
     labels = {"run": "the run itself (`etymon trace`)", "dot product": "`identity` (dot product)"}
 
-    def lds(row: Record, share: int) -> str:
+    def lds(share: int) -> str:
+        if f"lds_{share}" not in row:
+            return ""
         low, high = row[f"lds_{share}_low"], row[f"lds_{share}_high"]
         return f"{row[f'lds_{share}']:.3f} ({low:.2f} to {high:.2f})"
 
-    passages = [
-        f"{record['trainings_a_query']:.2f} trainings a question",
-        record["task"],
-        "| scores | LDS, 5 % left out | LDS, half left out | top 20 shared with the run's |",
-    ]
-    for row in record["rows"]:
-        label = labels.get(row["estimator"], row["estimator"].replace("ekfac,", "`ekfac`,"))
-        told = [lds(row, 5), lds(row, 50), f"{row['top20_shared']:.2f}", f"{row['slope']:.2g}"]
-        passages.append(f"| {label} | {' | '.join(told)} |")
-    return passages
+    def number(name: str, form: str) -> str:
+        return "" if row.get(name) is None else format(row[name], form)
+
+    told = [lds(5), lds(50), number("top20_shared", ".2f"), number("slope", ".2g")]
+    told += [number("removal_change", "+.2f"), number("trainings_a_query", ".2f")]
+    label = labels.get(row["estimator"], row["estimator"])
+    return f"| {label} | {' | '.join(told)} |".replace("|  |", "| |").replace("|  |", "| |")
 
 
 FIGURES: dict[str, tuple[Callable[[], list[str]], ...]] = {

@@ -14,6 +14,14 @@ from torch import Tensor
 
 from estimators.run.recorded import Group, OptimizerName, Recipe
 
+SMALLEST = 0.1
+"""Of a tensor's mean second moment, for each of its entries, where a scaling is a constant.
+
+A row that is the first to move an entry adds its own gradient to the moment that it is divided by, so
+that it moves the entry by about the rate, however small the moment was. Without a floor it would
+seem to move it by its gradient over nothing: docs/decisions/2026-11-30-run-direction.md.
+"""
+
 Tensors = Mapping[str, Tensor]
 Moments = Mapping[str, Tensors]
 Updated = tuple[Tensor, dict[str, Tensor]]
@@ -125,7 +133,8 @@ def scaling(
     """What a gradient is multiplied with before a step subtracts it, the optimizer taken as fixed.
 
     Adam's divisor and the factor of clipping are constants of the step, and momentum is left out:
-    what it does later counts at once. 0 where a second moment is 0, i.e. no gradient was seen yet.
+    what it does later counts at once. A second moment counts as no less than ``SMALLEST`` of its
+    tensor's mean; 0 for a tensor that had no gradient.
 
     Args:
         recipe: optimizer, groups and clipping.
@@ -146,6 +155,7 @@ def scaling(
             else:
                 unbiased = 1 - group.betas[1] ** (number + 1)
                 square = after["exp_avg_sq"][name]
+                square = square.clamp(min=SMALLEST * float(square.mean()))
                 root = _root(square) / unbiased**0.5 + group.epsilon
                 found[name] = torch.where(square > 0, factor * rate / root, 0.0)
     return found

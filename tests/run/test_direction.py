@@ -175,7 +175,8 @@ def test_scalings_are_what_constant_gradients_come_to(kind: str) -> None:
     parameters = {n: p.detach().clone() for n, p in run.model.named_parameters()}
     generator = torch.Generator().manual_seed(1)
     gradients = {
-        n: torch.randn(p.shape, generator=generator).double() for n, p in parameters.items()
+        n: (torch.randint(2, p.shape, generator=generator).double() - 0.5)
+        for n, p in parameters.items()
     }
     moments: dict[str, dict[str, Tensor]] = {}
     rates = (0.05, 0.02)
@@ -188,11 +189,15 @@ def test_scalings_are_what_constant_gradients_come_to(kind: str) -> None:
         torch.testing.assert_close(scales[name] * gradient, moved, rtol=1e-5, atol=1e-12)
 
 
-def test_an_entry_that_never_had_a_gradient_has_no_scaling() -> None:
-    recipe = Recipe(optimizer="adamw", groups=(Group(parameters=("w",)),))
-    square = torch.tensor([0.0, 4.0], dtype=torch.float64)
-    found = scaling(recipe, 10**6, (0.1,), None, {"exp_avg_sq": {"w": square}})["w"]
-    torch.testing.assert_close(found, torch.tensor([0.0, 0.05], dtype=torch.float64))
+def test_an_entry_that_hardly_had_a_gradient_is_scaled_like_a_tenth_of_its_tensor() -> None:
+    recipe = Recipe(optimizer="adamw", groups=(Group(parameters=("w", "v")),))
+    square = torch.tensor([0.0, 1e-12, 4.0, 12.0], dtype=torch.float64)
+    moments = {"exp_avg_sq": {"w": square, "v": torch.zeros(2, dtype=torch.float64)}}
+    found = scaling(recipe, 10**6, (0.1,), None, moments)
+    least = 0.1 / 0.4**0.5
+    expected = torch.tensor([least, least, 0.05, 0.1 / 12**0.5], dtype=torch.float64)
+    torch.testing.assert_close(found["w"], expected, rtol=1e-6, atol=0)
+    assert not torch.as_tensor(found["v"]).any()
 
 
 def test_clipping_scales_what_a_gradient_is_multiplied_with() -> None:

@@ -20,8 +20,8 @@ from service.versions import revision
 TOP = 20
 REMOVED = (
     "run",
-    "direction by epoch, half",
-    "one direction, half",
+    "direction by epoch",
+    "one direction",
     "EK-FAC, damping 0.1",
     "dot product",
 )

@@ -32,11 +32,6 @@ from service.tracing.price import DirectionPlan, predict_trace, segments_of
 from service.tracing.trace import trace_run
 
 DAMPINGS = (0.001, 0.01, 0.1, 1.0)
-PLANS = {
-    "half": DirectionPlan(),
-    "whole Hessian": DirectionPlan(curvature="hessian"),
-}
-
 Scores = Float[np.ndarray, "question row"]
 
 
@@ -58,8 +53,7 @@ class Scored:
 def all_scores(task: Task, out: Path) -> dict[str, Scored]:
     """By name of estimator; "run" is the exact derivative."""
     found = {"run": _traced(task, out / "trace")}
-    for label, plan in PLANS.items():
-        found |= _directed(task, out / f"directions-{plan.curvature}", label, plan)
+    found |= _directed(task, out / "directions", DirectionPlan())
     found |= _of_last_gradient(task)
     return {**found, **_at_the_end(task)}
 
@@ -80,7 +74,7 @@ def _kept(folder: Path, cost: float) -> float:
     return float(path.read_text())
 
 
-def _directed(task: Task, folder: Path, label: str, plan: DirectionPlan) -> dict[str, Scored]:
+def _directed(task: Task, folder: Path, plan: DirectionPlan) -> dict[str, Scored]:
     price = predict_trace(task.run, task.model, task.questions, plan)
     start = time.process_time()
     found = trace_directions(task.run, task.model, task.questions, folder, {}, plan, show_progress)
@@ -90,9 +84,9 @@ def _directed(task: Task, folder: Path, label: str, plan: DirectionPlan) -> dict
     every, linear = _met(task, parts)
     weights = found.weights.numpy()[None]
     return {
-        f"direction by epoch, {label}": Scored(values=(every * weights).sum(1), **given),
-        f"one direction, {label}": Scored(values=every.sum(1), **given),
-        f"one direction, {label}, linear layers": Scored(values=linear.sum(1), **given),
+        "direction by epoch": Scored(values=(every * weights).sum(1), **given),
+        "one direction": Scored(values=every.sum(1), **given),
+        "one direction, linear layers": Scored(values=linear.sum(1), **given),
     }
 
 
