@@ -17,8 +17,8 @@ from estimators.run.recorded import Group, OptimizerName, Recipe
 SMALLEST = 0.1
 """Of a tensor's mean second moment, for each of its entries, where a scaling is a constant.
 
-A row that is the first to move an entry adds its own gradient to the moment that it is divided by, so
-that it moves the entry by about the rate, however small the moment was. Without a floor it would
+A row that is the first to move an entry adds its own gradient to the moment that it is divided by,
+so that it moves the entry by about the rate, however small the moment was. Without a floor it would
 seem to move it by its gradient over nothing: docs/decisions/2026-11-30-run-direction.md.
 """
 
