@@ -372,8 +372,28 @@ def shares() -> list[str]:
     ]
 
 
-def through_run() -> list[str]:
+def one_run() -> list[str]:
     record = newest("run")
+    labels = {"run": "the run itself (`etymon trace`)", "dot product": "`identity` (dot product)"}
+
+    def lds(row: Record, share: int) -> str:
+        low, high = row[f"lds_{share}_low"], row[f"lds_{share}_high"]
+        return f"{row[f'lds_{share}']:.3f} ({low:.2f} to {high:.2f})"
+
+    passages = [
+        f"{record['trainings_a_query']:.2f} trainings a question",
+        record["task"],
+        "| scores | LDS, 5 % left out | LDS, half left out | top 20 shared with the run's |",
+    ]
+    for row in record["rows"]:
+        label = labels.get(row["estimator"], row["estimator"].replace("ekfac,", "`ekfac`,"))
+        told = [lds(row, 5), lds(row, 50), f"{row['top20_shared']:.2f}", f"{row['slope']:.2g}"]
+        passages.append(f"| {label} | {' | '.join(told)} |")
+    return passages
+
+
+def through_run() -> list[str]:
+    record = newest("through_run")
     heading = (
         "| scores | LDS, 5 % left out | LDS, half left out | top 20 shared with the run's | slope"
     )
@@ -410,7 +430,7 @@ FIGURES: dict[str, tuple[Callable[[], list[str]], ...]] = {
     "README.md": (demo,),
     MEASURED: (
         *(kronfluence, coverage, usefulness, kills, build, search, service, prediction),
-        *(demo_costs, recall, one_index, plausibility, shares, through_run),
+        *(demo_costs, recall, one_index, plausibility, shares, one_run, through_run),
     ),
 }
 """By document, what it must contain of the records."""

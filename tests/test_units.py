@@ -73,6 +73,8 @@ MEASURED = (
     r"Next-token negative log-likelihoods in nats, at the position that predicts",
     r"Negative log-probability of the labels, in nats",
     r"The loss of each sequence in nats",
+    # changes of runs that were repeated
+    r"its top 20 left out, nats",
     # gains of a training step that was made
     r"gain, nats",
     # what a measured scale says: fields, and the sentences that show them

@@ -39,7 +39,7 @@ def main(
     questions: Annotated[int, typer.Option(help="Of each fine-tuning.")] = 12,
     reruns: Annotated[int, typer.Option(help="For each share of rows left out.")] = 32,
     removed: Annotated[int, typer.Option(help="Questions whose best rows are left out.")] = 4,
-    record: Annotated[bool, typer.Option(help="Write docs/benchmarks/run_*.json.")] = True,
+    record: Annotated[bool, typer.Option(help="Write docs/benchmarks/through_run_*.json.")] = True,
 ) -> None:
     """LDS of every estimator, by task: rank correlation of predicted and measured log p.
 
@@ -69,7 +69,7 @@ def main(
         }
     document = {"tasks": facts, "rows": [{**row, "commit": revision()} for row in found]}
     if record:
-        stderr.print(f"Record: {write_record('run', document)}")
+        stderr.print(f"Record: {write_record('through_run', document)}")
     print_json(document)
 
 
