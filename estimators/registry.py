@@ -32,10 +32,6 @@ SCORERS = {
 TRACED = ("run",)
 """Those of them whose scores are influences, known of every row before the question is asked."""
 
-RUN_DIRECTION = "run-direction"
-THROUGH_RUN = ("run", RUN_DIRECTION)
-"""Estimators that answer questions which were traced through the training run, in nats."""
-
 PROPOSERS = {
     "bm25": "estimators.scorers.bm25:BM25",
     "run": "estimators.scorers.run:RunInfluence",

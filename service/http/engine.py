@@ -10,7 +10,7 @@ from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
 
-from estimators.registry import THROUGH_RUN
+from estimators.names import THROUGH_RUN
 from index.current import current_folder
 from index.manifest import FILE_NAME as MANIFEST
 from index.manifest import Manifest

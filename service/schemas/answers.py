@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from estimators.registry import RUN_DIRECTION
+from estimators.names import RUN_DIRECTION
 from index.certificates.statement import Certificate, Share
 from service.schemas.queries import QueryRequest, Schema
 from service.search.answer import Answer, Effect, JointRemoval, MeasuredTerm, Result

@@ -13,10 +13,10 @@ from estimators.chosen import (
 )
 from estimators.contracts import Factors, Proposer
 from estimators.grounds import Cache, Grounds, MemoryCache, Parameter, Traced, Unavailable
+from estimators.names import THROUGH_RUN
 from estimators.registry import (
     OPERATORS,
     SCORERS,
-    THROUGH_RUN,
     TRACED,
     estimator_class,
     proposer_class,

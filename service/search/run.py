@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from estimators.chosen import GradientEstimator, RowEstimator, TracedEstimator
 from estimators.grounds import Questions
-from estimators.registry import RUN_DIRECTION
+from estimators.names import RUN_DIRECTION
 from estimators.rescoring import ScoreParts
 from index.certificates.statement import Certificate, Share, no_share
 from service.scoring.effect import (

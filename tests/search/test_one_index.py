@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from estimators.registry import OPERATORS, RUN_DIRECTION
+from estimators.names import RUN_DIRECTION
+from estimators.registry import OPERATORS
 from service.scoring.exhaustive import exact_scores
 from service.search.opening import open_index
 from service.search.query import Query
