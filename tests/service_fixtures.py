@@ -66,17 +66,11 @@ def corpus_rows() -> list[dict[str, str]]:
     return [{**row, "licence": "none"} for row in rows]
 
 
-def make_model(folder: Path) -> Workspace:
-    """Write the corpus and a two-block GPT-2 of width 24 that was trained on it for a second."""
-    rows = corpus_rows()
-    corpus = folder / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    texts = [row["text"] for row in rows]
-    tokenizer = byte_level_tokenizer(texts)
+def two_blocks(vocabulary: int, end: int) -> GPT2LMHeadModel:
+    """A GPT-2 of width 24 without dropout, not trained."""
     torch.manual_seed(0)
-    end = tokenizer.convert_tokens_to_ids(END)
     config = GPT2Config(
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary,
         n_positions=CONTEXT,
         n_embd=24,
         n_layer=2,
@@ -88,7 +82,18 @@ def make_model(folder: Path) -> Workspace:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
     )
-    model = GPT2LMHeadModel(config)
+    return GPT2LMHeadModel(config)
+
+
+def make_model(folder: Path) -> Workspace:
+    """Write the corpus and a two-block GPT-2 of width 24 that was trained on it for a second."""
+    rows = corpus_rows()
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [row["text"] for row in rows]
+    tokenizer = byte_level_tokenizer(texts)
+    end = tokenizer.convert_tokens_to_ids(END)
+    model = two_blocks(len(tokenizer), end)
     _train(model, [tokenizer(text)["input_ids"] for text in texts if text], end)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

@@ -423,7 +423,7 @@ def run_line(row: Record) -> str:
     told = [lds(5), lds(50), number("top20_shared", ".2f"), number("slope", ".2g")]
     told += [number("removal_change", "+.2f"), number("trainings_a_query", ".2f")]
     label = labels.get(row["estimator"], row["estimator"])
-    return f"| {label} | {' | '.join(told)} |".replace("|  |", "| |").replace("|  |", "| |")
+    return flat(f"| {label} | {' | '.join(told)} |")
 
 
 FIGURES: dict[str, tuple[Callable[[], list[str]], ...]] = {

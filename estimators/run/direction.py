@@ -7,7 +7,9 @@ weight. Averaged over the steps of a segment of the run this is a direction, who
 with the gradient of any row, of the final model say, is the influence in nats of f of that row,
 read once in the segment at a step drawn at random.
 
-Engstrom et al. 2025 for the exact adjoint; the fixed scaling and the average are this project's.
+A second moment of nearly nothing counts as a tenth of its tensor's mean: see
+``estimators.run.updates.SMALLEST``. Engstrom et al. 2025 for the exact adjoint; the fixed scaling
+and the average are this project's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,6 +27,21 @@ from estimators.run.recorded import Recipe, Row, State, Step
 from estimators.run.updates import scaling
 
 Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionPlan:
+    """How directions are found.
+
+    Attributes:
+        curvature: of the steps: Gauss-Newton's of half of each batch, or the whole Hessian.
+        segments: parts of the run, each with a direction of its own; None takes one an epoch.
+        seed: of the rows that stand for a batch.
+    """
+
+    curvature: Curvature = "gauss-newton"
+    segments: int | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

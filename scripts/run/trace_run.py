@@ -3,7 +3,7 @@
 import csv
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,19 +13,19 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from estimators.run.direction import segment_count
+from estimators.run.direction import DirectionPlan, segment_count
 from index.files import write_whole
 from scripts.console import one_sentence_errors, print_json, print_plain, show_logs, show_progress
 from scripts.console import stderr as screen
 from scripts.texts import printable
 from service.checkpoints import ModelSource, read_tokenizer
-from service.models import context_of
+from service.models import BadQuery, context_of
 from service.run.errors import RunMismatch
 from service.run.folder import RecordedRun
 from service.run.loading import load_first_model
 from service.run.replay import retrain
-from service.tracing.directions import trace_directions
-from service.tracing.price import DirectionPlan, TracePrice, predict_trace
+from service.tracing.directions import RunDirections, trace_directions
+from service.tracing.price import TracePrice, predict_trace
 from service.tracing.questions import AskedQuestion, read_questions
 from service.tracing.trace import Trace, measured_values, trace_run
 
@@ -111,6 +111,9 @@ def main(
     """
     show_logs()
     start = time.perf_counter()
+    scored = {"--check": check > 0, "--epochs": epochs, "--tokens": tokens}
+    scored["--readings"] = readings is not None
+    _check_together(scored, direction=direction, exact=exact)
     recorded = RecordedRun.open(run)
     asked = read_questions(questions)
     source = recorded.model if model is None else ModelSource.of(model)
@@ -138,17 +141,7 @@ def main(
             checkpoint_seconds,
             source=source,
         )
-        _warn_of_growth(kept.norms)
-        print_json(
-            {
-                "out": str(out),
-                "questions": len(asked),
-                "segments": len(kept.weights),
-                "values": kept.values,
-                "adjoint_norms": [[norms[-1], norms[0]] for norms in kept.norms],
-                "seconds": time.perf_counter() - start,
-            }
-        )
+        _report_directions(kept, out, start)
         return
     found = trace_run(
         recorded,
@@ -176,6 +169,34 @@ def main(
             "values": found.values,
             "adjoint_norms": [[norms[-1], norms[0]] for norms in found.norms.tolist()],
             "check": checked,
+            "seconds": time.perf_counter() - start,
+        }
+    )
+
+
+def _check_together(given: Mapping[str, bool], *, direction: bool, exact: bool) -> None:
+    """Refuse options that would be left out in silence."""
+    useless = [name for name, value in given.items() if value]
+    if direction and useless:
+        raise BadQuery(
+            f"{' and '.join(useless)} need the influence of rows, and --direction scores none; "
+            f"leave one of them out, or trace twice into the same folder."
+        )
+    if exact and not direction:
+        raise BadQuery(
+            "--exact chooses the curvature of --direction; without that every trace is exact."
+        )
+
+
+def _report_directions(found: RunDirections, out: Path, start: float) -> None:
+    _warn_of_growth(found.norms)
+    print_json(
+        {
+            "out": str(out),
+            "questions": len(found.values),
+            "segments": len(found.weights),
+            "values": found.values,
+            "adjoint_norms": [[norms[-1], norms[0]] for norms in found.norms],
             "seconds": time.perf_counter() - start,
         }
     )

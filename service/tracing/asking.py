@@ -19,8 +19,7 @@ import service
 from service.run.errors import RunFault
 from service.tracing.parts import fingerprint_of
 from service.tracing.served import ServedTrace, check_run, untraced
-from service.tracing.walk import Question
-from service.tracing.worker import as_json
+from service.tracing.walk import Question, as_json
 
 ROOT = Path(service.__file__).parents[1]
 WORKER = (sys.executable, "-m", "service.tracing.worker")

@@ -1,7 +1,7 @@
 """The run's direction for each question: what gradients of any rows meet, in nats."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,20 @@ from torch import Tensor, nn
 from estimators.model.progress import Progress, no_progress
 from estimators.run.adjoint import Adjoint
 from estimators.run.direction import (
+    DirectionPlan,
     Directions,
     StepBack,
     direction_back,
     reading_weights,
 )
 from estimators.run.recorded import State
+from estimators.run.updates import SMALLEST
 from index.files import exclusive, read_sealed, sha256_of, write_sealed, write_whole
 from service.checkpoints import ModelSource
 from service.run.errors import RunMismatch
 from service.run.folder import RecordedRun
 from service.tracing.carried import Timed, carry
-from service.tracing.price import DirectionPlan, predict_trace, segments_of
+from service.tracing.price import predict_trace, segments_of
 from service.tracing.walk import Parameters, Question, Walk, check_same, trace_facts
 
 MANIFEST = "directions.json"
@@ -42,6 +44,7 @@ class RunDirections:
         norms: of each question's adjoint before each step, then after the last: [question][step].
         files: of each question its file and that one's SHA-256.
         weights: how much each row of the run was read in each segment, 1 for once.
+        checked: files whose hashes were compared; they are large.
     """
 
     folder: Path
@@ -49,6 +52,7 @@ class RunDirections:
     norms: list[list[float]]
     files: Sequence[tuple[str, str]]
     weights: Float[Tensor, "segment row"]
+    checked: set[str] = field(default_factory=set, compare=False)
 
     def segments(self, question: int) -> list[dict[str, Tensor]]:
         """A question's direction in each segment, by name of parameter.
@@ -61,8 +65,10 @@ class RunDirections:
         """
         name, sha256 = self.files[question]
         path = self.folder / name
-        if not path.is_file() or sha256_of(path) != sha256:
-            raise RunMismatch(f"{path} is missing or was changed; trace the run again.")
+        if name not in self.checked:
+            if not path.is_file() or sha256_of(path) != sha256:
+                raise RunMismatch(f"{path} is missing or was changed; trace the run again.")
+            self.checked.add(name)
         found: list[dict[str, Tensor]] = [{} for _ in range(len(self.weights))]
         for key, value in load_file(path).items():
             segment, parameter = key.split("|", 1)
@@ -107,7 +113,11 @@ def trace_directions(
             precision has no faithful derivative.
     """
     plan = plan or DirectionPlan()
-    facts = {**trace_facts(run, questions, about), "plan": asdict(plan)}
+    facts = {
+        **trace_facts(run, questions, about),
+        "plan": asdict(plan),
+        "smallest_moment": SMALLEST,
+    }
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
         if (out / MANIFEST).is_file():

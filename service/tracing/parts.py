@@ -14,13 +14,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from estimators.grounds import Questions
-from estimators.model.tokens import Sequence1D
 from index.files import read_sealed, sha256_of
 from service.run.errors import RunMismatch
 from service.tracing.directions import MANIFEST as DIRECTIONS
-from service.tracing.directions import read_directions
+from service.tracing.directions import RunDirections, read_directions
 from service.tracing.trace import INFLUENCES, MANIFEST
-from service.tracing.walk import Question
+from service.tracing.walk import Question, from_json
 
 MORE = "more"
 """Folder in a trace with traces of further questions, each in a folder of its own."""
@@ -49,10 +48,8 @@ class TracedFolder:
     @cached_property
     def numbers(self) -> Mapping[str, int]:
         """Of its questions, by their fingerprints."""
-        return {
-            fingerprint_of([(Sequence1D(tokens=tuple(t), first_target=f), w) for t, f, w in one]): n
-            for n, one in enumerate(self.manifest["questions"])
-        }
+        questions = map(from_json, self.manifest["questions"])
+        return {fingerprint_of(one): number for number, one in enumerate(questions)}
 
 
 class TraceFolder(TracedFolder):
@@ -93,12 +90,18 @@ class DirectionFolder(TracedFolder):
         Raises:
             RunMismatch: there are none, they were changed, or carry nothing of their run.
         """
-        read_directions(folder)
-        return cls(folder=folder, manifest=_manifest(folder / DIRECTIONS))
+        found = cls(folder=folder, manifest=_manifest(folder / DIRECTIONS))
+        found.directions  # noqa: B018 - read and checked here
+        return found
+
+    @cached_property
+    def directions(self) -> RunDirections:
+        """Of all its questions."""
+        return read_directions(self.folder)
 
     def direction(self, number: int) -> Mapping[str, Tensor]:
         """Of a question, by name of parameter."""
-        return read_directions(self.folder).whole(number)
+        return self.directions.whole(number)
 
     @cached_property
     def parameters(self) -> Mapping[str, int]:

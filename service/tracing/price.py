@@ -10,28 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from estimators.run.adjoint import final_adjoint, step_back
-from estimators.run.curvature import Curvature
-from estimators.run.direction import StepBack, direction_back, segment_count
+from estimators.run.direction import DirectionPlan, StepBack, direction_back, segment_count
 from estimators.run.passes import advance, trainable
 from estimators.run.recorded import State
 from service.run.folder import RecordedRun
 from service.run.optimizers import named_parameters
 from service.tracing.walk import Question, check_precision, on_device
-
-
-@dataclass(frozen=True, kw_only=True)
-class DirectionPlan:
-    """How directions are found.
-
-    Attributes:
-        curvature: of the steps: Gauss-Newton's of half of each batch, or the whole Hessian.
-        segments: parts of the run, each with a direction of its own; None takes one an epoch.
-        seed: of the rows that stand for a batch.
-    """
-
-    curvature: Curvature = "gauss-newton"
-    segments: int | None = None
-    seed: int = 0
 
 
 def segments_of(run: RecordedRun, plan: DirectionPlan) -> int:

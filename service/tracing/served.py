@@ -14,6 +14,7 @@ from torch import Tensor
 
 from estimators.grounds import Untraced
 from estimators.model.layers import LinearLayer
+from estimators.names import RUN_DIRECTION
 from index.examples import ExampleStore
 from index.files import sha256_of
 from service.checkpoints import ModelSource
@@ -27,8 +28,6 @@ from service.tracing.walk import Question
 
 KEPT = 8
 """Questions whose influences are kept in memory."""
-KINDS = {"run": TraceFolder, "run-direction": DirectionFolder}
-"""What an estimator needs to be traced."""
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +117,7 @@ class ServedTrace:
         with self._turn:
             place = self._directions.place(fingerprint, self.sha256)
         if place is None:
-            raise Untraced(self._price("run-direction"))
+            raise Untraced(self._price(RUN_DIRECTION))
         return place[0].direction(place[1])
 
     @property
@@ -128,10 +127,12 @@ class ServedTrace:
         return {} if first is None else first.parameters
 
     def has(self, fingerprint: str, estimator: str = "run") -> bool:
-        """Whether a question was traced, by now, for one of ``KINDS``."""
-        parts = self._directions if estimator == "run-direction" else self._traces
+        """Whether a question was traced, by now, for an estimator."""
         with self._turn:
-            return parts.place(fingerprint, self.sha256) is not None
+            return self._parts(estimator).place(fingerprint, self.sha256) is not None
+
+    def _parts(self, estimator: str) -> Parts[TraceFolder] | Parts[DirectionFolder]:
+        return self._directions if estimator == RUN_DIRECTION else self._traces
 
     def notes(self, fingerprint: str) -> tuple[str, ...]:
         """What to know of the influences on a question, a sentence each.
@@ -188,12 +189,16 @@ class ServedTrace:
             return self._cached[fingerprint]
 
     def _price(self, estimator: str) -> str:
-        directed = self._directions.first if estimator == "run-direction" else None
-        price = (self.facts if directed is None else directed.manifest)["price"]
-        takes = (
-            f"tracing it takes about {_duration(price['seconds'])}, "
-            f"{price['trainings_a_question']:.1f} trainings"
+        takes, first = (
+            "what it takes is not known before one was traced",
+            self._parts(estimator).first,
         )
+        if first is not None:
+            price = first.manifest["price"]
+            takes = (
+                f"tracing it takes about {_duration(price['seconds'])}, "
+                f"{price['trainings_a_question']:.1f} trainings"
+            )
         if (self.run / FINISHED).is_file():
             return (
                 f"This question was not traced through the run; ask it as a job (POST /v1/jobs): "

@@ -216,6 +216,16 @@ def check_precision(run: RecordedRun) -> None:
         )
 
 
+def as_json(question: Question) -> list[Any]:
+    """A question as it is written and sent."""
+    return [[list(map(int, s.tokens)), s.first_target, weight] for s, weight in question]
+
+
+def from_json(question: list[Any]) -> Question:
+    """What ``as_json`` gave."""
+    return [(Sequence1D(tokens=tuple(t), first_target=first), w) for t, first, w in question]
+
+
 def trace_facts(
     run: RecordedRun, questions: Sequence[Question], about: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -223,7 +233,7 @@ def trace_facts(
     return {
         "schema": SCHEMA,
         "run_sha256": sha256_of(run.folder / FINISHED),
-        "questions": [[[list(s.tokens), s.first_target, w] for s, w in q] for q in questions],
+        "questions": [as_json(question) for question in questions],
         "about": dict(about),
     }
 

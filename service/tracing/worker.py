@@ -11,26 +11,16 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from estimators.model.tokens import Sequence1D
+from estimators.names import RUN_DIRECTION
 from service.checkpoints import ModelSource
 from service.run.folder import RecordedRun
 from service.run.loading import load_first_model
 from service.tracing.directions import trace_directions
 from service.tracing.trace import trace_run
-from service.tracing.walk import Question
+from service.tracing.walk import from_json
 
 NICENESS = 10
 """Added to the process's own; others get the processors first."""
-
-
-def as_json(question: Question) -> list[Any]:
-    """A question as it is sent."""
-    return [[list(map(int, s.tokens)), s.first_target, weight] for s, weight in question]
-
-
-def from_json(question: list[Any]) -> Question:
-    """What ``as_json`` gave."""
-    return [(Sequence1D(tokens=tuple(t), first_target=first), w) for t, first, w in question]
 
 
 def trace(order: dict[str, Any]) -> None:
@@ -44,7 +34,7 @@ def trace(order: dict[str, Any]) -> None:
     source = order["source"] and ModelSource(**order["source"])
     model = load_first_model(run, source)
     questions = [from_json(one) for one in order["questions"]]
-    work = trace_directions if order["estimator"] == "run-direction" else trace_run
+    work = trace_directions if order["estimator"] == RUN_DIRECTION else trace_run
     work(run, model, questions, Path(order["out"]), {}, source=source)
 
 

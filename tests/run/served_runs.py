@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from estimators.curvature.fitting import fit_estimator
 from estimators.model.tokens import Sequence1D
@@ -25,7 +25,7 @@ from service.run.recorder import record_run
 from service.settings import Settings
 from service.tracing.questions import AskedQuestion
 from service.tracing.trace import Trace, trace_run
-from tests.service_fixtures import CONTEXT, COUNTRIES, END, byte_level_tokenizer
+from tests.service_fixtures import CONTEXT, COUNTRIES, END, byte_level_tokenizer, two_blocks
 
 PROMPT = "The capital of Peru is"
 TRACED = AskedQuestion(prompt=PROMPT, completion=" Lima")
@@ -116,21 +116,7 @@ def _record(first: Path, last: Path, run: Path) -> None:
     texts = [*facts(), TWICE, MISSING]
     tokenizer = byte_level_tokenizer(texts)
     end = tokenizer.convert_tokens_to_ids(END)
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=CONTEXT,
-        n_embd=24,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=end,
-        eos_token_id=end,
-        pad_token_id=end,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
-    GPT2LMHeadModel(config).save_pretrained(first)
+    two_blocks(len(tokenizer), end).save_pretrained(first)
     model = AutoModelForCausalLM.from_pretrained(first).train()
     rows = [tokenizer(text)["input_ids"] for text in texts]
     width = max(map(len, rows))

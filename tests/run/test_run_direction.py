@@ -14,13 +14,13 @@ from estimators.model.layers import find_layers
 from estimators.model.selection import LayerSelection
 from estimators.model.tokens import Sequence1D, collate
 from estimators.rescoring import score_batch
+from estimators.run.direction import DirectionPlan
 from service.http.app import create_app
 from service.models import load_model
 from service.run.folder import RecordedRun
 from service.run.loading import load_first_model
 from service.run.recorder import RunRecorder
 from service.tracing.directions import RunDirections, read_directions, trace_directions
-from service.tracing.price import DirectionPlan
 from service.tracing.questions import AskedQuestion
 from tests.run.served_runs import CONTRAST, PROMPT, TRACED, ServedRun, build, facts, settings
 from tests.run.trainings import load, make_model, texts, train

@@ -22,7 +22,7 @@ from service.schemas.answers import QueryResponse
 from service.tracing import asking
 from service.tracing.served import MORE
 from service.tracing.trace import MANIFEST
-from service.tracing.worker import as_json
+from service.tracing.walk import as_json
 from tests.run.served_runs import (
     MISSING,
     PROMPT,

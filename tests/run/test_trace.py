@@ -200,6 +200,13 @@ def test_the_command_prints_rows_and_checks_itself(tmp_path: Path) -> None:
     assert directed.exit_code == 0, directed.stderr
     assert json.loads(directed.stdout.splitlines()[-1])["segments"] == 4
     assert read_directions(tmp_path / "more").values == read.values
+    for more, told in (
+        (["--direction", "--tokens", "--check", "1"], "--check and --tokens need the influence"),
+        (["--exact"], "--exact chooses the curvature of --direction"),
+    ):
+        refused = CliRunner().invoke(command.app, [*places, *more])
+        assert refused.exit_code == 1
+        assert told in refused.stderr
     wrong = CliRunner().invoke(command.app, [*places[:1], str(tmp_path / "none"), *places[2:]])
     assert wrong.exit_code == 1
     assert "There is no file" in wrong.stderr

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
+from estimators.run.direction import DirectionPlan
 from estimators.run.passes import batch_losses, put, trainable
 from estimators.run.recorded import Batch
 from service.run.errors import RunMismatch
@@ -21,7 +22,7 @@ from service.tracing.directions import (
     read_directions,
     trace_directions,
 )
-from service.tracing.price import DirectionPlan, predict_trace
+from service.tracing.price import predict_trace
 from service.tracing.trace import trace_run
 from tests.run.test_trace import QUESTIONS, interrupted
 from tests.run.trainings import load, make_model, train
@@ -108,6 +109,7 @@ def test_directions_stand_beside_a_trace_and_are_checked(run: RecordedRun, tmp_p
         trace_directions(run, model, QUESTIONS[:1], tmp_path, {}, WHOLE)
     path = tmp_path / found.files[0][0]
     path.write_bytes(path.read_bytes()[:-1])
+    found = read_directions(tmp_path)
     with pytest.raises(RunMismatch, match=r"direction-0000.safetensors is missing or was changed"):
         found.segments(0)
 

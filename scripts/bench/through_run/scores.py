@@ -15,7 +15,7 @@ from estimators.curvature.fitting import fit_estimator
 from estimators.model.selection import LayerSelection
 from estimators.model.tokens import Sequence1D
 from estimators.run.adjoint import final_adjoint
-from estimators.run.direction import Directions, reading_weights
+from estimators.run.direction import DirectionPlan, Directions, reading_weights
 from estimators.run.passes import batch_losses, put, trainable
 from estimators.run.recorded import Batch, Row
 from estimators.run.updates import scaling
@@ -28,7 +28,7 @@ from service.run.optimizers import named_parameters
 from service.scoring.estimators import Estimators
 from service.scoring.exhaustive import exact_scores
 from service.tracing.directions import trace_directions
-from service.tracing.price import DirectionPlan, predict_trace, segments_of
+from service.tracing.price import predict_trace, segments_of
 from service.tracing.trace import trace_run
 
 DAMPINGS = (0.001, 0.01, 0.1, 1.0)
