@@ -13,7 +13,7 @@ from scripts.console import one_sentence_errors, print_json, print_plain, show_l
 from service.checkpoints import ModelSource, UnusableModel, read_tokenizer
 from service.run.folder import RecordedRun
 from service.run.loading import load_first_model
-from service.run.replay import Comparison, replay, retrain
+from service.run.replay import Comparison, record_without, replay, retrain
 from service.run.weights import read_weights
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -40,6 +40,13 @@ def main(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the model as it is after the last step.")
     ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --weights that are 0 or 1: folder for the record of this training, which is "
+            "a run without the rows of weight 0."
+        ),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(help="Where to compute, e.g. cpu or cuda; where it was by default."),
@@ -48,7 +55,8 @@ def main(
     r"""Make a recorded run again and compare it with every state that was kept.
 
     With --weights it is a retraining: a row of weight 0 is left out, but
-    keeps its place in batches.
+    keeps its place in batches. With --record too, that training can be traced
+    in its turn, e.g. to learn which of the rows left out it should have read.
 
     Example:
     etymon replay runs/mine/run --weights without.jsonl --out runs/mine/without
@@ -57,12 +65,15 @@ def main(
     start = time.perf_counter()
     recorded = RecordedRun.open(run)
     chosen = None if weights is None else read_weights(weights, recorded.rows)
+    left_out = None if record is None else _left_out(chosen)
     source = recorded.model if model is None else ModelSource.of(model)
     loaded: Any = load_first_model(recorded, source, device=device)
     comparison = None
     if chosen is None:
         state, comparison = replay(recorded, loaded, show_progress)
         _show(comparison, recorded)
+    elif record is not None and left_out is not None:
+        state = record_without(recorded, loaded, left_out, record, show_progress)
     else:
         state = retrain(recorded, loaded, chosen, show_progress)
     if out is not None:
@@ -76,9 +87,19 @@ def main(
             **_compared(comparison),
             "trained_sha256": fingerprint_tensors(state.parameters),
             "out": out and str(out),
+            "record": record and str(record),
             "seconds": time.perf_counter() - start,
         }
     )
+
+
+def _left_out(weights: Sequence[float] | None) -> list[int]:
+    if weights is None or not set(weights) <= {0.0, 1.0}:
+        raise ValueError(
+            "--record needs --weights that are 0 or 1: a record holds the rows that were read, not "
+            "how much they weighed."
+        )
+    return [row for row, weight in enumerate(weights) if weight == 0.0]
 
 
 def _show(comparison: Comparison, run: RecordedRun) -> None:

@@ -1,20 +1,25 @@
-"""A recorded run made again: as it was, or with other weights of its rows."""
+"""A recorded run made again: as it was, with other weights of its rows, or without some."""
 
 import collections
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from estimators.model.progress import Progress, no_progress
-from estimators.run.recorded import UNCOUNTED, Batch, State
+from estimators.run.recorded import UNCOUNTED, Batch, State, Step
+from index.files import exclusive
 from service.run.errors import RunMismatch
 from service.run.folder import RecordedRun
 from service.run.loading import in_training, put_first
 from service.run.optimizers import build_optimizer, named_parameters, state_of, trained_names
+from service.run.recording import check_room
+from service.run.writing import RunWriter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +92,78 @@ def replay(
                 largest = max(largest, difference)
     comparison = Comparison(states=compared, first_difference=first, largest_difference=largest)
     return _copied(state), comparison
+
+
+def record_without(
+    run: RecordedRun,
+    model: nn.Module,
+    left_out: Collection[int],
+    folder: Path,
+    progress: Progress = no_progress,
+) -> State:
+    """Train again without some rows, and record that as a run of its own.
+
+    It can be replayed and traced like any other. Passes keep their width, and what losses are
+    divided by; rows keep their ids, and are numbered as they are read. The model is left in the
+    last state.
+
+    Args:
+        run: the run.
+        model: the run's, in any state.
+        left_out: numbers of rows.
+        folder: for the new run.
+        progress: shows how far it is.
+
+    Returns:
+        The last state, copied.
+
+    Raises:
+        RunMismatch: it is another model, or a step would read no row.
+        Unrecordable: the folder holds a run already.
+        RunFault: there is no room for the states.
+    """
+    absent = set(left_out)
+    rest = replace(run, steps=tuple(_step_without(s, absent, n) for n, s in enumerate(run.steps)))
+    put_first(run, model)
+    trained = {n: p for n, p in named_parameters(model).items() if n in trained_names(run.recipe)}
+    check_room(folder, run.recipe, trained, len(rest.steps), run.facts.every)
+    with exclusive(folder):
+        writer = RunWriter(folder, {row.tokens: row.id for row in run.rows})
+        writer.begin(run.facts)
+        state = run.state(0)
+        try:
+            for state in _states(rest, model, [1.0] * len(run.rows), progress):
+                if state.step:
+                    _write_step(writer, rest, rest.steps[state.step - 1])
+                if state.step % run.facts.every == 0:
+                    writer.state(state)
+            writer.finish(state)
+        except BaseException as error:
+            writer.stop(f"it ended with {type(error).__name__} {error}".strip() + ".")
+            raise
+    return _copied(state)
+
+
+def _step_without(step: Step, absent: Collection[int], number: int) -> Step:
+    batches = [
+        replace(batch, rows=tuple(row for row in batch.rows if row not in absent))
+        for batch in step.batches
+    ]
+    left = tuple(batch for batch in batches if batch.rows)
+    if not left:
+        raise RunMismatch(
+            f"Step {number + 1} would read no row, so it would not be a step; leave fewer rows out."
+        )
+    return replace(step, batches=left)
+
+
+def _write_step(writer: RunWriter, run: RecordedRun, step: Step) -> None:
+    batches = []
+    for batch in step.batches:
+        rows = [run.rows[number] for number in batch.rows]
+        numbers = [writer.number(np.array(r.tokens), np.array(r.labels)) for r in rows]
+        batches.append(replace(batch, rows=tuple(numbers)))
+    writer.step(batches, step.rates)
 
 
 def difference_of(state: State, other: State) -> float | None:

@@ -16,11 +16,11 @@ from estimators.run.recorded import State
 from scripts import main
 from service.adapters import read_model
 from service.checkpoints import ModelSource
-from service.run.errors import RunMismatch
+from service.run.errors import RunCorrupt, RunMismatch
 from service.run.folder import RecordedRun
 from service.run.loading import load_first_model
 from service.run.recorder import RunRecorder, record_run
-from service.run.replay import Comparison, replay, retrain
+from service.run.replay import Comparison, record_without, replay, retrain
 from service.run.weights import read_weights
 from tests.run.trainings import ROWS, batches, load, loop, make_model, train
 
@@ -196,6 +196,44 @@ def test_one_model_is_trained_again_and_again(run: RecordedRun, folders: dict[st
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_training_without_rows_is_a_run_of_its_own(run: RecordedRun, tmp_path: Path) -> None:
+    """Steps, widths and divisors stay; it is what weights of 0 give, and is made again alike."""
+    left_out = {1, 6}
+    state = record_without(run, load_first_model(run), left_out, tmp_path / "rest")
+    expected = retrain(run, load_first_model(run), [float(r not in left_out) for r in range(ROWS)])
+    for name, value in expected.parameters.items():
+        torch.testing.assert_close(state.parameters[name], value, rtol=1e-4, atol=2e-6)
+    rest = RecordedRun.open(tmp_path / "rest")
+    assert [row.id for row in rest.rows] == [
+        row.id for number, row in enumerate(run.rows) if number not in left_out
+    ]
+    assert rest.state_steps == run.state_steps
+    for step, before in zip(rest.steps, run.steps, strict=True):
+        assert step.rates == before.rates
+        assert [b.divisor for b in step.batches] == [b.divisor for b in before.batches]
+        assert [b.width for b in step.batches] == [b.width for b in before.batches]
+    last, comparison = replay(rest, load_first_model(rest))
+    assert identical(comparison, len(rest.state_steps))
+    assert same(last, state)
+
+
+def test_a_step_that_would_read_no_row_is_refused(run: RecordedRun, tmp_path: Path) -> None:
+    with pytest.raises(RunMismatch, match="Step 2 would read no row"):
+        record_without(run, load_first_model(run), {2, 3}, tmp_path / "rest")
+    assert not (tmp_path / "rest").exists()
+
+
+def test_a_recording_that_is_interrupted_says_so(run: RecordedRun, tmp_path: Path) -> None:
+    def stops(name: str, items: Any) -> Any:
+        yield from list(items)[:3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        record_without(run, load_first_model(run), {1}, tmp_path / "rest", stops)
+    with pytest.raises(RunCorrupt, match="ended after 3 steps"):
+        RecordedRun.open(tmp_path / "rest")
+
+
 def test_a_difference_is_told_with_its_step(
     run: RecordedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,3 +387,25 @@ def test_the_command_refuses_in_a_sentence(tmp_path: Path) -> None:
     code, said, told = invoke(str(tmp_path))
     assert (code, said) == (1, "")
     assert told.startswith("error: There is no recorded run in")
+
+
+def test_the_command_records_a_training_without_rows(run: RecordedRun, tmp_path: Path) -> None:
+    weights, rest = tmp_path / "weights.jsonl", tmp_path / "rest"
+    weights.write_text('{"row": 0, "weight": 0}\n')
+    code, said, _ = invoke(str(run.folder), "--weights", str(weights), "--record", str(rest))
+    assert code == 0
+    assert json.loads(said)["record"] == str(rest)
+    assert len(RecordedRun.open(rest).rows) == ROWS - 1
+
+
+@pytest.mark.parametrize("lines", [None, '{"row": 0, "weight": 0.5}\n'])
+def test_a_record_of_part_of_a_row_is_refused(
+    lines: str | None, run: RecordedRun, tmp_path: Path
+) -> None:
+    arguments = [str(run.folder), "--record", str(tmp_path / "rest")]
+    if lines is not None:
+        (tmp_path / "weights.jsonl").write_text(lines)
+        arguments += ["--weights", str(tmp_path / "weights.jsonl")]
+    code, _, told = invoke(*arguments)
+    assert code != 0
+    assert "--record needs --weights that are 0 or 1" in told

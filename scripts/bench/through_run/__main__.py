@@ -11,6 +11,7 @@ from rich.table import Table
 from scipy import stats
 
 from scripts.bench.record import write_record
+from scripts.bench.through_run.additions import additions
 from scripts.bench.through_run.reruns import SHARES, Reruns, removals
 from scripts.bench.through_run.scores import Scored, all_scores
 from scripts.bench.through_run.tasks import MAKERS, Task, make_tasks
@@ -39,6 +40,7 @@ def main(
     questions: Annotated[int, typer.Option(help="Of each fine-tuning.")] = 12,
     reruns: Annotated[int, typer.Option(help="For each share of rows left out.")] = 32,
     removed: Annotated[int, typer.Option(help="Questions whose best rows are left out.")] = 4,
+    added: Annotated[int, typer.Option(help="Questions for which rows are added.")] = 8,
     record: Annotated[bool, typer.Option(help="Write docs/benchmarks/through_run_*.json.")] = True,
 ) -> None:
     """LDS of every estimator, by task: rank correlation of predicted and measured log p.
@@ -58,8 +60,10 @@ def main(
             | {"removal_change": changes.get(name)}
             for name, one in scores.items()
         ]
-        own.append({"task": task.name, "estimator": "random rows"})
+        own += [{"task": task.name, "estimator": name} for name in ("BM25", "random rows")]
         own[-1]["removal_change"] = changes["random rows"]
+        gains = _added(known, task, out / task.name / "half", min(added, questions))
+        own = [row | gains.get(row["estimator"], {}) for row in own]
         _show(task, own)
         found += own
         facts[task.name] = {
@@ -94,6 +98,23 @@ def _removed(known: Reruns, scores: Mapping[str, Scored], questions: int) -> dic
     values["random rows"] = generator.random(values["run"].shape)
     found = removals(known, values, questions, TOP)
     return {name: float(np.mean(one)) for name, one in found.items()}
+
+
+def _added(known: Reruns, task: Task, out: Path, questions: int) -> dict[str, dict[str, float]]:
+    """Mean change of questions, each one's top rows of those left out added, with an interval."""
+    if not questions:
+        return {}
+    found = {}
+    for name, changes in additions(task, out, known, questions, TOP).items():
+        low, high = stats.bootstrap(
+            (changes,), np.mean, rng=np.random.default_rng(0)
+        ).confidence_interval
+        found[name] = {
+            "addition_change": float(np.mean(changes)),
+            "addition_low": float(low),
+            "addition_high": float(high),
+        }
+    return found
 
 
 def _row(
@@ -148,7 +169,8 @@ def _show(task: Task, rows: Sequence[Mapping[str, Any]]) -> None:
     )
     table = Table(title="Predictions against repeated runs", title_justify="left")
     headings = ("estimator", "LDS, 5 % left out", "LDS, half", f"top {TOP} shared", "slope")
-    for heading in (*headings, f"top {TOP} left out", "trainings a question"):
+    more = (f"top {TOP} left out", f"{TOP} rows added", "trainings a question")
+    for heading in (*headings, *more):
         table.add_column(heading)
     for row in rows:
         cells = [
@@ -161,6 +183,7 @@ def _show(task: Task, rows: Sequence[Mapping[str, Any]]) -> None:
                 ("top20_shared", ".2f"),
                 ("slope", ".3g"),
                 ("removal_change", "+.2f"),
+                ("addition_change", "+.2f"),
                 ("trainings_a_query", ".2f"),
             )
         ]

@@ -55,7 +55,7 @@ def all_scores(task: Task, out: Path) -> dict[str, Scored]:
     found = {"run": _traced(task, out / "trace")}
     found |= _directed(task, out / "directions", DirectionPlan())
     found |= _of_last_gradient(task)
-    return {**found, **_at_the_end(task)}
+    return {**found, **at_the_end(task, task.run.rows)}
 
 
 def _traced(task: Task, folder: Path) -> Scored:
@@ -81,7 +81,7 @@ def _directed(task: Task, folder: Path, plan: DirectionPlan) -> dict[str, Scored
     cost = (time.process_time() - start) / task.training_seconds / len(task.questions)
     given = {"trainings": _kept(folder, cost), "peak_mb": price.peak_mb}
     parts = [found.segments(question) for question in range(len(task.questions))]
-    every, linear = _met(task, parts)
+    every, linear = met(task, task.run.rows, parts)
     weights = found.weights.numpy()[None]
     return {
         "direction by epoch": Scored(values=(every * weights).sum(1), **given),
@@ -90,15 +90,15 @@ def _directed(task: Task, folder: Path, plan: DirectionPlan) -> dict[str, Scored
     }
 
 
-def _met(
-    task: Task, parts: Sequence[Sequence[Mapping[str, Tensor]]]
+def met(
+    task: Task, rows: Sequence[Row], parts: Sequence[Sequence[Mapping[str, Tensor]]]
 ) -> tuple[Float[np.ndarray, "question segment row"], Float[np.ndarray, "question segment row"]]:
     """Each direction times the final model's gradient of each row: all of it, linear layers only.
 
     The embedding and the head, which is tied to it, are no linear layers here.
     """
     run, model = task.run, task.model
-    shape = (len(parts), len(parts[0]), len(run.rows))
+    shape = (len(parts), len(parts[0]), len(rows))
     every, linear = np.zeros(shape), np.zeros(shape)
     with trainable(model, run.recipe, named_parameters(model)) as parameters:
         put(parameters, run.state(len(run.steps)))
@@ -106,8 +106,8 @@ def _met(
         inside = {
             n for n, p in parameters.items() if p.ndim == 2 and not {"wte", "wpe"} & {*n.split(".")}
         }
-        for number, row in enumerate(show_progress("gradients of the last model", run.rows)):
-            gradient = _gradient(task, parameters, run.rows, number, row)
+        for number, row in enumerate(show_progress("gradients of the last model", rows)):
+            gradient = _gradient(task, parameters, rows, number, row)
             for name, own in gradient.items():
                 values = (tall[name] @ own.flatten()).numpy().reshape(shape[:2])
                 every[:, :, number] += values
@@ -141,14 +141,14 @@ def _of_last_gradient(task: Task) -> dict[str, Scored]:
             moments, held = run.state(near).moments, near
         scales = scaling(run.recipe, near - 1, step.rates, None, moments)
         sums.add(number, [{n: scales[n] * v for n, v in one.items()} for one in adjoints])
-    every, _ = _met(task, sums.found)
+    every, _ = met(task, run.rows, sums.found)
     weights = reading_weights(len(run.rows), run.steps, segments).numpy()[None]
     return {"Adam-scaled last gradient": Scored(values=(every * weights).sum(1))}
 
 
 @dataclass(frozen=True)
 class _Examples:
-    """The fine-tuning's rows as exact scoring asks for them."""
+    """Rows as exact scoring asks for them."""
 
     rows: Sequence[Row]
 
@@ -159,8 +159,13 @@ class _Examples:
         return self.rows[row].tokens
 
 
-def _at_the_end(task: Task) -> dict[str, Scored]:
-    """Scores by the last model alone: EK-FAC at several dampings, and the dot product."""
+def at_the_end(
+    task: Task, rows: Sequence[Row], dampings: Sequence[float] = DAMPINGS
+) -> dict[str, Scored]:
+    """Scores of rows by the last model alone: EK-FAC at several dampings, and the dot product.
+
+    EK-FAC's curvature is that of the rows that the run read.
+    """
     loaded = load_model(
         ModelSource.of(str(task.tuned)), layers=LayerSelection(patterns=task.layers)
     )
@@ -168,11 +173,11 @@ def _at_the_end(task: Task) -> dict[str, Scored]:
     fitted = fit_estimator(
         "ekfac", loaded.model, loaded.coverage.layers, sequences, progress=show_progress
     )
-    examples = cast(ExampleStore, _Examples(task.run.rows))
-    estimators = Estimators.of_factors(loaded, examples, "ekfac", fitted, DAMPINGS[0])
+    examples = cast(ExampleStore, _Examples(rows))
+    estimators = Estimators.of_factors(loaded, examples, "ekfac", fitted, dampings[0])
     chosen = {
         f"EK-FAC, damping {damping:g}": estimators.choose_gradients("ekfac", {"damping": damping})
-        for damping in DAMPINGS
+        for damping in dampings
     }
     chosen["dot product"] = estimators.choose_gradients("identity")
     found = exact_scores(
