@@ -11,6 +11,10 @@ stands before each row's loss, the adjoint goes backward from ``a_T = df/ds_T``:
 which is ``df/dw_i``, in nats of f for a change of weight 1, exact to first order. Positive: the row
 raised f. Leaving it out (weight 0) changes f by minus that, to first order.
 
+Adam's step is hardly smooth in the weights where a second moment is next to nothing, so what a row
+of weight 1 does says little of what happens without it. A floor under the moments in the derivative
+(``smallest``) repairs that: docs/decisions/2026-11-30-smallest-moment.md.
+
 The optimizer's part of a step is elementwise and cheap: its derivative with respect to the gradient
 gives one tensor u for each parameter. The model's part is then one derivative of ``<gradient, u>``
 with respect to parameters (a Hessian-vector product) and weights.
@@ -104,6 +108,7 @@ def step_back(
     step: Step,
     state: State,
     after: Sequence[Adjoint],
+    smallest: float = 0.0,
 ) -> tuple[list[Adjoint], list[Float[Tensor, "question row token"]]]:
     """Each question's adjoint before a step, and the influence of the tokens that the step read.
 
@@ -117,6 +122,8 @@ def step_back(
         step: to go back over.
         state: before it.
         after: adjoints behind it, one a question; they share the passes through the model.
+        smallest: part of a tensor's mean second moment that each of its entries has at least, as
+            the optimizer is differentiated; 0 is the derivative of the step as it was.
 
     Returns:
         The adjoints; influences of each batch of the step, at the position that predicts the token.
@@ -128,7 +135,9 @@ def step_back(
         gradients = step_gradients(model, parameters, rows, step, ones)
     else:  # one pass serves both
         gradients = only.gradient()
-    backs = [_optimizer_back(recipe, step, state, gradients, adjoint) for adjoint in after]
+    backs = [
+        _optimizer_back(recipe, step, state, gradients, adjoint, smallest) for adjoint in after
+    ]
     pushes = [back[1] for back in backs]
     sums = [dict(back[0].parameters) for back in backs]
     influences = []
@@ -144,7 +153,12 @@ def step_back(
 
 
 def _optimizer_back(
-    recipe: Recipe, step: Step, state: State, gradients: Mapping[str, Tensor], after: Adjoint
+    recipe: Recipe,
+    step: Step,
+    state: State,
+    gradients: Mapping[str, Tensor],
+    after: Adjoint,
+    smallest: float,
 ) -> tuple[Adjoint, dict[str, Tensor]]:
     """The adjoint through the optimizer alone, and its derivative with respect to the gradient."""
     old = {name: value.detach().requires_grad_() for name, value in state.parameters.items()}
@@ -153,7 +167,7 @@ def _optimizer_back(
         for kind, tensors in state.moments.items()
     }
     seen = {name: value.detach().requires_grad_() for name, value in gradients.items()}
-    new, changed = update(recipe, state.step, step.rates, old, moments, seen)
+    new, changed = update(recipe, state.step, step.rates, old, moments, seen, smallest)
     outputs = [(new[name], after.parameters[name]) for name in new]
     for kind, tensors in after.moments.items():
         outputs += [(changed[kind][name], value) for name, value in tensors.items()]

@@ -15,11 +15,12 @@ from torch import Tensor
 from estimators.run.recorded import Group, OptimizerName, Recipe
 
 SMALLEST = 0.1
-"""Of a tensor's mean second moment, for each of its entries, where a scaling is a constant.
+"""Of a tensor's mean second moment, for each of its entries, in derivatives and scalings.
 
-A row that is the first to move an entry adds its own gradient to the moment that it is divided by,
-so that it moves the entry by about the rate, however small the moment was. Without a floor it would
-seem to move it by its gradient over nothing: docs/decisions/2026-11-30-run-direction.md.
+A row that is the only one to move an entry is divided by the root of its own square, so that it
+moves the entry by about the rate, whatever its weight is: at weight 1 the derivative is 0, but
+without the row the entry stays where it was. A floor under the moment makes the entry's way linear
+in the weight: docs/decisions/2026-11-30-smallest-moment.md.
 """
 
 Tensors = Mapping[str, Tensor]
@@ -37,6 +38,7 @@ def update(
     parameters: Tensors,
     moments: Moments,
     gradients: Tensors,
+    smallest: float = 0.0,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Parameters and moments after a step; nothing is changed in place.
 
@@ -47,6 +49,8 @@ def update(
         parameters: by name, each in one group.
         moments: by kind and name; a kind may be missing before the first step.
         gradients: by name.
+        smallest: a second moment divides as if it were no less than this part of its tensor's mean,
+            a constant; 0 is the optimizer's own step, anything else is for derivatives alone.
     """
     clipped = _clipped(gradients, recipe.clipping)
     step = STEPS[recipe.optimizer]
@@ -55,7 +59,8 @@ def update(
     for group, rate in zip(recipe.groups, rates, strict=True):
         for name in group.parameters:
             own = {kind: tensors[name] for kind, tensors in moments.items()}
-            after[name], changed = step(group, rate, number, parameters[name], own, clipped[name])
+            given = (group, rate, number, parameters[name], own, clipped[name])
+            after[name], changed = step(*given, smallest)
             for kind, tensor in changed.items():
                 kept.setdefault(kind, {})[name] = tensor
     return after, kept
@@ -76,7 +81,13 @@ def _factor(gradients: Tensors, largest: float) -> Tensor:
 
 
 def _sgd(
-    group: Group, rate: float, number: int, weight: Tensor, moments: Tensors, gradient: Tensor
+    group: Group,
+    rate: float,
+    number: int,
+    weight: Tensor,
+    moments: Tensors,
+    gradient: Tensor,
+    _: float,
 ) -> Updated:
     direction = gradient + group.weight_decay * weight if group.weight_decay else gradient
     if not group.momentum:
@@ -90,32 +101,54 @@ def _sgd(
 
 
 def _adam(
-    group: Group, rate: float, number: int, weight: Tensor, moments: Tensors, gradient: Tensor
+    group: Group,
+    rate: float,
+    number: int,
+    weight: Tensor,
+    moments: Tensors,
+    gradient: Tensor,
+    smallest: float,
 ) -> Updated:
     if group.weight_decay:
         gradient = gradient + group.weight_decay * weight
-    return _adaptive(group, rate, number, weight, moments, gradient)
+    return _adaptive(group, rate, number, weight, moments, gradient, smallest)
 
 
 def _adamw(
-    group: Group, rate: float, number: int, weight: Tensor, moments: Tensors, gradient: Tensor
+    group: Group,
+    rate: float,
+    number: int,
+    weight: Tensor,
+    moments: Tensors,
+    gradient: Tensor,
+    smallest: float,
 ) -> Updated:
     if group.weight_decay:
         weight = weight * (1 - rate * group.weight_decay)
-    return _adaptive(group, rate, number, weight, moments, gradient)
+    return _adaptive(group, rate, number, weight, moments, gradient, smallest)
 
 
 def _adaptive(
-    group: Group, rate: float, number: int, weight: Tensor, moments: Tensors, gradient: Tensor
+    group: Group,
+    rate: float,
+    number: int,
+    weight: Tensor,
+    moments: Tensors,
+    gradient: Tensor,
+    smallest: float,
 ) -> Updated:
     first, second = group.betas
     zero = torch.zeros_like(gradient)
     mean = first * moments.get("exp_avg", zero) + (1 - first) * gradient
     square = second * moments.get("exp_avg_sq", zero) + (1 - second) * gradient * gradient
     unbiased = 1 - second ** (number + 1)
-    root = _root(square) / unbiased**0.5 + group.epsilon
+    root = _root(_floored(square, smallest)) / unbiased**0.5 + group.epsilon
     moved = weight - rate / (1 - first ** (number + 1)) * mean / root
     return moved, {"exp_avg": mean, "exp_avg_sq": square}
+
+
+def _floored(square: Tensor, smallest: float) -> Tensor:
+    return square.clamp(min=smallest * float(square.detach().mean())) if smallest else square
 
 
 def _root(square: Tensor) -> Tensor:
@@ -154,8 +187,7 @@ def scaling(
                 found[name] = factor * rate * lasting
             else:
                 unbiased = 1 - group.betas[1] ** (number + 1)
-                square = after["exp_avg_sq"][name]
-                square = square.clamp(min=SMALLEST * float(square.mean()))
+                square = _floored(after["exp_avg_sq"][name], SMALLEST)
                 root = _root(square) / unbiased**0.5 + group.epsilon
                 found[name] = torch.where(square > 0, factor * rate / root, 0.0)
     return found

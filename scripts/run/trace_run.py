@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from estimators.run.direction import DirectionPlan, segment_count
+from estimators.run.updates import SMALLEST
 from index.files import write_whole
 from scripts.console import one_sentence_errors, print_json, print_plain, show_logs, show_progress
 from scripts.console import stderr as screen
@@ -89,8 +90,10 @@ def main(
         bool,
         typer.Option(
             "--exact",
-            help="With --direction: the whole Hessian of every batch, not the Gauss-Newton matrix "
-            "of a random half.",
+            help="Second moments next to nothing as they are: the derivative at weight 1, which "
+            "predicts small changes of weights exactly, and leaving rows out less well. With "
+            "--direction: the whole Hessian of every batch, not the Gauss-Newton matrix of a "
+            "random half.",
         ),
     ] = False,
     checkpoint_seconds: Annotated[
@@ -113,7 +116,7 @@ def main(
     start = time.perf_counter()
     scored = {"--check": check > 0, "--epochs": epochs, "--tokens": tokens}
     scored["--readings"] = readings is not None
-    _check_together(scored, direction=direction, exact=exact)
+    _check_together(scored, direction=direction)
     recorded = RecordedRun.open(run)
     asked = read_questions(questions)
     source = recorded.model if model is None else ModelSource.of(model)
@@ -152,6 +155,7 @@ def main(
         show_progress,
         checkpoint_seconds,
         by_token=tokens,
+        smallest=0.0 if exact else SMALLEST,
         source=source,
     )
     for number, one in enumerate(asked):
@@ -174,17 +178,13 @@ def main(
     )
 
 
-def _check_together(given: Mapping[str, bool], *, direction: bool, exact: bool) -> None:
+def _check_together(given: Mapping[str, bool], *, direction: bool) -> None:
     """Refuse options that would be left out in silence."""
     useless = [name for name, value in given.items() if value]
     if direction and useless:
         raise BadQuery(
             f"{' and '.join(useless)} need the influence of rows, and --direction scores none; "
             f"leave one of them out, or trace twice into the same folder."
-        )
-    if exact and not direction:
-        raise BadQuery(
-            "--exact chooses the curvature of --direction; without that every trace is exact."
         )
 
 

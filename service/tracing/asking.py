@@ -51,6 +51,7 @@ async def trace_more(trace: ServedTrace, questions: Sequence[Question], estimato
             "source": trace.source and asdict(trace.source),
             "out": str(out),
             "estimator": estimator,
+            "smallest_moment": trace.smallest_moment,
             "questions": [as_json(question) for question in some],
         }
         told = await _carried_out(order)

@@ -69,6 +69,11 @@ class TraceFolder(TracedFolder):
             raise RunMismatch(f"{folder / INFLUENCES} was changed; {AGAIN}.")
         return found
 
+    @property
+    def smallest_moment(self) -> float:
+        """How its second moments were taken, see ``trace_run``; 0 of an earlier version."""
+        return float(self.manifest.get("smallest_moment", 0.0))
+
     def totals(self, number: int) -> Float[np.ndarray, "run_row"]:
         """``df/dw_i`` of every row of the run over all its readings, in nats of f."""
         with safe_open(self.folder / INFLUENCES, framework="np") as file:

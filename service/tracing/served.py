@@ -15,6 +15,7 @@ from torch import Tensor
 from estimators.grounds import Untraced
 from estimators.model.layers import LinearLayer
 from estimators.names import RUN_DIRECTION
+from estimators.run.updates import SMALLEST
 from index.examples import ExampleStore
 from index.files import sha256_of
 from service.checkpoints import ModelSource
@@ -94,6 +95,12 @@ class ServedTrace:
         """Of the run's model before training."""
         named = self.facts["model"]
         return named and ModelSource(**named)
+
+    @property
+    def smallest_moment(self) -> float:
+        """How further questions are traced, so that they agree with the first."""
+        first = self._traces.first
+        return SMALLEST if first is None else first.smallest_moment
 
     @property
     def questions(self) -> int:

@@ -16,6 +16,7 @@ from estimators.run.adjoint import Adjoint, measured_value, step_back
 from estimators.run.direction import segment_of
 from estimators.run.passes import trainable
 from estimators.run.recorded import Batch, State
+from estimators.run.updates import SMALLEST
 from index.files import exclusive, read_sealed, sha256_of, write_sealed, write_whole
 from service.checkpoints import ModelSource
 from service.run.errors import RunMismatch
@@ -77,6 +78,7 @@ def trace_run(
     interval: float = 60.0,
     *,
     by_token: bool = False,
+    smallest: float = SMALLEST,
     source: ModelSource | None = None,
 ) -> Trace:
     """Trace questions backward through a run into the folder ``out``, or finish such a trace.
@@ -93,13 +95,16 @@ def trace_run(
         progress: shows the steps.
         interval: least number of seconds between two records of how far it is.
         by_token: also keep the part of each token of the rows.
+        smallest: part of a tensor's mean second moment that each of its entries has at least, as
+            the optimizer is differentiated; 0 takes them as they are.
         source: where the model before training was loaded from; None takes what the run says.
 
     Raises:
         RunMismatch: the folder holds a trace of another run or of other questions, or the run's
             precision has no faithful derivative.
     """
-    facts = trace_facts(run, questions, about) | ({"by_token": True} if by_token else {})
+    facts = trace_facts(run, questions, about) | {"smallest_moment": smallest}
+    facts |= {"by_token": True} if by_token else {}
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
         if (out / MANIFEST).is_file():
@@ -107,7 +112,7 @@ def trace_run(
             return read_trace(out)
         timed = Timed(progress)
         walk = Walk(run, model, questions, out / PARTIAL, facts, interval)
-        influences = _Influences(run, model, by_token=by_token)
+        influences = _Influences(run, model, smallest, by_token=by_token)
         walk.go(influences, timed)
         found = _trace_of(walk, influences, run)
         carried = {
@@ -165,8 +170,10 @@ def _write(out: Path, facts: Mapping[str, Any], found: Trace) -> None:
 class _Influences:
     """Every reading's influence, step by step; of tokens their sums."""
 
-    def __init__(self, run: RecordedRun, model: nn.Module, *, by_token: bool) -> None:
-        self._run, self._model, self._by_token = run, model, by_token
+    def __init__(
+        self, run: RecordedRun, model: nn.Module, smallest: float, *, by_token: bool
+    ) -> None:
+        self._run, self._model, self._smallest, self._by_token = run, model, smallest, by_token
         self._found: list[Tensor] = []
         self._starts = np.cumsum([0, *(len(row.tokens) for row in run.rows)])
         self.tokens: Tensor | None = None
@@ -183,7 +190,7 @@ class _Influences:
         run = self._run
         step = run.steps[number]
         found, parts = step_back(
-            self._model, parameters, run.recipe, run.rows, step, before, adjoints
+            self._model, parameters, run.recipe, run.rows, step, before, adjoints, self._smallest
         )
         for batch, influences in zip(step.batches, parts, strict=True):
             self._found.append(influences.sum(2).float().cpu())

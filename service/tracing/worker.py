@@ -28,14 +28,19 @@ def trace(order: dict[str, Any]) -> None:
 
     Args:
         order: "run", "out" (folders), "source" (of the model before training, or None),
-            "questions" and the "estimator" that they are traced for.
+            "questions", the "estimator" that they are traced for, and for the influence of rows the
+            "smallest_moment".
     """
     run = RecordedRun.open(Path(order["run"]))
     source = order["source"] and ModelSource(**order["source"])
     model = load_first_model(run, source)
     questions = [from_json(one) for one in order["questions"]]
-    work = trace_directions if order["estimator"] == RUN_DIRECTION else trace_run
-    work(run, model, questions, Path(order["out"]), {}, source=source)
+    out = Path(order["out"])
+    if order["estimator"] == RUN_DIRECTION:
+        trace_directions(run, model, questions, out, {}, source=source)
+    else:
+        smallest = order["smallest_moment"]
+        trace_run(run, model, questions, out, {}, smallest=smallest, source=source)
 
 
 def main() -> int:

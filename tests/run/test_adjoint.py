@@ -82,7 +82,9 @@ class Run:
         with trainable(self.model, self.recipe) as parameters:
             return [final_adjoint(self.model, parameters, state, q)[1] for q in QUESTIONS]
 
-    def influences(self, states: Sequence[State]) -> tuple[Tensor, list[Adjoint]]:
+    def influences(
+        self, states: Sequence[State], smallest: float = 0.0
+    ) -> tuple[Tensor, list[Adjoint]]:
         total = torch.zeros(len(QUESTIONS), ROWS, dtype=torch.float64)
         with trainable(self.model, self.recipe) as parameters:
             adjoints = [
@@ -91,9 +93,8 @@ class Run:
             ]
             for number in reversed(range(len(self.steps))):
                 step = self.steps[number]
-                adjoints, found = step_back(
-                    self.model, parameters, self.recipe, self.rows, step, states[number], adjoints
-                )
+                given = (self.model, parameters, self.recipe, self.rows, step, states[number])
+                adjoints, found = step_back(*given, adjoints, smallest)
                 read = [row for batch in step.batches for row in batch.rows]
                 influences = torch.cat([part.sum(2) for part in found], dim=1)
                 total.index_add_(1, torch.tensor(read), influences)
@@ -224,6 +225,36 @@ def test_a_second_moment_of_zero_gives_no_nan() -> None:
     assert torch.isfinite(found).all()
     assert float(after["w"].detach()[0]) == 0.0
     assert math.isclose(float(after["w"].detach()[1]), -0.1, rel_tol=1e-4)
+
+
+def test_a_floor_makes_a_step_linear_where_the_second_moment_is_next_to_nothing() -> None:
+    """Elsewhere it changes nothing; at weight 1 the derivative of an entry of one row is 0."""
+    recipe = Recipe(optimizer="adamw", groups=(Group(parameters=("w",), epsilon=0.0),))
+    weight = torch.zeros(4, dtype=torch.float64)
+    values = torch.tensor([1e-3, 1e-2, 2.0, 3.0], dtype=torch.float64)
+
+    def derivative(smallest: float) -> Tensor:
+        gradient = values.clone().requires_grad_()
+        after, _ = update(recipe, 0, (0.1,), {"w": weight}, {}, {"w": gradient}, smallest)
+        (found,) = torch.autograd.grad(after["w"].sum(), gradient)
+        return found
+
+    exact, floored = derivative(0.0), derivative(0.1)
+    assert exact == pytest.approx(torch.zeros(4).double(), abs=1e-9)  # by the rate, whatever it is
+    least = (0.1 * values.square().mean()).sqrt()
+    expected = torch.stack([-0.1 / least, -0.1 / least, exact[2], exact[3]])
+    torch.testing.assert_close(floored, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_floor_below_every_moment_changes_nothing(kind: str) -> None:
+    run = make_run(kind)
+    states = run.states()
+    exact, _ = run.influences(states)
+    floored, _ = run.influences(states, smallest=1e-300)
+    assert torch.equal(exact, floored)
+    larger, _ = run.influences(states, smallest=0.5)
+    assert torch.equal(exact, larger) == (kind == "sgd")
 
 
 def test_the_model_is_left_as_it_was() -> None:

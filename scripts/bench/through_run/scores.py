@@ -18,7 +18,7 @@ from estimators.run.adjoint import final_adjoint
 from estimators.run.direction import DirectionPlan, Directions, reading_weights
 from estimators.run.passes import batch_losses, put, trainable
 from estimators.run.recorded import Batch, Row
-from estimators.run.updates import scaling
+from estimators.run.updates import SMALLEST, scaling
 from index.examples import ExampleStore
 from scripts.bench.through_run.tasks import Task
 from scripts.console import show_progress
@@ -51,17 +51,22 @@ class Scored:
 
 
 def all_scores(task: Task, out: Path) -> dict[str, Scored]:
-    """By name of estimator; "run" is the exact derivative."""
-    found = {"run": _traced(task, out / "trace")}
+    """By name of estimator."""
+    found = {
+        "run": _traced(task, out / "trace", SMALLEST),
+        "run, exact derivative": _traced(task, out / "trace-exact", 0.0),
+    }
     found |= _directed(task, out / "directions", DirectionPlan())
     found |= _of_last_gradient(task)
     return {**found, **at_the_end(task, task.run.rows)}
 
 
-def _traced(task: Task, folder: Path) -> Scored:
+def _traced(task: Task, folder: Path, smallest: float) -> Scored:
     price = predict_trace(task.run, task.model, task.questions)
     start = time.process_time()
-    trace = trace_run(task.run, task.model, task.questions, folder, {}, show_progress)
+    trace = trace_run(
+        task.run, task.model, task.questions, folder, {}, show_progress, smallest=smallest
+    )
     cost = (time.process_time() - start) / task.training_seconds / len(task.questions)
     return Scored(values=trace.totals, trainings=_kept(folder, cost), peak_mb=price.peak_mb)
 
