@@ -11,9 +11,9 @@ stands before each row's loss, the adjoint goes backward from ``a_T = df/ds_T``:
 which is ``df/dw_i``, in nats of f for a change of weight 1, exact to first order. Positive: the row
 raised f. Leaving it out (weight 0) changes f by minus that, to first order.
 
-Adam's step is hardly smooth in the weights where a second moment is next to nothing, so what a row
-of weight 1 does says little of what happens without it. A floor under the moments in the derivative
-(``smallest``) repairs that: docs/decisions/2026-11-30-smallest-moment.md.
+Adam's step is hardly smooth in the weights where a second moment is next to nothing, so that what a
+tiny change of weights does says little of what happens without a row. A floor under the moments in
+the derivative (``smallest``) repairs that: docs/decisions/2026-11-30-smallest-moment.md.
 
 The optimizer's part of a step is elementwise and cheap: its derivative with respect to the gradient
 gives one tensor u for each parameter. The model's part is then one derivative of ``<gradient, u>``

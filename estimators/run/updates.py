@@ -17,10 +17,10 @@ from estimators.run.recorded import Group, OptimizerName, Recipe
 SMALLEST = 0.1
 """Of a tensor's mean second moment, for each of its entries, in derivatives and scalings.
 
-A row that is the only one to move an entry is divided by the root of its own square, so that it
-moves the entry by about the rate, whatever its weight is: at weight 1 the derivative is 0, but
-without the row the entry stays where it was. A floor under the moment makes the entry's way linear
-in the weight: docs/decisions/2026-11-30-smallest-moment.md.
+Divided by the root of a moment that is next to nothing, any change of a gradient becomes a step of
+many times the rate: that is the derivative, and it holds for changes as small as that root. A
+larger one makes the moment grow with it, so that the entry moves by about the rate at most. Without
+a floor such entries outweigh all others: docs/decisions/2026-11-30-smallest-moment.md.
 """
 
 Tensors = Mapping[str, Tensor]

@@ -228,7 +228,7 @@ def test_a_second_moment_of_zero_gives_no_nan() -> None:
 
 
 def test_a_floor_makes_a_step_linear_where_the_second_moment_is_next_to_nothing() -> None:
-    """Elsewhere it changes nothing; at weight 1 the derivative of an entry of one row is 0."""
+    """Elsewhere it changes nothing; the derivative of a first step's entry is 0, unlike its way."""
     recipe = Recipe(optimizer="adamw", groups=(Group(parameters=("w",), epsilon=0.0),))
     weight = torch.zeros(4, dtype=torch.float64)
     values = torch.tensor([1e-3, 1e-2, 2.0, 3.0], dtype=torch.float64)
