@@ -4,7 +4,8 @@ import csv
 import io
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from estimators.run.direction import DirectionPlan, segment_count
 from estimators.run.updates import SMALLEST
-from index.files import write_whole
+from index.files import read_sealed, write_whole
 from scripts.console import one_sentence_errors, print_json, print_plain, show_logs, show_progress
 from scripts.console import stderr as screen
 from scripts.texts import printable
@@ -25,10 +26,11 @@ from service.run.errors import RunMismatch
 from service.run.folder import RecordedRun
 from service.run.loading import load_first_model
 from service.run.replay import retrain
+from service.tracing.basis import trace_by_basis
 from service.tracing.directions import RunDirections, trace_directions
 from service.tracing.price import TracePrice, predict_trace
 from service.tracing.questions import AskedQuestion, read_questions
-from service.tracing.trace import Trace, measured_values, trace_run
+from service.tracing.trace import MANIFEST, Trace, measured_values, trace_run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 GROWING = 100.0
@@ -78,6 +80,14 @@ def main(
         Path | None,
         typer.Option(help="CSV for the influence of every reading: question, step, row, nats."),
     ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="For many questions of a kind: trace only so many directions that their gradients "
+            "have in common, at the price of so many questions, and say what they leave out.",
+        ),
+    ] = None,
     direction: Annotated[
         bool,
         typer.Option(
@@ -115,7 +125,7 @@ def main(
     show_logs()
     start = time.perf_counter()
     scored = {"--check": check > 0, "--epochs": epochs, "--tokens": tokens}
-    scored["--readings"] = readings is not None
+    scored |= {"--readings": readings is not None, "--rank": rank is not None}
     _check_together(scored, direction=direction)
     recorded = RecordedRun.open(run)
     asked = read_questions(questions)
@@ -129,7 +139,10 @@ def main(
     encoded = [one.encode(words, context_of(loaded, words)) for one in asked]
     plan = DirectionPlan(curvature="hessian" if exact else "gauss-newton") if direction else None
     if dry_run:
-        _show_price(predict_trace(recorded, loaded, encoded, plan), len(encoded))
+        price = predict_trace(recorded, loaded, encoded[:rank], plan)
+        shared = len(encoded[:rank]) / len(encoded)
+        price = replace(price, trainings_a_question=shared * price.trainings_a_question)
+        _show_price(price, len(encoded))
         return
     about = {"asked": [asdict(one) for one in asked]}
     if plan is not None:
@@ -146,7 +159,8 @@ def main(
         )
         _report_directions(kept, out, start)
         return
-    found = trace_run(
+    work = trace_run if rank is None else partial(trace_by_basis, rank=rank)
+    found = work(
         recorded,
         loaded,
         encoded,
@@ -161,6 +175,7 @@ def main(
     for number, one in enumerate(asked):
         _show(one, found, number, recorded, words, k, epochs=epochs)
     _warn_of_growth(found.norms.tolist())
+    left_out = {} if rank is None else _told_left_out(out)
     if readings is not None:
         _write_readings(readings, found, recorded)
     checked = _checked(recorded, loaded, encoded, found, check, seed) if check else None
@@ -172,6 +187,7 @@ def main(
             "steps": len(recorded.steps),
             "values": found.values,
             "adjoint_norms": [[norms[-1], norms[0]] for norms in found.norms.tolist()],
+            **left_out,
             "check": checked,
             "seconds": time.perf_counter() - start,
         }
@@ -265,6 +281,19 @@ def _write_readings(path: Path, found: Trace, run: RecordedRun) -> None:
             table.writerow([question, int(step) + 1, run.rows[row].id, value])
     write_whole(path, lines.getvalue().encode())
     print_plain(f"The influence of every reading is in {path}.")
+
+
+def _told_left_out(out: Path) -> dict[str, Any]:
+    """What the directions leave out of each question."""
+    manifest = read_sealed(out / MANIFEST, "trace the run again")
+    found = {key: manifest[key] for key in ("rank", "left_out", "left_out_nats")}
+    parts, nats = np.array(found["left_out"]), np.array(found["left_out_nats"])
+    print_plain(
+        f"\nDirections traced: {found['rank']}. They leave out {np.median(parts):.0%} of the norm "
+        f"of a question's gradient in the median, {parts.max():.0%} at most; if that does as much "
+        f"as the directions do, it is worth {np.median(nats):.2g} and {nats.max():.2g} nats a row."
+    )
+    return found
 
 
 def _warn_of_growth(adjoints: Sequence[Sequence[float]]) -> None:

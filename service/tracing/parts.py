@@ -74,6 +74,10 @@ class TraceFolder(TracedFolder):
         """How its second moments were taken, see ``trace_run``; 0 of an earlier version."""
         return float(self.manifest.get("smallest_moment", 0.0))
 
+    def left_out(self, number: int) -> float:
+        """Part of the norm of a question's gradient that was not traced, see ``trace_by_basis``."""
+        return float(self.manifest["left_out"][number]) if "left_out" in self.manifest else 0.0
+
     def totals(self, number: int) -> Float[np.ndarray, "run_row"]:
         """``df/dw_i`` of every row of the run over all its readings, in nats of f."""
         with safe_open(self.folder / INFLUENCES, framework="np") as file:

@@ -71,7 +71,7 @@ class ServedTrace:
         self._run = run
         if run is not None:
             check_run(self)
-        self._cached: OrderedDict[str, tuple[np.ndarray, float]] = OrderedDict()
+        self._cached: OrderedDict[str, tuple[np.ndarray, float, float]] = OrderedDict()
         self._turn = threading.Lock()
         self._traces.find_more(self.sha256)
         self._directions.find_more(self.sha256)
@@ -147,13 +147,14 @@ class ServedTrace:
         Raises:
             Untraced: the question was not traced.
         """
-        return self.told(self._found(fingerprint)[1])
+        return self.told(*self._found(fingerprint)[1:])
 
-    def told(self, lost: float | None = None) -> tuple[str, ...]:
+    def told(self, lost: float | None = None, left_out: float = 0.0) -> tuple[str, ...]:
         """How the run's rows and the index' rows go together, a sentence each.
 
         Args:
             lost: part of all absolute influence on a question that rows have which the index lacks.
+            left_out: part of the norm of a question's gradient that was not traced.
         """
         matching = self.matching
         told = [
@@ -174,6 +175,11 @@ class ServedTrace:
                 f"{matching.copies:,} rows of the index have the same tokens as others, so that "
                 f"the run does not tell them apart; they share the influence equally."
             )
+        if left_out > 1e-3:
+            told.append(
+                f"The question was traced through directions that it shares with others, which "
+                f"leave out {left_out:.1%} of the norm of its gradient."
+            )
         return tuple(told)
 
     def place_for(self, questions: Iterable[str]) -> Path:
@@ -181,16 +187,17 @@ class ServedTrace:
         facts = json.dumps([self.sha256, sorted(questions)])
         return self.folder / MORE / hashlib.sha256(facts.encode()).hexdigest()[:16]
 
-    def _found(self, fingerprint: str) -> tuple[np.ndarray, float]:
-        """Influences, and what part of all influence the rows have that the index lacks."""
+    def _found(self, fingerprint: str) -> tuple[np.ndarray, float, float]:
+        """Influences; part of all influence of rows that the index lacks; part not traced."""
         with self._turn:
             if fingerprint not in self._cached:
                 place = self._traces.place(fingerprint, self.sha256)
                 if place is None:
                     raise Untraced(self._price("run"))
-                totals = place[0].totals(place[1])
-                found = self.matching.over_index(totals), self.matching.lost(totals)
-                self._cached[fingerprint] = found
+                part, number = place
+                totals = part.totals(number)
+                matched = self.matching.over_index(totals), self.matching.lost(totals)
+                self._cached[fingerprint] = (*matched, part.left_out(number))
                 if len(self._cached) > KEPT:
                     self._cached.popitem(last=False)
             return self._cached[fingerprint]

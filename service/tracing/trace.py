@@ -115,12 +115,8 @@ def trace_run(
         influences = _Influences(run, model, smallest, by_token=by_token)
         walk.go(influences, timed)
         found = _trace_of(walk, influences, run)
-        carried = {
-            **carry(run, model, out, source),
-            "seconds": timed.seconds(len(run.steps)),
-            "price": asdict(predict_trace(run, model, questions[:1])),
-        }
-        _write(out, {**facts, **carried}, found)
+        facts["seconds"] = timed.seconds(len(run.steps))
+        finish_trace(run, model, questions, out, facts, found, source)
         (out / PARTIAL).unlink(missing_ok=True)
     return found
 
@@ -148,7 +144,16 @@ def read_trace(folder: Path) -> Trace:
     return Trace(values=manifest["values"], count=manifest["rows"], **found)
 
 
-def _write(out: Path, facts: Mapping[str, Any], found: Trace) -> None:
+def finish_trace(
+    run: RecordedRun,
+    model: nn.Module,
+    questions: Sequence[Question],
+    out: Path,
+    facts: Mapping[str, Any],
+    found: Trace,
+    source: ModelSource | None,
+) -> None:
+    """Write a trace, what it carries of its run, and last its manifest."""
     tensors = {
         "steps": torch.from_numpy(found.steps),
         "rows": torch.from_numpy(found.rows),
@@ -160,6 +165,8 @@ def _write(out: Path, facts: Mapping[str, Any], found: Trace) -> None:
     write_whole(out / INFLUENCES, bytes(save(tensors)))
     manifest = {
         **facts,
+        **carry(run, model, out, source),
+        "price": asdict(predict_trace(run, model, questions[:1])),
         "values": found.values,
         "rows": found.count,
         "influences_sha256": sha256_of(out / INFLUENCES),

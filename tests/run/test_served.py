@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from estimators.model.tokens import Sequence1D
@@ -18,14 +19,20 @@ from scripts.serve_mcp import as_text
 from service.client import ServiceProblem
 from service.client.comparing import compare
 from service.http.app import create_app
+from service.run.folder import RecordedRun
+from service.run.loading import load_first_model
 from service.schemas.answers import QueryResponse
 from service.tracing import asking
+from service.tracing.basis import trace_by_basis
 from service.tracing.served import MORE
 from service.tracing.trace import MANIFEST
 from service.tracing.walk import as_json
 from tests.run.served_runs import (
+    CONTEXT,
+    CONTRAST,
     MISSING,
     PROMPT,
+    TRACED,
     TWICE,
     ServedRun,
     facts,
@@ -118,6 +125,18 @@ def test_rows_that_only_one_side_has_are_told(client: Client, served: ServedRun)
     told = {name: value for name, value in index["trace"].items() if name != "notes"}
     assert told == {"questions": 2, "run_rows": 17, "lacking_rows": 1, "unread_rows": 2}
     assert index["trace"]["notes"][0] == unread
+
+
+def test_an_answer_says_what_shared_directions_left_out(served: ServedRun, tmp_path: Path) -> None:
+    run = RecordedRun.open(served.run)
+    tokenizer = AutoTokenizer.from_pretrained(served.model)
+    questions = [one.encode(tokenizer, CONTEXT) for one in (TRACED, CONTRAST)]
+    trace_by_basis(run, load_first_model(run), questions, tmp_path / "trace", {}, rank=1)
+    with Client(create_app(settings(served, traces={"default": tmp_path / "trace"}))) as started:
+        told = " ".join(ask(started, **LIMA)["notes"])
+    left_out = read_sealed(tmp_path / "trace" / MANIFEST, "")["left_out"][0]
+    assert left_out > 1e-3
+    assert f"which leave out {left_out:.1%} of the norm of its gradient." in told
 
 
 def test_a_question_is_known_by_its_tokens_and_weights_however_it_is_spelt(client: Client) -> None:

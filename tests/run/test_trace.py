@@ -196,6 +196,10 @@ def test_the_command_prints_rows_and_checks_itself(tmp_path: Path) -> None:
     total = sum(float(line.split(",")[3]) for line in lines[1:])
     read = read_trace(tmp_path / "more")
     assert total == pytest.approx(float(read.totals.sum()))
+    ranked = CliRunner().invoke(command.app, [*places[:-1], str(tmp_path / "rank"), "--rank", "1"])
+    assert ranked.exit_code == 0, ranked.stderr
+    assert "Directions traced: 1. They leave out 0 %" in ranked.stderr.replace("%", " %")
+    assert json.loads(ranked.stdout.splitlines()[-1])["left_out"] == pytest.approx([0.0], abs=1e-3)
     directed = CliRunner().invoke(command.app, [*places, "--direction", "--exact"])
     assert directed.exit_code == 0, directed.stderr
     assert json.loads(directed.stdout.splitlines()[-1])["segments"] == 4
