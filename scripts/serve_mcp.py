@@ -9,6 +9,7 @@ from pydantic import Field
 
 from scripts.console import one_sentence_errors, parse_estimator
 from service.client import AsyncClient, Connection, ServiceError
+from service.client.comparing import compare as compare_answers
 from service.schemas.answers import MeasurementSchema, QueryResponse, ResultSchema
 from service.schemas.indexes import EstimatorSchema, IndexResponse
 from service.search.answer import NO_SCALE
@@ -45,6 +46,10 @@ Estimator = Annotated[
         description="What scores: NAME or NAME:PARAMETER=VALUE,..., as ekfac:damping=0.01; "
         "list_indexes tells those of each index. Left out: the index's own."
     ),
+]
+Compare = Annotated[
+    str,
+    Field(description="Another estimator to ask the same, written alike; shows where they differ."),
 ]
 Recall = Annotated[
     float, Field(description="Part of the true top k that must be found for sure.", gt=0, le=1)
@@ -94,6 +99,7 @@ def make_server(client: AsyncClient) -> "MCPServer":
         recall: Recall = 0.9,
         index: Index = "default",
         estimator: Estimator | None = None,
+        compare: Compare | None = None,
     ) -> str:
         """Find the training examples that most raised (or lowered) log p(completion | prompt).
 
@@ -101,7 +107,7 @@ def make_server(client: AsyncClient) -> "MCPServer":
         """
         return await answered(
             prompt=prompt, completion=completion, k=k, direction=direction, recall=recall,
-            index=index, estimator=estimator, clusters=True,
+            index=index, estimator=estimator, compare=compare, clusters=True,
         )  # fmt: skip
 
     @server.tool(annotations=reads)
@@ -147,12 +153,16 @@ def make_server(client: AsyncClient) -> "MCPServer":
             raise ToolError(str(error)) from error
         return "\n".join(_listed(index, estimators) for index in indexes)
 
-    async def answered(estimator: str | None, **fields: Any) -> str:
+    async def answered(estimator: str | None, compare: str | None = None, **fields: Any) -> str:
         given = {name: value for name, value in fields.items() if value is not None}
         try:
             if estimator is not None:
                 given["estimator"], given["parameters"] = parse_estimator(estimator)
-            return as_text(await client.query(**given))
+            answer = await client.query(**given)
+            if compare is None:
+                return as_text(answer)
+            given["estimator"], given["parameters"] = parse_estimator(compare)
+            return f"{as_text(answer)}\n{beside(answer, await client.query(**given))}"
         except (ServiceError, ValueError) as error:
             raise ToolError(str(error)) from error
 
@@ -184,6 +194,23 @@ def as_text(answer: QueryResponse) -> str:
     parts.append("What may be missing:")
     parts += [f"- {c.direction}, {c.type} ({c.status}): {c.sentence}" for c in answer.certificates]
     return "\n".join(parts)
+
+
+def beside(first: QueryResponse, second: QueryResponse) -> str:
+    """Where another estimator's answer to the same differs, for an assistant.
+
+    Raises:
+        ValueError: the answers are not about the same.
+    """
+    names = [_as_option(one.estimator, one.parameters) for one in (first, second)]
+    parts = [f"{names[0]} beside {names[1]}, the examples that either has among its best:"]
+    for row in compare_answers(first, second):
+        found = [
+            f"{name} {'not among its best' if rank is None else f'rank {rank}, {score:+.4g}'}"
+            for name, rank, score in zip(names, row.ranks, row.scores, strict=True)
+        ]
+        parts.append(f"- {row.direction}, id {row.id!r}: {'; '.join(found)}")
+    return "\n".join([*parts, f"{names[1]}: {second.sign_and_unit}", *second.notes])
 
 
 def _listed(index: IndexResponse, estimators: Sequence[EstimatorSchema]) -> str:

@@ -434,6 +434,25 @@ def test_assistants_choose_the_estimator(url: str) -> None:
         assert says in said
 
 
+def test_assistants_see_two_estimators_side_by_side(url: str, service: Client) -> None:
+    asked = {**ASKED_BY_TOOL, "k": 3}
+    failed, said = tool(url, "query_training_examples", **asked, compare="bm25")
+    assert not failed
+    answer, table = said.split("ekfac:damping=0.1 beside bm25, ")
+    assert "What may be missing:" in answer
+    assert "bm25: score:" in table
+    first, second = (
+        {result.id: result.rank for result in service.query(**asked, estimator=name).results}
+        for name in ("ekfac", "bm25")
+    )
+    assert table.count("- proponents, id") == len({**first, **second})
+    for example in {**first, **second}:
+        (line,) = [one for one in table.splitlines() if f"id {example!r}:" in one]
+        for name, ranks in (("ekfac:damping=0.1", first), ("bm25", second)):
+            place = f"rank {ranks[example]}, " if example in ranks else "not among its best"
+            assert f"{name} {place}" in line
+
+
 def test_assistants_are_told_what_went_wrong(url: str) -> None:
     failed, said = tool(url, "read_example", example_id="nobody")
     assert failed

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -37,6 +37,7 @@ from service.schemas.indexes import (
     OfferSchema,
     ParameterSchema,
 )
+from service.schemas.jobs import JobRequest, JobResponse, JobResultSchema, JobResultsResponse
 from service.schemas.queries import QueryRequest, Schema
 from service.search.answer import NO_SCALE
 
@@ -324,9 +325,10 @@ class CannedService:
         self.asked: list[dict[str, Any]] = []
         self.gate = threading.Event()
         self.hung_up = threading.Event()
+        self.jobs: list[list[QueryRequest]] = []
 
     def app(self) -> FastAPI:
-        """The page and the three routes that it uses."""
+        """The page and the routes that it uses."""
         app = FastAPI()
         install_page(app)
 
@@ -351,7 +353,37 @@ class CannedService:
                 )
             return StreamingResponse(self._events(asked), media_type="text/event-stream")
 
+        self._add_job_routes(app)
         return app
+
+    def _add_job_routes(self, app: FastAPI) -> None:
+        """A job is queued, then running, then finished; one about " gone" has a problem."""
+        looks: dict[str, int] = {}
+
+        @app.post("/v1/jobs", status_code=202)
+        async def submit(body: JobRequest) -> JobResponse:
+            self.jobs.append(body.queries)
+            return canned_job(f"{len(self.jobs):032x}", "queued", failed=0)
+
+        @app.get("/v1/jobs/{job_id}")
+        async def look(job_id: str) -> JobResponse:
+            looks[job_id] = looks.get(job_id, 0) + 1
+            failed = int(self._asked_by(job_id).completion == " gone")
+            return canned_job(job_id, "running" if looks[job_id] == 1 else "finished", failed)
+
+        @app.get("/v1/jobs/{job_id}/results")
+        async def results(job_id: str) -> JobResultsResponse:
+            problem = canned_problem(503, "The recorded run cannot be used", "<b>It is gone.</b>")
+            return JobResultsResponse(
+                results=[JobResultSchema(number=0, problem=problem)], next=None
+            )
+
+    def _asked_by(self, job: str) -> QueryRequest:
+        return self.jobs[int(job, 16) - 1][0]
+
+    def _is_traced(self, request: QueryRequest) -> bool:
+        done = [(one.prompt, one.completion) for queries in self.jobs for one in queries]
+        return (request.prompt, request.completion) in done
 
     async def _events(self, request: QueryRequest) -> AsyncIterator[str]:
         try:
@@ -363,7 +395,9 @@ class CannedService:
             if request.prompt == "broken":
                 problem = canned_problem(503, "Not enough memory for this query", "Ask for fewer.")
                 yield event("error", problem)
-            elif (request.prompt, request.estimator) == ("untraced", "run"):
+            elif (request.prompt, request.estimator) == ("untraced", "run") and not self._is_traced(
+                request
+            ):
                 yield event("error", canned_problem(422, "The question was not traced", UNTRACED))
             elif request.prompt != "cut":
                 yield event("result", canned_answer(request))
@@ -402,6 +436,16 @@ def canned_problem(status: int, title: str, detail: str) -> ProblemResponse:
     """A problem document."""
     return ProblemResponse(
         type="about:blank", title=title, status=status, detail=detail, instance="/v1/query/stream"
+    )
+
+
+def canned_job(
+    job: str, state: Literal["queued", "running", "finished"], failed: int
+) -> JobResponse:
+    """How far a job of one query is."""
+    time = "2026-01-01T00:00:00Z"
+    return JobResponse(
+        id=job, state=state, queries=1, answered=0, failed=failed, created=time, updated=time
     )
 
 

@@ -449,6 +449,41 @@ def test_an_untraced_question_is_refused_readably(open_page: Open) -> None:
     expect(driver.shown("problem")).to_contain_text(UNTRACED)
 
 
+@pytest.mark.parametrize("field", ["estimator", "compare"])
+def test_an_untraced_question_is_traced_as_a_job(
+    field: str, open_page: Open, service: CannedService
+) -> None:
+    driver = open_page()
+    driver.open_options()
+    driver.page.select_option(f"[name={field}]", "run")
+    driver.fill("untraced", f"asked by {field}")
+    driver.page.click("button:has-text('Ask')")
+    button = driver.page.get_by_role("button", name="Trace it as a job")
+    expect(button).to_be_visible()
+    assert driver.accessibility_faults() == []
+    button.click()
+    expect(driver.shown("stage")).to_contain_text("goes on, whether you wait or not")
+    expect(button).to_be_hidden()
+    (asked,) = service.jobs[-1]
+    assert (asked.prompt, asked.estimator) == ("untraced", "run")
+    driver.wait_for_answer()
+    if field == "compare":
+        expect(driver.shown("comparison")).to_contain_text("among the best of both")
+    assert not driver.complaints
+
+
+def test_a_question_that_cannot_be_traced_says_why(open_page: Open) -> None:
+    driver = open_page()
+    driver.open_options()
+    driver.page.select_option("[name=estimator]", "run")
+    driver.fill("untraced", "gone")
+    driver.page.click("button:has-text('Ask')")
+    driver.page.get_by_role("button", name="Trace it as a job").click()
+    expect(driver.shown("problem")).to_contain_text("The recorded run cannot be used")
+    expect(driver.shown("problem")).to_contain_text("<b>It is gone.</b>")
+    expect(driver.page.get_by_role("button", name="Trace it as a job")).to_be_hidden()
+
+
 def test_notes_of_an_answer_are_shown(open_page: Open) -> None:
     driver = open_page()
     driver.open_options()

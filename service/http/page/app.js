@@ -13,6 +13,7 @@ import { fillText } from "./heatmap.js";
 import { drawLayers, layerTableOf, sumLayers } from "./layers.js";
 import { ask, fetchEstimators, fetchIndexes, parse, Problem } from "./stream.js";
 import { fillTable } from "./tables.js";
+import { traceAsJob, TRACING, UNTRACED } from "./trace.js";
 
 const STAGES = ["Gradient", "Candidates", "Rescoring"];
 const QUIET_MS = 5000; // between two things that a screen reader is told while rows are rescored
@@ -54,6 +55,7 @@ function page() {
     state: "idle", // idle, running, finished, cancelled, failed
     shown: noAnswer(),
     comparison: null,
+    untraced: null, // name of the estimator that the question can be traced for
     spoken: "",
     sizes: false,
     dark: false,
@@ -168,18 +170,23 @@ function page() {
       this.$refs.form.requestSubmit();
     },
 
-    async submit() {
-      if (this.running) return;
+    begin(line) {
       controller?.abort(); // of a comparison
       controller = new AbortController();
-      const { signal } = controller;
       this.state = "running";
       this.comparison = null;
+      this.untraced = null;
       this.notice = "";
       this.shown = noAnswer(this.byGradients);
       answerText = "";
       history.replaceState(null, "", toHash(this.form));
-      this.say("Differentiating what was said.");
+      this.say(line);
+      return controller.signal;
+    },
+
+    async submit() {
+      if (this.running) return;
+      const signal = this.begin("Differentiating what was said.");
       try {
         await ask(this.body(), signal, (name, data, text) => {
           if (!signal.aborted) this.onEvent(name, data, text);
@@ -193,19 +200,39 @@ function page() {
     async compare(signal) {
       const name = this.form.compare;
       this.comparison = noComparison(`Asking ${name} the same`);
-      const asked = { ...this.form, estimator: name };
-      const body = toBody(asked, { byGradients: false, parameters: [] });
       try {
-        await ask(body, signal, (event, data) => {
+        await ask(this.bodyFor(name), signal, (event, data) => {
           if (event !== "result" || signal.aborted) return;
           this.comparison = comparisonOf(parse(answerText), data);
         });
       } catch (error) {
         if (signal.aborted) return;
         if (!(error instanceof Problem)) console.error(error);
+        this.noteUntraced(error, name);
         const title = `No comparison with ${name}: ${error.title ?? "an error of the page"}`;
         this.comparison = noComparison(title, error.message, "box warning");
       }
+    },
+
+    bodyFor(estimator) {
+      return toBody({ ...this.form, estimator }, { byGradients: false, parameters: [] });
+    },
+
+    async trace() {
+      if (this.running) return;
+      const body = this.bodyFor(this.untraced);
+      const signal = this.begin(TRACING.queued);
+      try {
+        await traceAsJob(body, signal, (state) => this.say(TRACING[state]));
+        this.state = "idle";
+        await this.submit();
+      } catch (error) {
+        if (!signal.aborted) this.fail(error);
+      }
+    },
+
+    noteUntraced(error, estimator) {
+      this.untraced = error.title === UNTRACED ? estimator : null;
     },
 
     body() {
@@ -273,6 +300,7 @@ function page() {
       if (!(error instanceof Problem)) console.error(error);
       const title = error.title ?? "The page met an error of its own";
       this.shown.problem = { title: visible(title), detail: visible(error.message) };
+      this.noteUntraced(error, this.form.estimator);
       this.shown.line = "";
       this.finish("failed");
     },

@@ -68,7 +68,8 @@ export async function fetchEstimators() {
   return (await response.json()).estimators;
 }
 
-async function reach(path, options) {
+/** A response that is no problem. */
+export async function reach(path, options) {
   let response;
   try {
     response = await fetch(path, options);
