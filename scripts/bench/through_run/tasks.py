@@ -33,6 +33,8 @@ EPOCHS, WARMUP, ROWS_PER_BATCH = 3, 0.1, 32
 SEED = 20261130
 PROMPT, ANSWER = 12, 8
 """Tokens of a question about prose, and of what goes on from there."""
+BEGINNING = 32
+"""Tokens of a paragraph that are read, so that the task is about as large as the other."""
 
 Rows = Sequence[tuple[str, Sequence[int]]]
 """Ids and tokens."""
@@ -128,11 +130,11 @@ def _prose(out: Path, base: Path, rows: int, questions: int) -> Task:
     texts = speech_paragraphs(out)
     generator = np.random.default_rng(SEED)
     order = generator.permutation(len(texts))
-    encoded = [loaded.encode(texts[i])[: loaded.context] for i in order]
-    encoded = [ids for ids in encoded if len(ids) > 2 * (PROMPT + ANSWER)][: rows + questions]
+    encoded = [loaded.encode(texts[i])[:BEGINNING] for i in order]
+    encoded = [ids for ids in encoded if len(ids) == BEGINNING][:rows]
     read = [(f"paragraph-{i}", ids) for i, ids in enumerate(encoded[:rows])]
     asked: list[Question] = []
-    for ids in [encoded[i] for i in generator.permutation(rows)[:questions]]:  # read in the run
+    for ids in [encoded[i] for i in generator.permutation(len(encoded))[:questions]]:  # read in the run
         words = loaded.tokenizer
         prompt, said = words.decode(ids[:PROMPT]), words.decode(ids[PROMPT : PROMPT + ANSWER])
         asked.append([(loaded.encode_query(prompt, said), 1.0)])
@@ -158,7 +160,7 @@ def _prose(out: Path, base: Path, rows: int, questions: int) -> Task:
         rate=3e-3,
         prepare=prepare,
         layers=("*lora_*",),
-        description=f"{len(read):,} paragraphs of speeches, adapters of rank 8 in every linear "
+        description=f"{len(read):,} beginnings of paragraphs of speeches, adapters of rank 8 in every linear "
         f"layer of the same base model, {EPOCHS} epochs of AdamW at 0.003",
     )
 
