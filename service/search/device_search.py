@@ -70,14 +70,27 @@ class DeviceIndex:
         if isinstance(checked, FourBitIndex):
             plain = checked.unpack(codes, rows)
             factors = torch.from_numpy(plain[:, -4:].copy().view(np.float32)[:, 0])
-            bits = torch.from_numpy(plain[:, :-4].copy()).to(self._device)
-            words = torch.from_numpy(checked.words).to(self._device, self._dtype)
-            factors = factors.to(self._device)
-            self._parts.append(Rows(values=bits, factors=factors, words=words))
+            self.add_unpacked(torch.from_numpy(plain[:, :-4].copy()), factors)
         else:
             kind = np.float32 if self._codes == "flat" else np.float16
             values = torch.from_numpy(np.array(codes).view(kind))
             self._parts.append(Rows(values=values.to(self._device)))
+
+    def add_unpacked(self, words: UInt8[Tensor, "row byte"], factors: Float[Tensor, "row"]) -> None:
+        """Append rows of words and factors that are in order of row; on the device they stay.
+
+        Raises:
+            ValueError: the kind of code has no words, or another number of bytes a row.
+        """
+        width = self.code_size - 4
+        if not isinstance(self._host, FourBitIndex) or words.shape[1] != width:
+            raise ValueError(
+                f"Rows of {words.shape[1]} bytes of words are not rows of {self._codes} codes of "
+                f"{self._dimensions} dimensions."
+            )
+        stand_for = torch.from_numpy(self._host.words).to(self._device, self._dtype)
+        values, factors = words.to(self._device), factors.to(self._device)
+        self._parts.append(Rows(values=values, factors=factors, words=stand_for))
 
     def inner_products(self, query: Float[np.ndarray, "dimension"]) -> Float[np.ndarray, "row"]:
         """Estimated inner product of ``query`` with every row, in order of row."""
