@@ -108,6 +108,12 @@ def precision_of(layer: LinearLayer) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def device_of(layer: LinearLayer) -> torch.device:
+    """Where its weights are, and so its gradients."""
+    parameter = next(layer.module.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
 def _eigh(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, "n"], Float[Tensor, "n n"]]:
     """Eigenvalues in ascending order and eigenvectors of a symmetric matrix.
 

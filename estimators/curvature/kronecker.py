@@ -14,6 +14,7 @@ from estimators.curvature.eigenbasis import (
     add_symmetric,
     check_seen,
     decompose,
+    device_of,
 )
 from estimators.curvature.vocabulary import VocabularyCovariances
 from estimators.model.gradients import widen
@@ -53,8 +54,9 @@ class Covariances:
                 empty = VocabularyCovariances.empty(layer)
                 tensors |= {f"{layer.name}.{part}": value for part, value in empty.items()}
                 continue
+            near = torch.empty(0, dtype=torch.float64, device=device_of(layer))
             for part, width in (("inputs", layer.in_features), ("gradients", layer.out_features)):
-                tensors[f"{layer.name}.{part}"] = torch.zeros(width, width, dtype=torch.float64)
+                tensors[f"{layer.name}.{part}"] = near.new_zeros(width, width)
             tensors[f"{layer.name}.seen"] = torch.zeros(2, dtype=torch.int64)
         return cls(tensors)
 

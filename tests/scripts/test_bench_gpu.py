@@ -60,14 +60,16 @@ def test_every_part_runs_and_has_its_floor(tmp_path):
     assert record["rows"] == printed["rows"]
     assert record["errors"] == []
     stages = ["covariances, a pass", "decompositions", "eigenvalues, a pass", "the fit"]
+    stages += ["a query's direction"]
     wanted = [("agreement", "the CPU's"), ("agreement", "its own")]
-    wanted += [("scan", "codes from the host onto the device")]
-    wanted += [("scan", queries) for queries in (1, 8, 64)]
+    way = "matrix products"
+    wanted += [("scan", way, "codes from the host onto the device")]
+    wanted += [("scan", way, queries) for queries in (1, 8, 64)]
     for model in ("llama-135m", "llama-1b"):
         wanted += [("build", model, what) for what in ("sketches", "sketches and codes")]
         wanted += [("rescoring", model, queries) for queries in (1, 6)]
         wanted += [("fit", model, stage) for stage in stages]
-    keys = ("part", "factors", "model", "what", "queries")
+    keys = ("part", "factors", "model", "by", "what", "queries")
     found = [tuple(row[key] for key in keys if key in row) for row in record["rows"]]
     assert [row[:2] if row[0] == "agreement" else row for row in found] == wanted
     for row in record["rows"]:
@@ -84,7 +86,7 @@ def test_every_part_runs_and_has_its_floor(tmp_path):
     assert {row["bytes"] for row in scans} == {2048 * (256 // 8 + 4)}
     fits = [row for row in record["rows"] if row["part"] == "fit"]
     assert fits[0]["layers"] == 14
-    assert fits[4]["layers"] > 14  # wide ones in blocks
+    assert fits[5]["layers"] > 14  # wide ones in blocks
     assert sum(row["seconds"] for row in fits[:3]) == pytest.approx(fits[3]["seconds"], rel=0.2)
 
 

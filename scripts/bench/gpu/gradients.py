@@ -10,6 +10,7 @@ from estimators.curvature.fitting import fit_estimator
 from estimators.model.gradients import Gradients
 from estimators.model.layers import find_layers
 from estimators.model.selection import LayerSelection
+from estimators.operators.ekfac import EKFac
 from estimators.operators.identity import Identity
 from estimators.rescoring import query_gradients, score_batch_for_queries
 from estimators.sketching.sketch import Sketch, SketchPlan
@@ -25,7 +26,7 @@ TOGETHER = 8
 
 
 def fit(name: str, sizes: Sizes, device: torch.device, report: Report) -> None:
-    """EK-FAC factors of all layers: two passes, and the decompositions between them.
+    """EK-FAC factors of all layers: two passes, and the decompositions between them; one query.
 
     One layer is fitted beforehand, so that libraries are loaded.
     """
@@ -45,7 +46,7 @@ def fit(name: str, sizes: Sizes, device: torch.device, report: Report) -> None:
         yield from batches
         report({**common, "what": f"{stage}, a pass", **stages.end().over(floor)})
 
-    fit_estimator(
+    fitted = fit_estimator(
         "ekfac",
         problem.model,
         layers,
@@ -54,6 +55,10 @@ def fit(name: str, sizes: Sizes, device: torch.device, report: Report) -> None:
         progress=progress,
     )
     report({**common, "what": "the fit", **stages.whole().over(floor)})
+    gradients, _ = query_gradients(problem.model, layers, problem.sequences[:1])
+    operator = EKFac(fitted.tensors())
+    found = measure(device, lambda: operator.precondition(gradients, DAMPING), sizes.repeats)
+    report({**common, "what": "a query's direction", **found.over(floor)})
 
 
 class _Stages:

@@ -28,7 +28,7 @@ class Part:
 
 PARTS = {
     "agreement": Part(run=agreement, seconds=45),
-    "scan": Part(run=scan, seconds=110),
+    "scan": Part(run=scan, seconds=120),
     "build llama-135m": Part(run=partial(build, "llama-135m"), seconds=45),
     "rescoring llama-135m": Part(run=partial(rescoring, "llama-135m"), seconds=45),
     "fit llama-135m": Part(run=partial(fit, "llama-135m"), seconds=80),

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from index.codes.fourbit import BLOCK
@@ -18,18 +18,31 @@ from service.search.device_search import DeviceIndex
 ROWS_AT_ONCE = 1 << 20
 """That are added together, and copied: 2 GB at 16,384 dimensions."""
 
-ANSWER_BYTES = 3 * 4
-"""On the device for a query and row: answers of all chunks, joined, scaled."""
+ANSWER_BYTES = 4
+"""On the device for a query and row."""
 
 SPARE_SHARE = 0.08
 """Of the memory, for chunks as numbers and what the allocator cannot use."""
 
 
 def scan(sizes: Sizes, device: torch.device, report: Report) -> None:
-    """Loading codes from the host, agreement with the host's scan, and scans over a copy."""
-    index = DeviceIndex("one-bit", sizes.dimensions, str(device))
-    _load(index, sizes, device, report)
-    parts = _fill(index, sizes, device)
+    """Loading codes from the host, agreement with the host's scan, and scans over a copy.
+
+    By the kernel, where it can be had, and without it, both over the same codes.
+
+    Raises:
+        RuntimeError: after the rest, a GPU has no kernel.
+    """
+    quick = DeviceIndex("one-bit", sizes.dimensions, str(device))
+    plain = DeviceIndex("one-bit", sizes.dimensions, str(device), kernel=False)
+    indexes = {"kernel": quick, "matrix products": plain} if quick.has_kernel else {}
+    indexes = indexes or {"matrix products": plain}
+    host = OneBitIndex(sizes.dimensions)
+    codes = _shard(sizes)
+    host.add(codes, sizes.loaded_rows)
+    for way, index in indexes.items():
+        _load(way, index, host, codes, sizes, device, report)
+    parts = _fill(list(indexes.values()), sizes, device)
     buffer = torch.empty_like(parts[0])
 
     def copy() -> None:
@@ -39,41 +52,58 @@ def scan(sizes: Sizes, device: torch.device, report: Report) -> None:
     copied = measure(device, copy, sizes.repeats)
     rate = sum(part.nbytes for part in parts) / copied.seconds
     rows = sizes.loaded_rows + sum(len(part) for part in parts)
-    size = rows * index.code_size
+    size = rows * host.code_size
     floor = replace(copied, seconds=size / rate)
-    for count in sizes.queries:
-        found = measure(device, partial(index.scan, _queries(count, sizes)), sizes.repeats)
-        report(
-            {
-                "part": "scan",
-                "queries": count,
-                "rows": rows,
-                "dimensions": sizes.dimensions,
-                "bytes": size,
-                **found.over(floor),
-                "gb_per_second": round(size / found.seconds / 1e9, 2),
-                "floor_gb_per_second": round(rate / 1e9, 2),
-                "answers_to_host_seconds": _to_host(count, rows, device),
-            }
-        )
+    for way, index in indexes.items():
+        for count in sizes.queries:
+            action = partial(index.scan, _queries(count, sizes))
+            found = measure(device, action, sizes.repeats if way == "kernel" else 1)
+            report(
+                {
+                    "part": "scan",
+                    "by": way,
+                    "queries": count,
+                    "rows": rows,
+                    "dimensions": sizes.dimensions,
+                    "bytes": size,
+                    **found.over(floor),
+                    "gb_per_second": round(size / found.seconds / 1e9, 2),
+                    "floor_gb_per_second": round(rate / 1e9, 2),
+                    "answers_to_host_seconds": _to_host(count, rows, device),
+                }
+            )
+    if device.type == "cuda" and not quick.has_kernel:
+        raise RuntimeError("The kernel for one-bit codes cannot be used here; a warning says why.")
 
 
-def _load(index: DeviceIndex, sizes: Sizes, device: torch.device, report: Report) -> None:
-    """Add a shard as it comes from disk, and compare its scan with the host's."""
-    rows, host = sizes.loaded_rows, OneBitIndex(sizes.dimensions)
-    padded = -(-rows // BLOCK) * BLOCK
-    generator = np.random.default_rng(0)
-    content = bytearray(generator.bytes(padded * host.code_size))
+def _shard(sizes: Sizes) -> UInt8[np.ndarray, "padded byte"]:
+    """Packed codes of random rows of unit length, as they come from disk."""
+    padded = -(-sizes.loaded_rows // BLOCK) * BLOCK
+    size = OneBitIndex(sizes.dimensions).code_size
+    content = bytearray(np.random.default_rng(0).bytes(padded * size))
     codes = np.frombuffer(content, dtype=np.uint8)
-    codes[padded * (host.code_size - 4) :].view(np.float32)[:] = _factor(sizes.dimensions)
-    codes = codes.reshape(padded, host.code_size)
+    codes[padded * (size - 4) :].view(np.float32)[:] = _factor(sizes.dimensions)
+    return codes.reshape(padded, size)
+
+
+def _load(
+    way: str,
+    index: DeviceIndex,
+    host: OneBitIndex,
+    codes: UInt8[np.ndarray, "padded byte"],
+    sizes: Sizes,
+    device: torch.device,
+    report: Report,
+) -> None:
+    """Add a shard, and compare its scan with the host's."""
+    rows = sizes.loaded_rows
     found = measure(device, lambda: index.add(codes, rows), 1, warm=False)
-    host.add(codes, rows)
     queries = _queries(8, sizes)
     ours, theirs = index.scan(queries), host.scan(queries)
     report(
         {
             "part": "scan",
+            "by": way,
             "what": "codes from the host onto the device",
             "rows": rows,
             "bytes": codes.nbytes,
@@ -86,20 +116,21 @@ def _load(index: DeviceIndex, sizes: Sizes, device: torch.device, report: Report
     )
 
 
-def _fill(index: DeviceIndex, sizes: Sizes, device: torch.device) -> list[Tensor]:
-    """Add random codes, drawn on the device; the words of each part."""
-    width = index.code_size - 4
-    left = (sizes.rows or _fitting_rows(index.code_size, sizes, device)) - sizes.loaded_rows
+def _fill(indexes: list[DeviceIndex], sizes: Sizes, device: torch.device) -> list[Tensor]:
+    """Add the same random codes to all, drawn on the device; the words of each part."""
+    size = indexes[0].code_size
+    left = (sizes.rows or _fitting_rows(size, sizes, device)) - sizes.loaded_rows
     if left < 1:
         raise ValueError("The device has no room for more rows than come from the host.")
     generator = torch.Generator(device=device).manual_seed(0)
     parts = []
     while left:
         rows = min(left, ROWS_AT_ONCE)
-        words = torch.randint(
-            256, (rows, width), dtype=torch.uint8, device=device, generator=generator
-        )
-        index.add_unpacked(words, torch.full((rows,), _factor(sizes.dimensions)))
+        shape = (rows, size - 4)
+        words = torch.randint(256, shape, dtype=torch.uint8, device=device, generator=generator)
+        factors = torch.full((rows,), _factor(sizes.dimensions), device=device)
+        for index in indexes:
+            index.add_unpacked(words, factors)
         parts.append(words)
         left -= rows
     return parts
