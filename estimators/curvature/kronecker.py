@@ -10,10 +10,10 @@ from torch import Tensor
 from estimators.curvature.accumulation import LongSum, pad_columns
 from estimators.curvature.eigenbasis import (
     OUTPUT_GRADIENT,
+    Decompositions,
     Eigenbasis,
     add_symmetric,
     check_seen,
-    decompose,
     device_of,
 )
 from estimators.curvature.vocabulary import VocabularyCovariances
@@ -104,16 +104,19 @@ class Covariances:
         Raises:
             ValueError: a layer saw no token or no gradient, or a covariance is not finite.
         """
-        return {layer.name: self._decompose(layer) for layer in layers}
+        sides = Decompositions("input"), Decompositions(OUTPUT_GRADIENT)
+        return {layer.name: self._decompose(layer, *sides) for layer in layers}
 
-    def _decompose(self, layer: LinearLayer) -> Eigenbasis:
+    def _decompose(
+        self, layer: LinearLayer, of_inputs: Decompositions, of_gradients: Decompositions
+    ) -> Eigenbasis:
         if isinstance(layer, VocabularyLayer):
             return self._vocabulary.pop(layer.name).eigenbasis(layer)
         sequences, positions = self._seen[layer.name].tolist()
         check_seen(layer, positions)
         inputs, gradients = (part.total / positions for part in self._sums.pop(layer.name))
-        left, left_values = decompose(inputs, layer, side="input")
-        right, right_values = decompose(gradients, layer, side=OUTPUT_GRADIENT)
+        left, left_values = of_inputs(inputs, layer)
+        right, right_values = of_gradients(gradients, layer)
         return Eigenbasis(
             left=left,
             right=right,
