@@ -62,13 +62,14 @@ def test_every_part_runs_and_has_its_floor(tmp_path):
     stages = ["covariances, a pass", "decompositions", "eigenvalues, a pass", "the fit"]
     stages += ["a query's direction"]
     wanted = [("agreement", "the CPU's"), ("agreement", "its own")]
-    way = "matrix products"
-    wanted += [("scan", way, "codes from the host onto the device")]
-    wanted += [("scan", way, queries) for queries in (1, 8, 64)]
+    load = "codes from the host onto the device"
+    scans = [("scan", "matrix products", of) for of in (load, 1, 8, 64)]
+    wanted += scans
     for model in ("llama-135m", "llama-1b"):
         wanted += [("build", model, what) for what in ("sketches", "sketches and codes")]
         wanted += [("rescoring", model, queries) for queries in (1, 6)]
         wanted += [("fit", model, stage) for stage in stages]
+    wanted += scans
     keys = ("part", "factors", "model", "by", "what", "queries")
     found = [tuple(row[key] for key in keys if key in row) for row in record["rows"]]
     assert [row[:2] if row[0] == "agreement" else row for row in found] == wanted
@@ -80,10 +81,10 @@ def test_every_part_runs_and_has_its_floor(tmp_path):
         if row["part"] == "agreement":
             assert row["largest_relative_difference"] < 1e-4
             assert row["least_rank_correlation"] > 0.999
-    loaded, *scans = (row for row in record["rows"] if row["part"] == "scan")
-    assert loaded["largest_relative_difference"] < 0.02
-    assert {row["rows"] for row in scans} == {2048}
-    assert {row["bytes"] for row in scans} == {2048 * (256 // 8 + 4)}
+        if row["part"] == "scan" and "queries" in row:
+            assert (row["rows"], row["bytes"]) == (2048, 2048 * (256 // 8 + 4))
+        elif row["part"] == "scan":
+            assert row["largest_relative_difference"] < 0.02
     fits = [row for row in record["rows"] if row["part"] == "fit"]
     assert fits[0]["layers"] == 14
     assert fits[5]["layers"] > 14  # wide ones in blocks

@@ -54,8 +54,8 @@ DEFINITIONS = {
     "of the same batches, only the embeddings' output requires a gradient; once",
     "build": "the sketch of every gradient, then with one-bit codes made on the host; same floor",
     "rescoring": "exact scores of all sequences; floor: a forward pass to the losses",
-    "scan": "all estimates of all rows, copied to the host, by the kernel for one-bit codes and, "
-    "once, by matrix products without it; floor: a copy of the codes from device "
+    "scan": "all estimates of all rows, copied to the host, by the kernel for one-bit codes, or, "
+    "once, by matrix products; floor: a copy of the codes from device "
     "to device, whose bytes are counted once; difference to the host's scan, whose tables have 8 "
     "bits, over the largest estimate",
     "peak_device_bytes": "most that PyTorch held at once; a stage's since the fit began",

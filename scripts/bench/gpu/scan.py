@@ -11,7 +11,7 @@ from torch import Tensor
 
 from index.codes.fourbit import BLOCK
 from index.codes.onebit import OneBitIndex
-from scripts.bench.gpu.measuring import Report, measure
+from scripts.bench.gpu.measuring import Report, Row, measure
 from scripts.bench.gpu.sizes import Sizes
 from service.search.device_search import DeviceIndex
 
@@ -25,24 +25,28 @@ SPARE_SHARE = 0.08
 """Of the memory, for chunks as numbers and what the allocator cannot use."""
 
 
-def scan(sizes: Sizes, device: torch.device, report: Report) -> None:
+def scan(sizes: Sizes, device: torch.device, report: Report, *, kernel: bool) -> None:
     """Loading codes from the host, agreement with the host's scan, and scans over a copy.
 
-    By the kernel, where it can be had, and without it, both over the same codes.
+    Args:
+        sizes: how much.
+        device: where.
+        report: takes each row.
+        kernel: whether the kernel for one-bit codes does it on a GPU; a CPU has none.
 
     Raises:
-        RuntimeError: after the rest, a GPU has no kernel.
+        RuntimeError: the GPU has no kernel.
     """
-    quick = DeviceIndex("one-bit", sizes.dimensions, str(device))
-    plain = DeviceIndex("one-bit", sizes.dimensions, str(device), kernel=False)
-    indexes = {"kernel": quick, "matrix products": plain} if quick.has_kernel else {}
-    indexes = indexes or {"matrix products": plain}
-    host = OneBitIndex(sizes.dimensions)
-    codes = _shard(sizes)
-    host.add(codes, sizes.loaded_rows)
-    for way, index in indexes.items():
-        _load(way, index, host, codes, sizes, device, report)
-    parts = _fill(list(indexes.values()), sizes, device)
+    index = DeviceIndex("one-bit", sizes.dimensions, str(device), kernel=kernel)
+    if kernel and device.type == "cuda" and not index.has_kernel:
+        raise RuntimeError("The kernel for one-bit codes cannot be used here; a warning says why.")
+    common = {
+        "part": "scan",
+        "by": "kernel" if index.has_kernel else "matrix products",
+        "dimensions": sizes.dimensions,
+    }
+    report({**common, **_load(index, sizes, device)})
+    parts = _fill(index, sizes, device)
     buffer = torch.empty_like(parts[0])
 
     def copy() -> None:
@@ -52,73 +56,55 @@ def scan(sizes: Sizes, device: torch.device, report: Report) -> None:
     copied = measure(device, copy, sizes.repeats)
     rate = sum(part.nbytes for part in parts) / copied.seconds
     rows = sizes.loaded_rows + sum(len(part) for part in parts)
-    size = rows * host.code_size
+    size = rows * index.code_size
     floor = replace(copied, seconds=size / rate)
-    for way, index in indexes.items():
-        for count in sizes.queries:
-            action = partial(index.scan, _queries(count, sizes))
-            found = measure(device, action, sizes.repeats if way == "kernel" else 1)
-            report(
-                {
-                    "part": "scan",
-                    "by": way,
-                    "queries": count,
-                    "rows": rows,
-                    "dimensions": sizes.dimensions,
-                    "bytes": size,
-                    **found.over(floor),
-                    "gb_per_second": round(size / found.seconds / 1e9, 2),
-                    "floor_gb_per_second": round(rate / 1e9, 2),
-                    "answers_to_host_seconds": _to_host(count, rows, device),
-                }
-            )
-    if device.type == "cuda" and not quick.has_kernel:
-        raise RuntimeError("The kernel for one-bit codes cannot be used here; a warning says why.")
+    for count in sizes.queries:
+        action = partial(index.scan, _queries(count, sizes))
+        found = measure(device, action, sizes.repeats if kernel else 1)
+        report(
+            {
+                **common,
+                "queries": count,
+                "rows": rows,
+                "bytes": size,
+                **found.over(floor),
+                "gb_per_second": round(size / found.seconds / 1e9, 2),
+                "floor_gb_per_second": round(rate / 1e9, 2),
+                "answers_to_host_seconds": _to_host(count, rows, device),
+            }
+        )
 
 
-def _shard(sizes: Sizes) -> UInt8[np.ndarray, "padded byte"]:
-    """Packed codes of random rows of unit length, as they come from disk."""
-    padded = -(-sizes.loaded_rows // BLOCK) * BLOCK
-    size = OneBitIndex(sizes.dimensions).code_size
+def _load(index: DeviceIndex, sizes: Sizes, device: torch.device) -> Row:
+    """Add a shard as it comes from disk, and compare its scan with the host's."""
+    rows, host = sizes.loaded_rows, OneBitIndex(sizes.dimensions)
+    codes = _shard(rows, sizes.dimensions, host.code_size)
+    found = measure(device, lambda: index.add(codes, rows), 1, warm=False)
+    host.add(codes, rows)
+    queries = _queries(8, sizes)
+    ours, theirs = index.scan(queries), host.scan(queries)
+    return {
+        "what": "codes from the host onto the device",
+        "rows": rows,
+        "bytes": codes.nbytes,
+        "seconds": round(found.seconds, 5),
+        "gb_per_second": round(codes.nbytes / found.seconds / 1e9, 3),
+        "largest_relative_difference": float(np.abs(ours - theirs).max() / np.abs(theirs).max()),
+    }
+
+
+def _shard(rows: int, dimensions: int, size: int) -> UInt8[np.ndarray, "padded byte"]:
+    """Packed codes of random rows of unit length."""
+    padded = -(-rows // BLOCK) * BLOCK
     content = bytearray(np.random.default_rng(0).bytes(padded * size))
     codes = np.frombuffer(content, dtype=np.uint8)
-    codes[padded * (size - 4) :].view(np.float32)[:] = _factor(sizes.dimensions)
+    codes[padded * (size - 4) :].view(np.float32)[:] = _factor(dimensions)
     return codes.reshape(padded, size)
 
 
-def _load(
-    way: str,
-    index: DeviceIndex,
-    host: OneBitIndex,
-    codes: UInt8[np.ndarray, "padded byte"],
-    sizes: Sizes,
-    device: torch.device,
-    report: Report,
-) -> None:
-    """Add a shard, and compare its scan with the host's."""
-    rows = sizes.loaded_rows
-    found = measure(device, lambda: index.add(codes, rows), 1, warm=False)
-    queries = _queries(8, sizes)
-    ours, theirs = index.scan(queries), host.scan(queries)
-    report(
-        {
-            "part": "scan",
-            "by": way,
-            "what": "codes from the host onto the device",
-            "rows": rows,
-            "bytes": codes.nbytes,
-            "seconds": round(found.seconds, 5),
-            "gb_per_second": round(codes.nbytes / found.seconds / 1e9, 3),
-            "largest_relative_difference": float(
-                np.abs(ours - theirs).max() / np.abs(theirs).max()
-            ),
-        }
-    )
-
-
-def _fill(indexes: list[DeviceIndex], sizes: Sizes, device: torch.device) -> list[Tensor]:
-    """Add the same random codes to all, drawn on the device; the words of each part."""
-    size = indexes[0].code_size
+def _fill(index: DeviceIndex, sizes: Sizes, device: torch.device) -> list[Tensor]:
+    """Add random codes, drawn on the device; the words of each part."""
+    size = index.code_size
     left = (sizes.rows or _fitting_rows(size, sizes, device)) - sizes.loaded_rows
     if left < 1:
         raise ValueError("The device has no room for more rows than come from the host.")
@@ -129,8 +115,7 @@ def _fill(indexes: list[DeviceIndex], sizes: Sizes, device: torch.device) -> lis
         shape = (rows, size - 4)
         words = torch.randint(256, shape, dtype=torch.uint8, device=device, generator=generator)
         factors = torch.full((rows,), _factor(sizes.dimensions), device=device)
-        for index in indexes:
-            index.add_unpacked(words, factors)
+        index.add_unpacked(words, factors)
         parts.append(words)
         left -= rows
     return parts
