@@ -16,6 +16,10 @@
 # make bench-service  the service under load, on the index of `make demo`
 # make bench-build  cost of fit and build; with PEERS=DIR beside the peers of that environment, which
 #                   `python -m scripts.bench.build --help` tells how to make
+# make bench-gpu  fit, build, rescoring and scan on an NVIDIA GPU, at most eight minutes; with SITE=DIR
+#                 without installing anything: by PYTHON and the packages in that folder, which
+#                 `python -m scripts.bench.gpu --help` tells how to make; ARGUMENTS="--device cpu
+#                 --small" tries its steps on any processor
 # make lint   formatting, lint and types
 #
 # PYTHON   the interpreter to build the environment from
@@ -44,7 +48,7 @@ NUMERICAL ?= tests/estimators tests/index tests/search tests/run/test_adjoint.py
 GPU := $(shell $(PYTHON) -c "import torch; print('yes' if torch.cuda.is_available() else '')" 2>/dev/null)
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo demo-smollm test test-page test-processors record lint format clean bench-build bench-certificates bench-recall bench-kills bench-prediction bench-run bench-search bench-service
+.PHONY: setup demo demo-smollm test test-page test-processors record lint format clean bench-build bench-certificates bench-gpu bench-recall bench-kills bench-prediction bench-run bench-search bench-service
 
 setup: $(READY)
 
@@ -104,6 +108,11 @@ bench-certificates bench-kills bench-prediction bench-search bench-service: benc
 
 bench-build: $(READY)
 	@$(or $(PEERS),$(VENV))/bin/python -m scripts.bench.build
+
+SITE ?=
+ARGUMENTS ?=
+bench-gpu: $(if $(SITE),,$(READY))
+	@$(if $(SITE),PYTHONPATH=$(SITE) $(PYTHON),$(BIN)/python) -m scripts.bench.gpu $(ARGUMENTS)
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .

@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read at the first import
+
 import pytest
 import torch
 from beartype import beartype

@@ -53,6 +53,7 @@ ROOMS = {
     "scripts/demo": {"scripts"},
     "scripts/bench": {"scripts", "scripts/demo"},
     "scripts/bench/certificates": {"scripts", "scripts/bench", "scripts/demo"},
+    "scripts/bench/gpu": {"scripts", "scripts/bench"},
     "scripts/bench/recall": {"scripts", "scripts/bench", "scripts/demo"},
     "scripts/bench/through_run": {"scripts", "scripts/bench", "scripts/demo"},
     "scripts/dev": {"scripts"},

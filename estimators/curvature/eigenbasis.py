@@ -92,6 +92,34 @@ def decompose(
 OUTPUT_GRADIENT = "output gradient"
 
 
+class Decompositions:
+    """Decomposes one layer's covariance after another; one like the one before is not done again.
+
+    Layers that read the same activations, such as queries, keys and values or the blocks of a wide
+    layer, have the same covariance to the bit.
+
+    Args:
+        side: of the layers, for people.
+    """
+
+    def __init__(self, side: str) -> None:
+        self._side = side
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __call__(
+        self, mean: Float[Tensor, "n n"], layer: LinearLayer
+    ) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n"]]:
+        """As ``decompose``; nobody else holds the tensors."""
+        if self._last is not None:
+            before, vectors, values = self._last
+            same = before.device == mean.device and vectors.dtype == precision_of(layer)
+            if same and torch.equal(before, mean):
+                return vectors.clone(), values.clone()
+        vectors, values = decompose(mean, layer, side=self._side)
+        self._last = mean, vectors, values
+        return vectors, values
+
+
 def check_seen(layer: LinearLayer, positions: int) -> None:
     """Raise ValueError if a layer saw no token."""
     if positions == 0:
@@ -106,6 +134,12 @@ def precision_of(layer: LinearLayer) -> torch.dtype:
     # Quantised layers have integers for weights, or none of that name.
     dtype = getattr(getattr(layer.module, "weight", None), "dtype", None)
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def device_of(layer: LinearLayer) -> torch.device:
+    """Where its weights are, and so its gradients."""
+    parameter = next(layer.module.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def _eigh(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, "n"], Float[Tensor, "n n"]]:

@@ -10,10 +10,11 @@ from torch import Tensor
 from estimators.curvature.accumulation import LongSum, pad_columns
 from estimators.curvature.eigenbasis import (
     OUTPUT_GRADIENT,
+    Decompositions,
     Eigenbasis,
     add_symmetric,
     check_seen,
-    decompose,
+    device_of,
 )
 from estimators.curvature.vocabulary import VocabularyCovariances
 from estimators.model.gradients import widen
@@ -53,8 +54,9 @@ class Covariances:
                 empty = VocabularyCovariances.empty(layer)
                 tensors |= {f"{layer.name}.{part}": value for part, value in empty.items()}
                 continue
+            near = torch.empty(0, dtype=torch.float64, device=device_of(layer))
             for part, width in (("inputs", layer.in_features), ("gradients", layer.out_features)):
-                tensors[f"{layer.name}.{part}"] = torch.zeros(width, width, dtype=torch.float64)
+                tensors[f"{layer.name}.{part}"] = near.new_zeros(width, width)
             tensors[f"{layer.name}.seen"] = torch.zeros(2, dtype=torch.int64)
         return cls(tensors)
 
@@ -102,16 +104,19 @@ class Covariances:
         Raises:
             ValueError: a layer saw no token or no gradient, or a covariance is not finite.
         """
-        return {layer.name: self._decompose(layer) for layer in layers}
+        sides = Decompositions("input"), Decompositions(OUTPUT_GRADIENT)
+        return {layer.name: self._decompose(layer, *sides) for layer in layers}
 
-    def _decompose(self, layer: LinearLayer) -> Eigenbasis:
+    def _decompose(
+        self, layer: LinearLayer, of_inputs: Decompositions, of_gradients: Decompositions
+    ) -> Eigenbasis:
         if isinstance(layer, VocabularyLayer):
             return self._vocabulary.pop(layer.name).eigenbasis(layer)
         sequences, positions = self._seen[layer.name].tolist()
         check_seen(layer, positions)
         inputs, gradients = (part.total / positions for part in self._sums.pop(layer.name))
-        left, left_values = decompose(inputs, layer, side="input")
-        right, right_values = decompose(gradients, layer, side=OUTPUT_GRADIENT)
+        left, left_values = of_inputs(inputs, layer)
+        right, right_values = of_gradients(gradients, layer)
         return Eigenbasis(
             left=left,
             right=right,

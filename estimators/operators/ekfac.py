@@ -64,7 +64,7 @@ class CorrectedEigenvalues:
         tensors: dict[str, Tensor] = {}
         for name, basis in bases.items():
             tensors |= basis.tensors(name)
-            tensors[f"{name}.squares"] = torch.zeros(basis.shape, dtype=torch.float64)
+            tensors[f"{name}.squares"] = basis.right.new_zeros(basis.shape, dtype=torch.float64)
             tensors[f"{name}.examples"] = torch.zeros((), dtype=torch.int64)
         return cls(tensors)
 

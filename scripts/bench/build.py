@@ -3,7 +3,6 @@
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -11,21 +10,17 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.table import Table
-from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from estimators.curvature.fitting import fit_estimator
 from estimators.model.capture import freeze
 from estimators.model.layers import find_layers
-from estimators.model.measurement import negative_log_likelihood, next_token_logits
-from estimators.model.tokens import Sequence1D, collate, plan_batches
-from estimators.model.trial import embeddings_require_grad
 from estimators.operators.identity import Identity
-from estimators.rescoring import query_gradients, score_batch
 from estimators.sketching.sketch import Sketch
 from index.manifest import ShardRecord
 from index.shards import write_shard
 from scripts.bench.build_peers import BergsonBuild, KronfluenceFit, installed
+from scripts.bench.passes import Problem, plain, random_problem, rescore, synchronise
 from scripts.bench.record import write_record
 from scripts.console import one_sentence_errors, print_json, stderr
 from service.checkpoints import ModelSource
@@ -68,30 +63,6 @@ DEFINITIONS = {
 }
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """What every system gets.
-
-    Attributes:
-        name: of the shape.
-        model: frozen, with random weights.
-        sequences: all of the same length.
-        batches: positions in them.
-        budget: padded tokens in a batch.
-    """
-
-    name: str
-    model: nn.Module
-    sequences: Sequence[Sequence1D]
-    batches: Sequence[Sequence[int]]
-    budget: int
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.model.parameters()).device
 
 
 @app.command(help=HELP)
@@ -142,15 +113,8 @@ def make_problem(
     shape = SHAPES[name]
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     network = GPT2LMHeadModel(GPT2Config(**shape, **ends, n_positions=length))
-    tokens = torch.randint(shape["vocab_size"], (count, length)).tolist()
-    sequences = [Sequence1D(tokens=tuple(row), row=i) for i, row in enumerate(tokens)]
-    return Problem(
-        name=name,
-        model=freeze(network).to(device, getattr(torch, dtype)),
-        sequences=sequences,
-        batches=list(plan_batches([length] * count, budget)),
-        budget=budget,
-    )
+    model = freeze(network).to(device, getattr(torch, dtype))
+    return random_problem(name, model, shape["vocab_size"], count, length, budget)
 
 
 def compare(problem: Problem, repetitions: int, fits: int, peers: bool) -> list[dict[str, Any]]:
@@ -188,29 +152,6 @@ def have(package: str, phase: str) -> bool:
         return True
     stderr.print(f"{package} is not installed; {phase} is timed without it (see --help).")
     return False
-
-
-def plain(problem: Problem) -> None:
-    """The floor: what anybody writes, without a look at any layer."""
-    with torch.enable_grad(), embeddings_require_grad(problem.model):
-        for positions in problem.batches:
-            batch = collate([problem.sequences[p] for p in positions]).to(problem.device)
-            logits = next_token_logits(problem.model, batch)
-            negative_log_likelihood(logits, batch).sum().backward()  # type: ignore[no-untyped-call]
-
-
-def rescore(problem: Problem) -> Callable[[], None]:
-    """Exact scores of all sequences for one query, whose gradient is taken before."""
-    layers = find_layers(problem.model).layers
-    gradients, _ = query_gradients(problem.model, layers, problem.sequences[:1])
-    directions = {name: gradient[0] for name, gradient in gradients.items()}
-
-    def run() -> None:
-        for positions in problem.batches:
-            batch = collate([problem.sequences[p] for p in positions]).to(problem.device)
-            score_batch(problem.model, layers, directions, batch)
-
-    return run
 
 
 def training(problem: Problem) -> None:
@@ -290,12 +231,6 @@ def measure(
                 taken[name].append(seconds)
                 stderr.print(f"{problem.name}: {name} {seconds:.2f} s", highlight=False)
     return {name: median(values) for name, values in taken.items()}
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for the GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def rows_of(problem: Problem, phase: str, seconds: dict[str, float]) -> list[dict[str, Any]]:

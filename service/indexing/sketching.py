@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Float, UInt8
 
-from estimators.model.memory import BackOff
-from estimators.model.tokens import Sequence1D, TokenBatch, collate, plan_batches
+from estimators.model.tokens import Sequence1D
 from estimators.sketching.sketch import Sketch
 from index.examples import ExampleStore
 from index.manifest import FailedRow, FileRecord, ShardRecord
 from index.shards import write_shard
 from service.coding import coded_index
+from service.indexing.encoding import encode_gradients
 from service.models import LoadedModel
 
 
@@ -60,30 +59,4 @@ class ShardJob:
     ) -> tuple[UInt8[np.ndarray, "row byte"], Float[np.ndarray, "row"], list[int]]:
         """Codes and whitened norms, and the rows without a finite gradient (coded as 0, norm 0)."""
         index = coded_index(self.codes, self.sketch)
-        codes = np.zeros((len(sequences), index.code_size), dtype=np.uint8)
-        norms = np.zeros(len(sequences), dtype=np.float32)
-        failed: list[int] = []
-
-        def encode(positions: Sequence[int]) -> None:
-            batch = collate([sequences[p] for p in positions]).to(self.loaded.device)
-            units, norm = unit_sketches(self.sketch, self.loaded, batch)
-            bad = ~np.isfinite(norm) | ~np.isfinite(units).all(1)
-            units[bad], norm[bad] = 0, 0
-            codes[list(positions)], norms[list(positions)] = index.encode(units), norm
-            failed.extend(positions[i] for i in np.flatnonzero(bad).tolist())
-
-        lengths = [len(sequence.tokens) for sequence in sequences]
-        backing = BackOff(lengths)
-        for positions in plan_batches(lengths, self.token_budget):
-            backing.run(positions, encode)
-        return codes, norms, sorted(failed)
-
-
-def unit_sketches(
-    sketch: Sketch, loaded: LoadedModel, batch: TokenBatch
-) -> tuple[Float[np.ndarray, "row dimension"], Float[np.ndarray, "row"]]:
-    """Sketches of a batch's gradients scaled to unit length (0 where empty), and whitened norms."""
-    x, norm = sketch.training(loaded.model, batch)
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    unit = torch.where(length > 0, x / length, 0)
-    return unit.cpu().numpy(), norm.cpu().numpy()
+        return encode_gradients(self.loaded.model, self.sketch, index, sequences, self.token_budget)

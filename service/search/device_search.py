@@ -1,6 +1,8 @@
 """Exhaustive search on a device by matrix products, for indexes that fit into its memory."""
 
-from collections.abc import Sequence
+import functools
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +13,11 @@ from torch import Tensor
 from index.codes.fourbit import FourBitIndex
 from index.codes.lowrank import Block
 from index.codes.vectors import LOW_RANK, VectorIndex, make_index
+
+logger = logging.getLogger(__name__)
+
+SignProducts = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""See ``service.search.sign_kernel.multiply_signs``."""
 
 CHUNK_BYTES = 1 << 28
 """Rows that are looked at together, as numbers: bounds the memory beside the codes."""
@@ -28,23 +35,32 @@ class Rows:
 class DeviceIndex:
     """A ``VectorIndex`` whose codes lie on a device and are scanned there.
 
-    Codes are read as in ``index.codes.vectors``. Codes stay codes in memory; a chunk of rows at a
-    time becomes numbers in float16 (float32 on a CPU) and is multiplied with all queries. Queries
+    Codes are read as in ``index.codes.vectors`` and stay codes in memory. A kernel reads those of
+    one bit a dimension once. Of other kinds, and where the kernel cannot be had, a chunk of rows at
+    a time becomes numbers in float16 (float32 on a CPU) and is multiplied with all queries. Queries
     are rounded to that type, which adds a relative variance below 1e-7 to an estimate's.
 
     Args:
         codes: kind of code.
         dimensions: of the vectors.
         device: where to search, e.g. "cuda".
+        kernel: whether the kernel may be used.
     """
 
-    def __init__(self, codes: str, dimensions: int, device: str) -> None:
+    def __init__(self, codes: str, dimensions: int, device: str, *, kernel: bool = True) -> None:
         self._host = make_index(codes, dimensions)
         self._codes = codes
         self._dimensions = dimensions
         self._device = torch.device(device)
         self._dtype = torch.float32 if self._device.type == "cpu" else torch.float16
         self._parts: list[Rows] = []
+        usable = kernel and codes == "one-bit"
+        self._kernel = find_sign_kernel(self._device) if usable else None
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the kernel does its scans."""
+        return self._kernel is not None
 
     @property
     def code_size(self) -> int:
@@ -70,14 +86,27 @@ class DeviceIndex:
         if isinstance(checked, FourBitIndex):
             plain = checked.unpack(codes, rows)
             factors = torch.from_numpy(plain[:, -4:].copy().view(np.float32)[:, 0])
-            bits = torch.from_numpy(plain[:, :-4].copy()).to(self._device)
-            words = torch.from_numpy(checked.words).to(self._device, self._dtype)
-            factors = factors.to(self._device)
-            self._parts.append(Rows(values=bits, factors=factors, words=words))
+            self.add_unpacked(torch.from_numpy(plain[:, :-4].copy()), factors)
         else:
             kind = np.float32 if self._codes == "flat" else np.float16
             values = torch.from_numpy(np.array(codes).view(kind))
             self._parts.append(Rows(values=values.to(self._device)))
+
+    def add_unpacked(self, words: UInt8[Tensor, "row byte"], factors: Float[Tensor, "row"]) -> None:
+        """Append rows of words and factors that are in order of row; on the device they stay.
+
+        Raises:
+            ValueError: the kind of code has no words, or another number of bytes a row.
+        """
+        width = self.code_size - 4
+        if not isinstance(self._host, FourBitIndex) or words.shape[1] != width:
+            raise ValueError(
+                f"Rows of {words.shape[1]} bytes of words are not rows of {self._codes} codes of "
+                f"{self._dimensions} dimensions."
+            )
+        stand_for = torch.from_numpy(self._host.words).to(self._device, self._dtype)
+        values, factors = words.to(self._device), factors.to(self._device)
+        self._parts.append(Rows(values=values, factors=factors, words=stand_for))
 
     def inner_products(self, query: Float[np.ndarray, "dimension"]) -> Float[np.ndarray, "row"]:
         """Estimated inner product of ``query`` with every row, in order of row."""
@@ -96,15 +125,28 @@ class DeviceIndex:
         y = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)).to(self._device)
         lengths = torch.linalg.vector_norm(y, dim=1, keepdim=True)
         unit = torch.where(lengths > 0, y / lengths, 0)
+        rows = sum(len(part.values) for part in self._parts)
+        found = torch.empty(len(y), rows, device=self._device)
+        first = 0
+        for part in self._parts:
+            into = found[:, first : first + len(part.values)]
+            if self._kernel is not None and part.factors is not None:
+                self._kernel(unit, part.values, part.factors, into)
+            else:
+                self._multiply_chunks(unit, part, into)
+            first += len(part.values)
+        return np.asarray(found.mul_(lengths).cpu().numpy())
+
+    def _multiply_chunks(
+        self,
+        queries: Float[Tensor, "query dimension"],
+        part: Rows,
+        into: Float[Tensor, "query row"],
+    ) -> None:
         size = max(1, CHUNK_BYTES // (4 * self._dimensions))
-        products = [
-            _multiply(unit, part, slice(start, start + size), self._dtype)
-            for part in self._parts
-            for start in range(0, len(part.values), size)
-        ]
-        empty = torch.empty((len(y), 0), device=self._device)
-        found = torch.cat([empty, *products], dim=1) * lengths
-        return np.asarray(found.cpu().numpy())
+        for start in range(0, len(part.values), size):
+            chunk = slice(start, start + size)
+            into[:, chunk] = _multiply(queries, part, chunk, self._dtype)
 
 
 def _multiply(
@@ -117,6 +159,28 @@ def _multiply(
     decoded = rows.words.to(dtype)[halves.long()].flatten(1)[:, : queries.shape[1]]
     # float16 sums are accumulated in float32 but leave as float16; a cosine has digits enough.
     return (queries.to(dtype) @ decoded.T).float() * rows.factors[chunk]
+
+
+@functools.cache
+def find_sign_kernel(device: torch.device) -> SignProducts | None:
+    """The kernel for signs, tried on the device; None, with a warning, where there is none."""
+    if device.type != "cuda":
+        return None
+    try:
+        from service.search.sign_kernel import find_obstacle, multiply_signs
+    except ImportError as error:
+        obstacle: str | None = str(error)
+    else:
+        obstacle = find_obstacle(device)
+        if obstacle is None:
+            return multiply_signs
+    logger.warning(
+        "Scans on '%s' take many times as long without the kernel for one-bit codes, which needs "
+        "Triton and cannot be used here (%s).",
+        device,
+        obstacle,
+    )
+    return None
 
 
 def make_search_index(

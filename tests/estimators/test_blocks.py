@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 
+from estimators.curvature import eigenbasis
 from estimators.curvature.fitting import fit_estimator
 from estimators.model.layers import find_layers
 from estimators.model.selection import LayerSelection
@@ -144,3 +145,29 @@ def test_impossible_selections_are_refused():
         LayerSelection(widest=0)
     with pytest.raises(ValueError, match="No layer pattern"):
         LayerSelection(patterns=())
+
+
+@pytest.mark.parametrize("selection", [LayerSelection(), SPLIT], ids=["whole", "split"])
+def test_equal_covariances_are_decomposed_once_with_the_same_bits(
+    llama, sequences, selection, monkeypatch
+):
+    """Queries, keys and values read the same, and so do gates and what they let pass."""
+    layers = find_layers(llama, selection).layers
+    decompose, taken = eigenbasis._eigh, []
+
+    def fit():
+        taken.clear()
+        return fit_estimator("ekfac", llama, layers, sequences).tensors()
+
+    monkeypatch.setattr(eigenbasis, "_eigh", lambda matrix: taken.append(1) or decompose(matrix))
+    shared, once = fit(), len(taken)
+    with monkeypatch.context() as patch:
+        patch.setattr(eigenbasis.torch, "equal", lambda one, other: False)
+        apart, twice = fit(), len(taken)
+    assert twice == 2 * len(layers)
+    assert once <= twice - 3 * len(llama.model.layers)
+    assert shared.keys() == apart.keys()
+    for name, tensor in shared.items():
+        assert torch.equal(tensor, apart[name]), name
+    places = {tensor.untyped_storage().data_ptr() for tensor in shared.values()}
+    assert len(places) == len(shared)  # a file of tensors takes none that share memory

@@ -67,3 +67,21 @@ def test_what_the_scan_refuses_is_refused(monkeypatch):
 def test_the_cpu_is_searched_by_faiss_and_other_devices_by_torch():
     assert type(make_search_index("one-bit", 64, "cpu")) is type(make_index("one-bit", 64))
     assert isinstance(make_search_index("half", 64, "meta"), DeviceIndex)
+
+
+def test_words_on_the_device_are_searched_like_packed_codes():
+    codes = make_index("one-bit", 96).encode(unit_rows(70, 96))
+    queries = unit_rows(3, 96, seed=1)
+    index = DeviceIndex("one-bit", 96, "cpu")
+    words, factors = codes[:, :-4].copy(), codes[:, -4:].copy().view(np.float32)[:, 0]
+    index.add_unpacked(torch.from_numpy(words), torch.from_numpy(factors))
+    packed = DeviceIndex("one-bit", 96, "cpu")
+    packed.add(packed.pack(codes), 70)
+    np.testing.assert_array_equal(index.scan(queries), packed.scan(queries))
+
+
+@pytest.mark.parametrize(("kind", "width"), [("one-bit", 11), ("half", 192)])
+def test_rows_that_are_no_words_of_this_kind_are_refused(kind, width):
+    index = DeviceIndex(kind, 96, "cpu")
+    with pytest.raises(ValueError, match=f"Rows of {width} bytes of words are not rows of {kind}"):
+        index.add_unpacked(torch.zeros(2, width, dtype=torch.uint8), torch.ones(2))
