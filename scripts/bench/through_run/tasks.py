@@ -134,7 +134,8 @@ def _prose(out: Path, base: Path, rows: int, questions: int) -> Task:
     encoded = [ids for ids in encoded if len(ids) == BEGINNING][:rows]
     read = [(f"paragraph-{i}", ids) for i, ids in enumerate(encoded[:rows])]
     asked: list[Question] = []
-    for ids in [encoded[i] for i in generator.permutation(len(encoded))[:questions]]:  # read in the run
+    for i in generator.permutation(len(encoded))[:questions]:  # read in the run
+        ids = encoded[i]
         words = loaded.tokenizer
         prompt, said = words.decode(ids[:PROMPT]), words.decode(ids[PROMPT : PROMPT + ANSWER])
         asked.append([(loaded.encode_query(prompt, said), 1.0)])
@@ -160,8 +161,8 @@ def _prose(out: Path, base: Path, rows: int, questions: int) -> Task:
         rate=3e-3,
         prepare=prepare,
         layers=("*lora_*",),
-        description=f"{len(read):,} beginnings of paragraphs of speeches, adapters of rank 8 in every linear "
-        f"layer of the same base model, {EPOCHS} epochs of AdamW at 0.003",
+        description=f"{len(read):,} beginnings of paragraphs of speeches, adapters of rank 8 in "
+        f"every linear layer of the same base model, {EPOCHS} epochs of AdamW at 0.003",
     )
 
 
