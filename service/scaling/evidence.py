@@ -36,12 +36,14 @@ class TracedRun:
         trace: exact influences of its rows.
         questions: that were traced, as weighted sequences.
         sha256: of the trace.
+        folder: of the trace.
     """
 
     run: RecordedRun
     trace: Trace
     questions: Sequence[Question]
     sha256: str
+    folder: Path
 
     @classmethod
     def read(cls, run: Path, trace: Path) -> "TracedRun":
@@ -62,7 +64,11 @@ class TracedRun:
             for parts in manifest["questions"]
         ]
         return cls(
-            run=recorded, trace=found, questions=questions, sha256=sha256_of(trace / MANIFEST)
+            run=recorded,
+            trace=found,
+            questions=questions,
+            sha256=sha256_of(trace / MANIFEST),
+            folder=trace,
         )
 
 

@@ -13,6 +13,7 @@ from service.run.errors import RunMismatch
 from service.run.replay import retrain
 from service.scaling.evidence import Common, TracedRun
 from service.scaling.fitting import LEAST_QUESTIONS, SET_SHARE, Retraining
+from service.scaling.kept import MeasuredValues
 from service.tracing.trace import measured_values
 
 SIZES = (1, 5, 20)
@@ -92,20 +93,31 @@ def measure_retrainings(
 ) -> list[Retraining]:
     """Repeat the run as each plan says, and once with all rows, and measure every question.
 
+    What was measured is kept beside the trace and not measured again.
+
     Args:
         traced: the run.
         common: what places among the shared rows mean.
         model: the run's, as ``load_first_model`` gave it.
         plans: what to leave out.
         progress: shows the retrainings.
+
+    Raises:
+        RunFault: what was measured cannot be kept.
     """
     run = traced.run
+    kept = MeasuredValues(traced.folder, traced.sha256)
     values = []
     for left in progress("retrainings", [np.array([], dtype=int), *(p.rows for p in plans)]):
-        weights = np.ones(len(run.rows))
-        weights[common.run_rows[np.isin(common.run_place, left)]] = 0
-        state = retrain(run, model, weights.tolist())
-        values.append(np.array(measured_values(run, model, traced.questions, state)))
+        absent = common.run_rows[np.isin(common.run_place, left)]
+        found = kept.of(absent)
+        if found is None:
+            weights = np.ones(len(run.rows))
+            weights[absent] = 0
+            state = retrain(run, model, weights.tolist())
+            found = measured_values(run, model, traced.questions, state)
+            kept.keep(absent, found)
+        values.append(np.array(found))
     return [
         Retraining(rows=plan.rows, question=plan.question, changes=value - values[0])
         for plan, value in zip(plans, values[1:], strict=True)

@@ -27,7 +27,9 @@ from service.run.errors import RunMismatch
 from service.run.folder import RecordedRun
 from service.run.loading import load_first_model
 from service.run.recorder import record_run
-from service.scaling.evidence import TracedRun, common_rows
+from service.run.replay import retrain
+from service.scaling import retraining
+from service.scaling.evidence import Common, TracedRun, common_rows
 from service.scaling.fitting import (
     Retraining,
     factor,
@@ -37,8 +39,10 @@ from service.scaling.fitting import (
     sign_test,
     spread_of_results,
 )
+from service.scaling.kept import FILE_NAME as KEPT
+from service.scaling.kept import MeasuredValues
 from service.scaling.learning import Learner
-from service.scaling.retraining import plan_retrainings
+from service.scaling.retraining import Plan, measure_retrainings, plan_retrainings
 from service.schemas.answers import QueryResponse
 from service.schemas.queries import QueryRequest
 from service.scoring.effect import Effect
@@ -46,7 +50,7 @@ from service.scoring.scale import FILE_NAME, NO_SCALE, Scale, ScaleRecord, find_
 from service.search.opening import open_index
 from service.search.query import Query
 from service.search.retrieval import Retriever
-from service.tracing.trace import trace_run
+from service.tracing.trace import measured_values, trace_run
 from tests.index_fixtures import CONTEXT, Workshop, save_model, sentences, train_tokenizer
 from tests.index_fixtures import write_jsonl as write
 
@@ -467,6 +471,50 @@ def test_the_api_the_terminal_and_assistants_show_it(
     unmeasured = {**none.model_dump(mode="json"), "effect_reason": NO_SCALE}
     query.show(unmeasured)  # the line about ranks suffices where nobody measured anything
     assert "etymon scale" not in capsys.readouterr().err
+
+
+def test_a_retraining_is_kept_and_not_made_again(
+    recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after the second, it goes on with the third; a cut line counts for nothing."""
+    folder = shutil.copytree(
+        recorded.trace, tmp_path / "trace", ignore=shutil.ignore_patterns(KEPT)
+    )
+    traced = TracedRun.read(recorded.run, folder)
+    rows = np.arange(len(traced.run.rows))
+    common = Common(
+        index_rows=rows, index_place=rows, run_rows=rows, run_place=rows, count=len(rows),
+        partly_counted=0,
+    )  # fmt: skip
+    plans = [Plan(rows=np.array([3, 1]), question=0), Plan(rows=np.array([2]), question=None)]
+    model = load_first_model(traced.run)
+    made: list[list[int]] = []
+
+    def counted(run: RecordedRun, model: Any, weights: list[float]) -> Any:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append([row for row, weight in enumerate(weights) if weight == 0])
+        return retrain(run, model, weights)
+
+    monkeypatch.setattr(retraining, "retrain", counted)
+    with pytest.raises(KeyboardInterrupt):
+        measure_retrainings(traced, common, model, plans)
+    assert made == [[], [1, 3]]
+    with (folder / KEPT).open("a") as file:
+        file.write('{"trace": "')
+    made.clear()
+    found = measure_retrainings(traced, common, model, plans)
+    assert made == [[2]]
+    whole, without = (
+        measured_values(traced.run, model, traced.questions, retrain(traced.run, model, weights))
+        for weights in ([1.0] * len(rows), [float(row not in (1, 3)) for row in rows])
+    )
+    assert found[0].changes.tolist() == (np.array(without) - np.array(whole)).tolist()
+    assert len(MeasuredValues(folder, "another")._known) == 0
+    made.clear()
+    again = measure_retrainings(traced, common, model, plans)
+    assert made == []
+    assert again[1].changes.tolist() == found[1].changes.tolist()
 
 
 # --- what does not belong together ----------------------------------------------------------------
