@@ -70,7 +70,7 @@ def _scores(
         half.run, half.model, half.questions, out / "directions", {}, plan, show_progress
     )
     parts = [found.segments(question) for question in range(len(half.questions))]
-    every, _ = met(half, rows, parts)
+    every = met(half, rows, parts)[0]
     chosen = {"one direction": every.sum(1)}
     chosen |= {name: one.values for name, one in at_the_end(half, rows, [DAMPING]).items()}
     words = AutoTokenizer.from_pretrained(half.tuned)

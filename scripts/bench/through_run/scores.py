@@ -86,39 +86,46 @@ def _directed(task: Task, folder: Path, plan: DirectionPlan) -> dict[str, Scored
     cost = (time.process_time() - start) / task.training_seconds / len(task.questions)
     given = {"trainings": _kept(folder, cost), "peak_mb": price.peak_mb}
     parts = [found.segments(question) for question in range(len(task.questions))]
-    every, linear = met(task, task.run.rows, parts)
+    every, indexed, linear = met(task, task.run.rows, parts)
     weights = found.weights.numpy()[None]
     return {
         "direction by epoch": Scored(values=(every * weights).sum(1), **given),
         "one direction": Scored(values=every.sum(1), **given),
+        "one direction, index with embeddings": Scored(values=indexed.sum(1), **given),
         "one direction, linear layers": Scored(values=linear.sum(1), **given),
     }
 
 
 def met(
     task: Task, rows: Sequence[Row], parts: Sequence[Sequence[Mapping[str, Tensor]]]
-) -> tuple[Float[np.ndarray, "question segment row"], Float[np.ndarray, "question segment row"]]:
-    """Each direction times the final model's gradient of each row: all of it, linear layers only.
+) -> Float[np.ndarray, "part question segment row"]:
+    """Each direction times the final model's gradient of each row.
 
-    The embedding and the head, which is tied to it, are no linear layers here.
+    Parts of it: all; what an index with ``--embeddings`` holds, so all but position embeddings and
+    scales of norms; linear layers only, without embedding and head, which are tied here.
     """
     run, model = task.run, task.model
     shape = (len(parts), len(parts[0]), len(rows))
-    every, linear = np.zeros(shape), np.zeros(shape)
+    found = np.zeros((3, *shape))
     with trainable(model, run.recipe, named_parameters(model)) as parameters:
         put(parameters, run.state(len(run.steps)))
         tall = {n: torch.stack([p[n].flatten() for q in parts for p in q]) for n in parameters}
-        inside = {
-            n for n, p in parameters.items() if p.ndim == 2 and not {"wte", "wpe"} & {*n.split(".")}
-        }
+        sizes = {n: p.ndim for n, p in parameters.items()}
+        indexed = {n for n in parameters if _layers_weight(n, sizes) and ".wpe." not in n}
+        linear = {n for n in indexed if ".wte." not in n}
         for number, row in enumerate(show_progress("gradients of the last model", rows)):
             gradient = _gradient(task, parameters, rows, number, row)
             for name, own in gradient.items():
                 values = (tall[name] @ own.flatten()).numpy().reshape(shape[:2])
-                every[:, :, number] += values
-                if name in inside or name.replace("bias", "weight") in inside:
-                    linear[:, :, number] += values
-    return every, linear
+                for place, names in enumerate((parameters, indexed, linear)):
+                    if name in names:
+                        found[place, :, :, number] += values
+    return found
+
+
+def _layers_weight(name: str, dimensions: Mapping[str, int]) -> bool:
+    """Whether it is a matrix, or the bias beside one."""
+    return dimensions.get(name.replace(".bias", ".weight"), 0) == 2
 
 
 def _gradient(
@@ -146,7 +153,7 @@ def _of_last_gradient(task: Task) -> dict[str, Scored]:
             moments, held = run.state(near).moments, near
         scales = scaling(run.recipe, near - 1, step.rates, None, moments)
         sums.add(number, [{n: scales[n] * v for n, v in one.items()} for one in adjoints])
-    every, _ = met(task, run.rows, sums.found)
+    every = met(task, run.rows, sums.found)[0]
     weights = reading_weights(len(run.rows), run.steps, segments).numpy()[None]
     return {"Adam-scaled last gradient": Scored(values=(every * weights).sum(1))}
 
