@@ -11,7 +11,8 @@
 # make bench-recall  recall for each index size, beside other systems' layouts; uses the model of
 #                    `make demo` if it is there; with PEERS=DIR beside Bergson too
 # make bench-certificates  coverage, usefulness and cost of the certificates (an hour and more)
-# make bench-run  influence through two recorded fine-tunings against repeated runs
+# make bench-run  influence through two recorded fine-tunings against repeated runs; with PEERS=DIR
+#                 beside Bergson's MAGIC too
 # make bench-kills, bench-prediction, bench-search  see the figures' commands in docs/measured.md
 # make bench-service  the service under load, on the index of `make demo`
 # make bench-build  cost of fit and build; with PEERS=DIR beside the peers of that environment, which
@@ -102,6 +103,9 @@ bench-recall: $(TEXTS)
 
 bench-run: $(TEXTS)
 	@OMP_NUM_THREADS=1 $(or $(PEERS),$(VENV))/bin/python -m scripts.bench.through_run
+ifdef PEERS
+	@OMP_NUM_THREADS=1 $(PEERS)/bin/python -m scripts.bench.through_run.magic
+endif
 
 bench-certificates bench-kills bench-prediction bench-search bench-service: bench-%: $(READY)
 	@$(BIN)/python -m scripts.bench.$*

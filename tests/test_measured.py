@@ -426,11 +426,47 @@ def run_line(row: Record) -> str:
     return flat(f"| {label} | {' | '.join(told)} |")
 
 
+def magic() -> list[str]:
+    record = newest("magic")
+    rows = {row["system"]: row for row in record["rows"]}
+    bergson, exact, floor = (
+        rows[name] for name in ("Bergson's MAGIC", "etymon, exact derivative", "etymon")
+    )
+    other_exact, other_floor = (
+        rows[f"{row['system']}, other attention"]["rounding"] for row in (exact, floor)
+    )
+    other = rows["etymon, other attention"]["weights_difference"]
+    plain = record["plain_training_seconds"]
+
+    def same(row: Record, decimals: int) -> str:
+        numbers = ", ".join(f"{row[name]:.{decimals}f}" for name in ("pearson", "spearman"))
+        return f"{numbers}, {20 * row['top20_shared']:.0f} of 20"
+
+    assert exact["weights_difference"] == floor["weights_difference"] == 0
+    assert rows["Bergson's MAGIC, no epsilon inside the root"]["finite_rows"] == 0
+    return [
+        f"Bergson {record['versions']['bergson']}'s MAGIC",
+        f"{record['train_rows']} rows, {record['steps']} steps",
+        f"top 20 shared: {same(exact, 5)}",
+        f"no part of it: {same(floor, 3)}",
+        f"with itself to {same(other_exact, 4)}, the default to {same(other_floor, 4)}",
+        f"by at most {other:.4f}, from Bergson's by {bergson['weights_difference']:.4f}",
+        f"epsilon of {bergson['root_epsilon']:.0e} inside the root",
+        f"fastest took {min(plain):.1f} s and the slowest {max(plain):.1f} s",
+        f"{bergson['backward_ratio']:.1f} by Bergson, {exact['backward_ratio']:.1f} by the exact "
+        f"derivative, {floor['backward_ratio']:.1f} by the default and "
+        f"{floor['together_ratio']:.1f} a question of {record['questions_together']} together",
+        f"{bergson['training_ratio']:.1f} by Bergson, {floor['training_ratio']:.1f} recorded",
+        f"{bergson['peak_mb']:.0f} MB of memory by Bergson, {exact['peak_mb']:.0f} MB and "
+        f"{floor['peak_mb']:.0f} MB",
+    ]
+
+
 FIGURES: dict[str, tuple[Callable[[], list[str]], ...]] = {
     "README.md": (demo,),
     MEASURED: (
         *(kronfluence, coverage, usefulness, kills, build, search, service, prediction),
-        *(demo_costs, recall, one_index, plausibility, shares, one_run, through_run),
+        *(demo_costs, recall, one_index, plausibility, shares, one_run, through_run, magic),
     ),
 }
 """By document, what it must contain of the records."""

@@ -76,12 +76,12 @@ def make_tasks(out: Path, names: Sequence[str], rows: int, questions: int) -> It
         rows: of each fine-tuning, at most.
         questions: of each.
     """
-    base = _base_model(out / "base")
+    base = base_model(out / "base")
     for name in names:
         yield MAKERS[name](out / name, base, rows, questions)
 
 
-def _base_model(folder: Path, epochs: int = 5) -> Path:
+def base_model(folder: Path, epochs: int = 5) -> Path:
     """The demonstration's architecture, trained on the countries that no fine-tuning reads."""
     if not (folder / "config.json").is_file():
         profiles = load_profiles()
