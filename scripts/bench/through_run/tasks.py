@@ -131,7 +131,7 @@ def _prose(out: Path, base: Path, rows: int, questions: int) -> Task:
     generator = np.random.default_rng(SEED)
     order = generator.permutation(len(texts))
     encoded = [loaded.encode(texts[i])[:BEGINNING] for i in order]
-    encoded = [ids for ids in encoded if len(ids) == BEGINNING][:rows]
+    encoded = [ids for ids in encoded if len(ids) == BEGINNING][: rows // 2]  # each is longer
     read = [(f"paragraph-{i}", ids) for i, ids in enumerate(encoded[:rows])]
     asked: list[Question] = []
     for i in generator.permutation(len(encoded))[:questions]:  # read in the run
