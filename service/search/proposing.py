@@ -10,13 +10,14 @@ from torch import Tensor
 from index.certificates.sketch import Tail
 from index.codes.vectors import LAWFUL
 from service.search.opening import OpenIndex
-from service.search.proxies import Proxies, RankedProxies
+from service.search.proxies import RankedProxies
 from service.search.query import Ranking
+from service.search.shards import CodedShard, DenseShard, Shard
 
 
 def estimate_rows(
     index: OpenIndex, directions: Mapping[str, Tensor], ranking: Ranking, tail: Tail = "gaussian"
-) -> Proxies:
+) -> Shard:
     """Estimates of every row's ranking value for a direction, with their error scales.
 
     Whatever the direction: the index' coordinates decide only how large the errors are.
@@ -30,29 +31,25 @@ def estimate_rows(
     sketch, norm = index.sketch.query({n: d[None] for n, d in directions.items()})
     y = sketch[0].cpu().numpy()
     length = float(np.linalg.norm(y))
-    psi = float(norm[0])
-    cosines = index.inner_products(y) / length if length else 0 * index.norms
-    norms = index.norms.astype(np.float64)
     noise = index.manifest.sketch.noise
     scale = max(noise.predicted, noise.measured)
     if tail == "hoeffding":
         scale = max(scale, math.sqrt(math.pi / (2 * index.manifest.sketch.dimensions)))
-    weights = norms if ranking == "score" else (norms > 0).astype(np.float64)
-    values = cosines * psi * weights
-    values[index.failed] = -np.inf
-    return Proxies(
-        values=values,
-        sigmas=scale * psi * weights,
-        relative=noise.relative,
-        divisors=_divisors(index, ranking),
+    return CodedShard(
+        cosines=index.inner_products(y) / length if length else 0 * index.norms,
+        norms=index.norms,
         failed=index.failed,
+        psi=float(norm[0]),
+        scale=scale,
+        relative=noise.relative,
+        ranking=ranking,
         lawful=index.manifest.codes in LAWFUL,
     )
 
 
 def order_rows(
     index: OpenIndex, values: Float[np.ndarray, "row"], ranking: Ranking, *, by_gradients: bool
-) -> RankedProxies:
+) -> Shard:
     """Any values by which rows are looked at, the highest first; they estimate nothing.
 
     Args:
@@ -64,16 +61,14 @@ def order_rows(
     failed = index.failed if by_gradients else np.zeros_like(index.failed)
     ordered = values.astype(np.float64)
     ordered[failed] = -np.inf
-    return RankedProxies(
+    norms = index.norms.astype(np.float64)
+    by_score = ranking == "score"
+    ranked = RankedProxies(
         values=ordered,
         sigmas=np.zeros(len(ordered)),
         relative=0.0,
-        divisors=_divisors(index, ranking),
+        divisors=np.ones_like(norms) if by_score else np.where(norms > 0, norms, np.inf),
         failed=failed,
         lawful=False,
     )
-
-
-def _divisors(index: OpenIndex, ranking: Ranking) -> Float[np.ndarray, "row"]:
-    norms = index.norms.astype(np.float64)
-    return np.ones_like(norms) if ranking == "score" else np.where(norms > 0, norms, np.inf)
+    return DenseShard(ranked)
