@@ -74,6 +74,16 @@ class Proxies:
         """Those of some rows that are then all there are."""
         return self.at(rows)
 
+    def after(self, others: "Proxies") -> "Proxies":
+        """Those of other rows, then these; all else is as it is here."""
+        return replace(
+            self,
+            values=np.concatenate([others.values, self.values]),
+            sigmas=np.concatenate([others.sigmas, self.sigmas]),
+            divisors=np.concatenate([others.divisors, self.divisors]),
+            failed=np.concatenate([others.failed, self.failed]),
+        )
+
     def negated(self) -> "Proxies":
         """Estimates of the opposite values, by which the lowest exact ones come first."""
         return replace(self, values=np.where(self.failed, -np.inf, -self.values))

@@ -154,7 +154,7 @@ class Run:
         search, sign = self.searches[side], _sign(side)
         largest = max((abs(score) for score in self._exact.values() if score == score), default=0.0)
         best = search.best(self.query.k)
-        proxies = search.shard.at(best).values
+        proxies = search.estimates(best)
         results = []
         for rank, (local, proxy) in enumerate(zip(best, proxies, strict=True), start=1):
             row = int(self.rows[local])

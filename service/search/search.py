@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from typing import Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from index.certificates.audit import AuditSample, certify_audit, count_above, draw_sample
 from index.certificates.calibration import (
@@ -18,13 +18,14 @@ from index.certificates.calibration import (
 from index.certificates.share import ShareEvidence, estimate_share
 from index.certificates.sketch import (
     FoundTop,
+    Scales,
     SketchEvidence,
     certify_sketch,
-    check_calibration,
     fewest_misses,
     plan_levels,
 )
 from index.certificates.statement import Certificate, Share, allowed_misses, no_share
+from service.search.looks import Looks
 from service.search.query import Query, Ranking
 from service.search.shards import Found, Shard
 
@@ -84,12 +85,13 @@ class Search:
         self.ended = False
         self.stage: Literal["calibrate", "rescore", "audit"] = "calibrate"
         self._found = Found()
+        self._looks = Looks(shard)
         self._sample = self._audited = np.empty(0, dtype=np.int64)
         self._before_audit = self.scored
-        self._begun = math.inf
+        self._begun = math.inf, math.inf
         self._seed = seed
         self._calibration = calibration
-        self._levels = plan_levels(query.k, query.recall, query.confidence, query.tail)
+        self._levels = plan_levels(query.k, query.recall, query.confidence, query.tail, shard.looks)
 
     def run(self, scorer: RowScores, clock: "Clock") -> list[Certificate]:
         """Go through all ``steps``, with exact scores from ``scorer``."""
@@ -132,6 +134,10 @@ class Search:
         """The best k exactly scored rows by ranking value; ties go to the lower row."""
         return self._found.best(k)[0]
 
+    def estimates(self, rows: Int[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
+        """Ranking values of rows as estimated from all of their codes."""
+        return self._looks.last(rows).values
+
     def _threshold(self) -> float:
         """The k-th best exact ranking value found; -inf while fewer are."""
         values = self._found.best(self.query.k)[1]
@@ -151,8 +157,7 @@ class Search:
     def _adapt(self) -> Steps[None]:
         """Rescore the best proxies, then deeper and deeper until certified or out of budget."""
         query = self.query
-        rows = self.shard.best(max(32, 2 * query.k), self.scored)
-        self._begun = float(self.shard.at(rows).values.min(initial=math.inf))
+        rows, self._begun = self._looks.first(max(32, 2 * query.k), self.scored)
         chunk = len(rows)
         while len(rows) and self.rescored < query.budget and not self.ended:
             rows = rows[: query.budget - self.rescored]
@@ -172,14 +177,14 @@ class Search:
             if limit == math.inf:
                 return np.empty(0, dtype=np.int64)
             return self.shard.contenders(threshold, limit, self.scored, count, slack=True).rows
-        query, inflation = self.query, self._inflation()
+        query, inflations = self.query, self._inflations()
         misses = allowed_misses(query.k, query.recall) - self._unscorable()
-        top = self._found_top(inflation)
+        top = self._found_top(inflations)
         for level in self._levels:
-            goal = inflation * level.z
-            found = self.shard.contenders(threshold, goal, self.scored, count)
-            if len(found.rows) or self.shard.deepest() <= goal:
-                return found.rows
+            goal = inflations[0] * level.z
+            rows = self._looks.contenders(threshold, goal, inflations, self.scored, count)
+            if len(rows) or self._looks.deepest(inflations) <= goal:
+                return rows
             if fewest_misses(top, level.z, [level], query.k, query.tail) <= misses:
                 break
         return np.empty(0, dtype=np.int64)
@@ -198,30 +203,28 @@ class Search:
         needed = calibration.needed(query.k, query.ranking, misses)
         return tolerance_limit(needed, SHARE, query.confidence)
 
-    def _found_top(self, inflation: float) -> FoundTop:
+    def _found_top(self, inflations: Sequence[float]) -> FoundTop:
         rows, values = self._found.best(self.query.k)
+        each = [
+            (inflation * near.sigmas, inflation * near.relative)
+            for inflation, near in zip(inflations, self._looks.each(rows), strict=True)
+        ]
         return FoundTop(
             exact=values,
-            sigmas=inflation * self.shard.at(rows).sigmas,
-            relative=inflation * self.shard.relative,
+            sigmas=each[0][0],
+            relative=each[0][1],
+            later=tuple(Scales(sigmas=sigmas, relative=share) for sigmas, share in each[1:]),
         )
 
-    def _inflation(self) -> float:
-        """How much larger the proxies' errors are among the best rows found than their scales say.
+    def _inflations(self) -> list[float]:
+        """How much larger errors are among the best rows found than their scales say, by look.
 
         Rows that are like the query err more than random ones (their gradients share factors with
         the query's, which the sketch's first stage mixes), by an amount that differs by query.
         Those found with the highest exact values are nearly free of selection: a row as good is
         left out only if its error is extreme.
         """
-        rows, exact = self._found.best(max(self.query.k, FEWEST_NEIGHBOURS))
-        near = self.shard.at(rows)
-        scales = near.scales(exact)
-        noisy = scales > 0
-        if not noisy.any():
-            return 1.0
-        residuals = (exact - near.values)[noisy] / scales[noisy]
-        return max(1.0, float(np.sqrt(np.mean(residuals**2))))
+        return self._looks.inflations(*self._found.best(max(self.query.k, FEWEST_NEIGHBOURS)))
 
     def _unscorable(self) -> int:
         failed = self.shard.failed
@@ -232,21 +235,17 @@ class Search:
         """What the sketch's law says of the rows that are unscored at this moment."""
         query, shard = self.query, self.shard
         sampled = self._sample[self.scored[self._sample] & ~shard.failed[self._sample]]
-        drawn, exact = shard.at(sampled), self._found.values_of(sampled)
-        usable = (drawn.sigmas > 0) & np.isfinite(exact)
-        check = None
-        if usable.any():
-            check = check_calibration(exact, drawn.values, drawn.scales(np.nan_to_num(exact)))
-        inflation = self._inflation()
-        reached = self._reached() / inflation
+        check = self._looks.check(sampled, self._found.values_of(sampled))
+        inflations = self._inflations()
+        reached = self._reached(self.scored) / inflations[0]
         tail = query.tail
         if tail == "gaussian" and check is None:  # unchecked noise supports no bound
             tail = "hoeffding"
             reached = reached if reached == math.inf else -math.inf
         evidence = SketchEvidence(
             reached=reached,
-            top=self._found_top(inflation),
-            inflation=inflation,
+            top=self._found_top(inflations),
+            inflation=inflations[0],
             rows=len(shard),
             rescored=int(self.scored.sum()),
             unscorable=self._unscorable(),
@@ -255,12 +254,17 @@ class Search:
         )
         return certify_sketch(evidence, query.k, query.recall, query.confidence, tail)
 
-    def _reached(self, *, slack: bool = False) -> float:
-        """The depth above which no unscored row lies; inf if there is none."""
-        if (self.scored | self.shard.failed).all():
+    def _reached(self, scored: Bool[np.ndarray, "row"], *, slack: bool = False) -> float:
+        """The depth above which no row lies that was not ``scored``; inf if there is none."""
+        shard, threshold = self.shard, self._threshold()
+        if (scored | shard.failed).all():
             return math.inf
-        least = self.shard.contenders(self._threshold(), -math.inf, self.scored, 0, slack=slack)
-        return min(least.beyond, self.shard.deepest(slack=slack))
+        if slack:
+            least = shard.contenders(threshold, -math.inf, scored, 0, slack=True).beyond
+            return min(least, shard.deepest(slack=True))
+        inflations = self._inflations()
+        goal = inflations[0] * self._levels[-1].z
+        return self._looks.reached(threshold, goal, inflations, scored)
 
     def _calibration_certificate(self) -> Certificate:
         query, calibration = self.query, self._calibration
@@ -270,7 +274,7 @@ class Search:
         needed = [] if stale else calibration.needed(query.k, query.ranking, misses)
         evidence = CalibrationEvidence(
             needed=needed,
-            reached=self._reached(slack=True),
+            reached=self._reached(self.scored, slack=True),
             unit=self.shard.unit,
             unscorable=self._unscorable(),
             stale=stale,
@@ -334,12 +338,15 @@ class Search:
         threshold, slack = self._threshold(), self._by_calibration()
         if threshold == -math.inf:  # not k rows were scored: none was left out
             return self._sample[:0]
-        shard = self.shard
-        left = shard.contenders(threshold, -math.inf, self._before_audit, 0, slack=slack)
-        rows = self._sample[~shard.failed[self._sample]]
-        near = shard.at(rows)
-        depths = (near.with_slack() if slack else near).depths(threshold)
-        found: np.ndarray = rows[(depths >= left.beyond) & (near.values < self._begun)]
+        reached = self._reached(self._before_audit, slack=slack)
+        rows = self._sample[~self.shard.failed[self._sample]]
+        near, last = self.shard.at(rows), self._looks.last(rows)
+        if slack:
+            depths = near.with_slack().depths(threshold)
+        else:
+            depths = self._looks.depths(rows, threshold, self._inflations())
+        begun = (near.values >= self._begun[0]) & (last.values >= self._begun[1])
+        found: np.ndarray = rows[(depths >= reached) & ~begun]
         return found
 
 

@@ -3,14 +3,13 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Int
 
 from index.codes.vectors import best_rows
 from service.search.proxies import Proxies
-from service.search.query import Ranking
 
 BLOCK = 1 << 16
 """Rows whose estimates are computed together, which bounds the memory beside the codes' sums."""
@@ -44,12 +43,15 @@ class Shard(ABC):
         relative: see ``Proxies``.
         lawful: see ``Proxies``.
         unit: of depths.
+        looks: estimates that there are of a row, each from more of its codes than the one before;
+            the first of every row, the later ones of those that are asked for.
     """
 
     failed: Bool[np.ndarray, "row"]
     relative: float
     lawful: bool
     unit: str
+    looks: int
 
     def __len__(self) -> int:
         return len(self.failed)
@@ -60,8 +62,8 @@ class Shard(ABC):
         return (nothing.with_slack() if slack else nothing).deepest
 
     @abstractmethod
-    def at(self, rows: Rows) -> Proxies:
-        """Estimates of given rows, in that order."""
+    def at(self, rows: Rows, look: int = 0) -> Proxies:
+        """Estimates of given rows after a look, in that order."""
 
     @abstractmethod
     def among(self, rows: Int[np.ndarray, "kept"]) -> "Shard":
@@ -139,79 +141,26 @@ class DenseShard(Shard):
 
     Args:
         proxies: of all rows.
+        later: the same after each further look.
     """
 
-    def __init__(self, proxies: Proxies) -> None:
-        self._proxies = proxies
+    def __init__(self, proxies: Proxies, *later: Proxies) -> None:
+        self._proxies = (proxies, *later)
         self.failed = proxies.failed
         self.relative, self.lawful = proxies.relative, proxies.lawful
-        self.unit = proxies.unit
+        self.unit, self.looks = proxies.unit, 1 + len(later)
 
-    def at(self, rows: Rows) -> Proxies:
-        """Estimates of given rows, in that order."""
-        return self._proxies.at(rows)
-
-    def among(self, rows: Int[np.ndarray, "kept"]) -> Shard:
-        """A shard of some of the rows, numbered anew."""
-        return DenseShard(self._proxies.among(rows))
-
-    def negated(self) -> Shard:
-        """Estimates of the opposite values."""
-        return DenseShard(self._proxies.negated())
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CodedShard(Shard):
-    """Estimates from what a scan of codes gave: 4 bytes a row and question beside the index' own.
-
-    Attributes:
-        cosines: of the question's sketch and each row's codes.
-        norms: whitened norms of the rows' gradients.
-        failed: rows that have no finite gradient.
-        psi: norm of the question's whitened direction.
-        scale: error scale of a cosine.
-        relative: error scale that comes on top, as a share of the cosine.
-        ranking: what is estimated.
-        lawful: whether the errors are those of a random sketch.
-        sign: -1 for the opposite values.
-    """
-
-    cosines: Float32[np.ndarray, "row"]
-    norms: Float32[np.ndarray, "row"]
-    failed: Bool[np.ndarray, "row"]
-    psi: float
-    scale: float
-    relative: float
-    ranking: Ranking
-    lawful: bool
-    sign: float = 1.0
-    unit: str = Proxies.unit
-
-    def at(self, rows: Rows) -> Proxies:
-        """Estimates of given rows, in that order."""
-        norms, failed = self.norms[rows].astype(np.float64), self.failed[rows]
-        by_score = self.ranking == "score"
-        weights = norms if by_score else (norms > 0).astype(np.float64)
-        values = self.sign * (self.cosines[rows] * self.psi * weights)
-        values[failed] = -np.inf
-        return Proxies(
-            values=values,
-            sigmas=self.scale * self.psi * weights,
-            relative=self.relative,
-            divisors=np.ones_like(norms) if by_score else np.where(norms > 0, norms, np.inf),
-            failed=failed,
-            lawful=self.lawful,
-        )
+    def at(self, rows: Rows, look: int = 0) -> Proxies:
+        """Estimates of given rows after a look, in that order."""
+        return self._proxies[look].at(rows)
 
     def among(self, rows: Int[np.ndarray, "kept"]) -> Shard:
         """A shard of some of the rows, numbered anew."""
-        return replace(
-            self, cosines=self.cosines[rows], norms=self.norms[rows], failed=self.failed[rows]
-        )
+        return DenseShard(*(proxies.among(rows) for proxies in self._proxies))
 
     def negated(self) -> Shard:
         """Estimates of the opposite values."""
-        return replace(self, sign=-self.sign)
+        return DenseShard(*(proxies.negated() for proxies in self._proxies))
 
 
 class Found:

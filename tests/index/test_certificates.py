@@ -493,7 +493,7 @@ def test_redrawn_sketches_keep_the_stated_confidence(tail):
 def test_the_coverage_test_notices_a_third_of_the_z(monkeypatch):
     quantile = sketch_module._quantile
     tail_of = sketch_module._tail
-    monkeypatch.setattr(sketch_module, "_quantile", lambda p, tail: quantile(p, tail) / 3)
+    monkeypatch.setattr(sketch_module, "_quantile", lambda *given: quantile(*given) / 3)
     monkeypatch.setattr(sketch_module, "_tail", lambda z, tail: tail_of(3 * z, tail))
     wrong, _ = count_violations("gaussian")
     # Copies are missed together, with probability Phi(-2.14 / 3) = 24 % (less where the errors of

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from service.search import shards as shards_module
+from service.search.proposing import CodedShard
 from service.search.proxies import Proxies, RankedProxies
-from service.search.shards import CodedShard, DenseShard, Found
+from service.search.shards import DenseShard, Found
 
 ROWS = 500
 
