@@ -1,5 +1,10 @@
 """Indexes of several slices: built, extended, resumed, edited, and read again."""
 
+import errno
+import itertools
+import os
+import shutil
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +13,7 @@ import pytest
 
 from index.codes.signs import encode_signs, estimate_signs, sign_bytes
 from index.editing import delete_rows, merge_indexes
-from index.errors import IndexCorrupt, IndexMismatch
+from index.errors import DiskFull, IndexCorrupt, IndexMismatch
 from index.files import sha256_of
 from index.manifest import FILE_NAME, Manifest
 from index.slices import SliceStore
@@ -141,6 +146,41 @@ def test_a_killed_extension_leaves_the_index_and_goes_on(workshop, sliced, tmp_p
     assert open_index(tmp_path, workshop.loaded).slices is None
     workshop.build(tmp_path)  # it is remembered how many there are to be
     assert files_of(tmp_path) == files_of(sliced)
+
+
+def test_a_disk_full_at_every_write_of_an_extension_is_resumable(workshop, tmp_path, monkeypatch):
+    source = replace(workshop.source, limit=16)
+    options = {"rows_per_shard": 8, "source": source}
+    workshop.build(tmp_path / "one", **options)
+    shutil.copytree(tmp_path / "one", tmp_path / "whole")
+    workshop.build(tmp_path / "whole", slices=3, **options)
+    before = (tmp_path / "one" / FILE_NAME).read_bytes()
+    real, room = os.fsync, 0
+
+    def fsync(descriptor: int) -> None:
+        nonlocal room
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            if room == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            room -= 1
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    failures = 0
+    for files in itertools.count():
+        folder = tmp_path / str(files)
+        shutil.copytree(tmp_path / "one", folder)
+        room = files
+        try:
+            workshop.build(folder, slices=3, **options)
+            break
+        except DiskFull:
+            failures += 1
+            assert (folder / FILE_NAME).read_bytes() == before
+            room = 1000
+            workshop.build(folder, slices=3, **options)
+            assert files_of(folder) == files_of(tmp_path / "whole")
+    assert failures == 7  # the number of slices; two files and receipts; factors and manifest
 
 
 def test_a_damaged_file_of_slices_is_found_and_mended(workshop, sliced, tmp_path):

@@ -57,7 +57,7 @@ def main(
 ) -> None:
     """Score every row exactly, then search with one slice of the codes and with more.
 
-    Example: python -m scripts.bench.progressive --corpora profiles --queries 15
+    Example: python -m scripts.bench.certificates.progressive --corpora profiles --queries 15
     """
     start = time.perf_counter()
     counts, wanted = ([int(n) for n in text.split(",")] for text in (slices, k))
@@ -75,7 +75,7 @@ def main(
     document = {
         "rows": found,
         "corpora": described,
-        "command": f"python -m scripts.bench.progressive --corpora {corpora} --queries {queries} "
+        "command": f"python -m scripts.bench.certificates.progressive --corpora {corpora} --queries {queries} "
         f"--slices {slices} --k {k} --budget {budget} --dimensions {dimensions} --rows {rows} "
         f"--epochs {epochs}",
         "definitions": {
