@@ -64,18 +64,20 @@ class SliceStore:
             self._shards.append([map_tensors(file)["codes"] for file in files])
             start += shard.rows
 
-    def read(self, rows: Int[np.ndarray, "asked"], count: int) -> Codes:
+    def read(
+        self, rows: Int[np.ndarray, "asked"], count: int
+    ) -> UInt8[np.ndarray, "slice asked byte"]:
         """Codes of the slices 1 to ``count`` of rows on disk, in the order of ``rows``."""
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         width = self._shards[0][0].shape[2]
-        codes = np.empty((len(rows), count, width), dtype=np.uint8)
+        codes = np.empty((count, len(rows), width), dtype=np.uint8)
         for number in np.unique(shards):
             places = np.flatnonzero(shards == number)
             inside, first = rows[places] - self._starts[number], 0
             for file in self._shards[number]:
                 last = min(first + file.shape[1], count)
-                if first < last:
-                    codes[places, first:last] = file[inside, : last - first]
+                for one in range(first, last):
+                    codes[one, places] = file[inside, one - first]
                 first = last
         return codes
 

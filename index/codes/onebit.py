@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 from index.codes.fourbit import FourBitIndex
-from index.codes.signs import estimate_signs, rabitq
+from index.codes.signs import estimate_signs, rabitq, with_factors
 
 SIGNS = 2.0 * np.array([[v >> j & 1 for j in range(4)] for v in range(16)], dtype=np.float32) - 1
 """The -1 and +1 that each value of four bits stands for."""
@@ -43,7 +43,8 @@ class OneBitIndex(FourBitIndex):
         first = 0
         for part in self._parts:
             rows = len(part.factors)
-            codes = self.unpack(part.codes.reshape(-1, self.code_size), rows)
+            plain = self.unpack(part.codes.reshape(-1, self.code_size), rows)
+            codes = with_factors(plain[:, : self._width], part.factors, self._dimensions)
             result[:, first : first + rows] = estimate_signs(codes, queries, self._threads)
             first += rows
         return result

@@ -8,19 +8,21 @@ from jaxtyping import Float, Float32, UInt8
 from index.codes.faiss_module import import_faiss
 from index.codes.flat import FlatIndex
 
-FACTOR_BYTES = 4
+TAIL_BYTES = 8
+"""What follows a row's bits, two numbers in float32: FAISS's RaBitQ keeps there
+``|x - centre|^2 - |x|^2 = 0`` and the factor times the root of the dimensions."""
 
 
 def sign_bytes(dimensions: int) -> int:
-    """Bytes of a code: a bit a dimension, and the factor in float32."""
-    return -(-dimensions // 8) + FACTOR_BYTES
+    """Bytes of a code: a bit a dimension, and the tail."""
+    return -(-dimensions // 8) + TAIL_BYTES
 
 
 def encode_signs(rows: Float[np.ndarray, "row dimension"]) -> UInt8[np.ndarray, "row byte"]:
-    """Codes of rows, each by itself: bits in order of dimension, then ``|x|^2 / |x|_1``.
+    """Codes of rows, each by itself: bits in order of dimension, factor ``|x|^2 / |x|_1``.
 
-    The bits are those of RaBitQ (Gao and Long 2024), at a quarter of what FAISS's encoder takes.
-    Rows of zeros have a factor of 0.
+    They are those of RaBitQ (Gao and Long 2024), at a tenth of what FAISS's encoder takes. Rows of
+    zeros have a factor of 0.
 
     Raises:
         ValueError: a row has a NaN or infinite entry.
@@ -32,8 +34,16 @@ def encode_signs(rows: Float[np.ndarray, "row dimension"]) -> UInt8[np.ndarray, 
     factors = np.divide(
         np.square(x).sum(1), absolute, out=np.zeros_like(absolute), where=absolute > 0
     )
-    bits = np.packbits(x > 0, axis=1, bitorder="little")
-    return np.concatenate([bits, factors[:, None].view(np.uint8)], axis=1)
+    return with_factors(np.packbits(x > 0, axis=1, bitorder="little"), factors, rows.shape[1])
+
+
+def with_factors(
+    bits: UInt8[np.ndarray, "row bits"], factors: Float32[np.ndarray, "row"], dimensions: int
+) -> UInt8[np.ndarray, "row byte"]:
+    """Codes of given bits and factors."""
+    tails = np.zeros((len(bits), 2), dtype=np.float32)
+    tails[:, 1] = factors * np.float32(dimensions**0.5)
+    return np.concatenate([bits, tails.view(np.uint8)], axis=1)
 
 
 def estimate_signs(
@@ -45,13 +55,8 @@ def estimate_signs(
 
     A row's estimates do not depend on the rows that it is estimated with.
     """
-    dimensions = queries.shape[1]
-    bits = codes[:, :-FACTOR_BYTES]
-    # FAISS keeps, after the bits, |x - centre|^2 - |x|^2 = 0 and the factor times sqrt(k).
-    scales = codes[:, -FACTOR_BYTES:].copy().view(np.float32) * np.float32(dimensions**0.5)
-    zeros = np.zeros((len(codes), FACTOR_BYTES), dtype=np.uint8)
-    index = FlatIndex(rabitq, dimensions, threads)
-    index.add(np.concatenate([bits, zeros, scales.view(np.uint8)], axis=1), len(codes))
+    index = FlatIndex(rabitq, queries.shape[1], threads)
+    index.add(codes, len(codes))
     return index.scan(queries)
 
 

@@ -11,10 +11,11 @@ from index.codes.vectors import best_rows
 from service.search.proxies import Proxies
 from service.search.shards import Shard
 
-SHORTLIST = 32
-"""Rows whose further slices are read for each of the first that are rescored."""
-AT_ONCE = 1 << 16
-"""Rows whose further slices are read in one go, which bounds the memory."""
+WIDER = 4
+"""Of the first rows to be rescored, at each look the best so many for one at the next."""
+AT_ONCE, ROUNDS = 1 << 14, 4
+"""Rows whose further slices are read in one go, which bounds the memory; and how often at most for
+one step of a search, which bounds its time. Rows beyond that count as they were scanned."""
 
 
 class Looks:
@@ -92,19 +93,28 @@ class Looks:
 
     def first(
         self, count: int, without: Bool[np.ndarray, "row"]
-    ) -> tuple[Int[np.ndarray, "first"], tuple[float, float]]:
-        """The best rows by all of their codes, among many by those that were scanned.
+    ) -> tuple[Int[np.ndarray, "first"], list[float]]:
+        """The best rows by all of their codes, among more by each look before.
 
         Returns:
-            The rows; and the values, after the first look and the last, that others stayed below,
-            by one or the other.
+            The rows; and the value after each look that the others did not reach, at one or more.
         """
         looks = self._shard.looks
-        rows = self._shard.best(count if looks == 1 else SHORTLIST * count, without)
-        values = self.last(rows).values
-        chosen = best_rows(values, count)
-        scanned = float(self._shard.at(rows).values.min(initial=math.inf))
-        return rows[chosen], (scanned, float(values[chosen].min(initial=math.inf)))
+        rows, floors = self._shard.best(count * WIDER ** (looks - 1), without), []
+        for look in range(looks):
+            values = self.at(rows, look).values
+            chosen = best_rows(values, count * WIDER ** (looks - 1 - look))
+            rows = rows[chosen]
+            floors.append(float(values[chosen].min(initial=math.inf)))
+        return rows, floors
+
+    def at_least(
+        self, rows: Int[np.ndarray, "asked"], floors: Sequence[float]
+    ) -> Bool[np.ndarray, "asked"]:
+        """Which rows' estimates reach a value after every look."""
+        pairs = zip(self.each(rows), floors, strict=True)
+        reached: np.ndarray = np.all([near.values >= floor for near, floor in pairs], axis=0)
+        return reached
 
     def depths(
         self,
@@ -151,16 +161,16 @@ class Looks:
         if self._shard.looks == 1 or threshold == -math.inf:
             return self._shard.contenders(threshold, goal, without, count).rows
         reach = self._reach(goal)
-        while True:
+        for _ in range(ROUNDS):
             found = self._shard.contenders(threshold, reach, without, AT_ONCE)
             depths = self.depths(found.rows, threshold, inflations, goal)
             near = found.rows[depths <= goal]
             if len(near) or found.beyond > reach or not len(found.rows):
-                order = best_rows(-self.last(near).depths(threshold), count)
-                chosen: np.ndarray = near[order]
-                return chosen
+                break
             without = without.copy()
             without[found.rows] = True
+        chosen: np.ndarray = near[best_rows(-self.last(near).depths(threshold), count)]
+        return chosen
 
     def reached(
         self,
@@ -177,14 +187,15 @@ class Looks:
             least = self._shard.contenders(threshold, -math.inf, without, 0).beyond
             return min(least, self._shard.deepest())
         reach, least = self._reach(goal), self.deepest(inflations)
-        while True:
+        for _ in range(ROUNDS):
             found = self._shard.contenders(threshold, reach, without, AT_ONCE)
             depths = self.depths(found.rows, threshold, inflations, goal)
             least = min(least, float(depths.min(initial=math.inf)))
             if least <= goal or found.beyond > reach or not len(found.rows):
-                return min(least, found.beyond)
+                break
             without = without.copy()
             without[found.rows] = True
+        return min(least, found.beyond)
 
     def _reach(self, goal: float) -> float:
         """The depth at the first look up to which rows may be contenders."""

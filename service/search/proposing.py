@@ -57,8 +57,8 @@ class SlicedCosines:
         on_disk = rows if self.kept is None else self.kept[rows]
         codes = self.store.read(on_disk, slices - 1)
         total = scanned.astype(np.float64)
-        for number, y in enumerate(self.asked[: slices - 1]):
-            total += estimate_signs(codes[:, number], y[None])[0]
+        for code, y in zip(codes, self.asked, strict=False):
+            total += estimate_signs(code, y[None])[0]
         mean: np.ndarray = total / slices
         return mean
 

@@ -88,7 +88,7 @@ class Search:
         self._looks = Looks(shard)
         self._sample = self._audited = np.empty(0, dtype=np.int64)
         self._before_audit = self.scored
-        self._begun = math.inf, math.inf
+        self._begun = [math.inf] * shard.looks
         self._seed = seed
         self._calibration = calibration
         self._levels = plan_levels(query.k, query.recall, query.confidence, query.tail, shard.looks)
@@ -340,13 +340,11 @@ class Search:
             return self._sample[:0]
         reached = self._reached(self._before_audit, slack=slack)
         rows = self._sample[~self.shard.failed[self._sample]]
-        near, last = self.shard.at(rows), self._looks.last(rows)
         if slack:
-            depths = near.with_slack().depths(threshold)
+            depths = self.shard.at(rows).with_slack().depths(threshold)
         else:
             depths = self._looks.depths(rows, threshold, self._inflations())
-        begun = (near.values >= self._begun[0]) & (last.values >= self._begun[1])
-        found: np.ndarray = rows[(depths >= reached) & ~begun]
+        found: np.ndarray = rows[(depths >= reached) & ~self._looks.at_least(rows, self._begun)]
         return found
 
 

@@ -112,11 +112,11 @@ def test_stored_slices_are_those_of_their_sketches(workshop, sliced):
     assert len({sketch.plan.seed for sketch in opened.sketches}) == SLICES
     rows = np.array([119, 3, 64, 3])
     codes = opened.slices.read(rows, SLICES - 1)
-    assert codes.shape == (4, SLICES - 1, sign_bytes(2048))
-    np.testing.assert_array_equal(codes[1], codes[3])
-    np.testing.assert_array_equal(codes[:, :2], opened.slices.read(rows, 2))
+    assert codes.shape == (SLICES - 1, 4, sign_bytes(2048))
+    np.testing.assert_array_equal(codes[:, 1], codes[:, 3])
+    np.testing.assert_array_equal(codes[:2], opened.slices.read(rows, 2))
     alone = opened.slices.read(rows[:1], SLICES - 1)
-    np.testing.assert_array_equal(codes[:1], alone)
+    np.testing.assert_array_equal(codes[:, :1], alone)
 
 
 def test_slices_added_later_are_those_built_at_once(workshop, sliced, tmp_path):

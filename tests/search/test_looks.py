@@ -73,6 +73,7 @@ def some_looks(seed: int, relative: float) -> tuple[np.ndarray, list[Proxies]]:
 @pytest.mark.parametrize("most", [16, 1 << 16])
 def test_contenders_are_the_rows_that_no_look_drops(monkeypatch, relative, most):
     monkeypatch.setattr(looks_module, "AT_ONCE", most)
+    monkeypatch.setattr(looks_module, "ROUNDS", 400)
     inflations = [1.2, 1.0, 1.5]
     for seed in range(10):
         truth, each = some_looks(seed, relative)
@@ -102,6 +103,24 @@ def test_contenders_are_the_rows_that_no_look_drops(monkeypatch, relative, most)
         without[left] = True
         assert not len(looks.contenders(threshold, goal, inflations, without, 400))
         assert looks.reached(threshold, goal, inflations, without) > goal
+
+
+def test_rows_that_were_not_read_for_want_of_time_count_as_they_were_scanned(monkeypatch):
+    monkeypatch.setattr(looks_module, "AT_ONCE", 8)
+    monkeypatch.setattr(looks_module, "ROUNDS", 2)
+    truth, each = some_looks(0, 0.0)
+    threshold, goal = float(np.sort(truth)[-10]), 2.3
+    near = threshold - each[0].values <= goal
+    looks = Looks(DenseShard(*each))
+    without = np.zeros(400, dtype=bool)
+    for _ in range(40):
+        found = looks.contenders(threshold, goal, [1.0] * 3, without, 4)
+        if not len(found):
+            break
+        without[found] = True
+    order = np.sort((threshold - each[0].values)[near & ~without])
+    assert len(order) > 16
+    assert looks.reached(threshold, goal, [1.0] * 3, without) == order[16]
 
 
 def test_no_row_is_read_twice():

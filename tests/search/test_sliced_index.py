@@ -67,8 +67,9 @@ def test_estimates_are_means_over_the_slices_by_their_formula(retriever, ranking
     codes = index.slices.read(rows, SLICES - 1)
     for number in range(1, SLICES):
         y = sketched[number][0][0].double().numpy()
-        bits = np.unpackbits(codes[:, number - 1, :-4], axis=1, bitorder="little")
-        factors = codes[:, number - 1, -4:].copy().view(np.float32)[:, 0]
+        code = codes[number - 1]
+        bits = np.unpackbits(code[:, :-8], axis=1, bitorder="little")
+        factors = code[:, -4:].copy().view(np.float32)[:, 0] / bits.shape[1] ** 0.5
         cosines.append(((2.0 * bits - 1) @ y) * factors / np.linalg.norm(y))
     norm = index.norms[rows] if ranking == "score" else (index.norms[rows] > 0)
     for look, count in enumerate(AFTER):

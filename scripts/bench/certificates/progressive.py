@@ -19,7 +19,7 @@ from scripts.bench.corpora import TEXTS, Subject, factbook, trained
 from scripts.bench.record import write_record
 from scripts.console import one_sentence_errors, print_json, show_progress, stderr
 from scripts.demo.steps import Steps
-from service.coding import later_looks
+from service.coding import further_bytes, later_looks
 from service.indexing.sketching import ShardJob
 from service.models import load_model
 from service.scoring.exhaustive import exact_scores
@@ -75,9 +75,9 @@ def main(
     document = {
         "rows": found,
         "corpora": described,
-        "command": f"python -m scripts.bench.certificates.progressive --corpora {corpora} --queries {queries} "
-        f"--slices {slices} --k {k} --budget {budget} --dimensions {dimensions} --rows {rows} "
-        f"--epochs {epochs}",
+        "command": f"python -m scripts.bench.certificates.progressive --corpora {corpora} "
+        f"--queries {queries} --slices {slices} --k {k} --budget {budget} "
+        f"--dimensions {dimensions} --rows {rows} --epochs {epochs}",
         "definitions": {
             "exact": "rows scored exactly because of their estimates; 64 random ones come on top",
             "build_ratio": "seconds of gradients to codes / forward and backward of the same rows",
@@ -176,7 +176,7 @@ def measure(
                     "corpus": subject.name,
                     "rows": len(index.examples),
                     "slices": count,
-                    "bytes_per_example": count * (index.manifest.sketch.dimensions // 8 + 4) + 4,
+                    "bytes_per_example": bytes_of(index, count),
                     "k": k,
                     **summary(outcomes),
                     "build_ratio": ratios[count],
@@ -184,6 +184,11 @@ def measure(
                 }
             )
     return found
+
+
+def bytes_of(index: OpenIndex, slices: int) -> int:
+    """Bytes a row of an index of so many slices, its norm included."""
+    return index.vectors.code_size + 4 + further_bytes(index.sketches[:slices])
 
 
 def shard_of(shard: CodedShard, slices: int) -> CodedShard:
