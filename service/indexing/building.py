@@ -1,7 +1,6 @@
 """The batch indexing job: examples, shards, noise, manifest; resumable at every file."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,15 +17,10 @@ from index.files import exclusive, remove_leftovers, sha256_of, write_whole
 from index.manifest import (
     SCHEMA_VERSION,
     CorpusRecord,
-    EstimatorRecord,
     FileRecord,
-    LookRecord,
     Manifest,
-    NoiseRecord,
     PartRecord,
     ShardRecord,
-    SketchRecord,
-    SkippedRecord,
 )
 from index.parts import (
     check_new_ids,
@@ -37,12 +31,13 @@ from index.parts import (
     supersede,
 )
 from index.shards import find_receipt
-from service.coding import FACTORS_NAME, code_blocks, coded_index, further_bytes, later_looks
+from service.coding import FACTORS_NAME, code_blocks, coded_index, further_bytes
 from service.indexing.corpus import CorpusSource, fingerprint_source
 from service.indexing.noise import measure_noise
 from service.indexing.plan import settle_plan, settle_slices
 from service.indexing.plausibility import tell_loss
 from service.indexing.reading import find_corpus, read_corpus
+from service.indexing.records import estimator_record, sketch_record
 from service.indexing.sketching import ShardJob
 from service.models import LoadedModel
 from service.scoring.estimators import Estimators
@@ -331,8 +326,10 @@ class _Build:
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             model=self.loaded.record,
-            estimator=self._estimator_record(),
-            sketch=_sketch_record(part.sketches, noise, self._components(part.sketch)),
+            estimator=estimator_record(
+                name, self.factors, damping, self.facts, self.loaded.coverage
+            ),
+            sketch=sketch_record(part.sketches, noise, self._components(part.sketch)),
             codes=self.options.codes,
             bytes_per_row=index.code_size + 4 + further_bytes(part.sketches),
             parts=parts,
@@ -375,21 +372,6 @@ class _Build:
             )
         return found
 
-    def _estimator_record(self) -> EstimatorRecord:
-        coverage = self.loaded.coverage
-        selection = LayerSelection.from_facts(self.facts)
-        return EstimatorRecord(
-            name=self.estimator_name,
-            sha256=sha256_of(self.factors),
-            damping=self.options.damping,
-            layer_patterns=list(selection.patterns),
-            widest=selection.widest,
-            embeddings=selection.embeddings,
-            layers=[layer.name for layer in coverage.layers],
-            attributed_share=coverage.attributed_share,
-            skipped=[SkippedRecord(**asdict(module)) for module in coverage.skipped],
-        )
-
 
 def check_factors(facts: dict[str, str], loaded: LoadedModel) -> None:
     """Raise IndexMismatch unless the factors were fitted on this very model."""
@@ -398,19 +380,3 @@ def check_factors(facts: dict[str, str], loaded: LoadedModel) -> None:
             f"The factors were fitted on the model with SHA-256 {facts['model_sha256']}, "
             f"'{loaded.source}' has {loaded.model_sha256}; fit the estimator on this model."
         )
-
-
-def _sketch_record(
-    sketches: Sequence[Sketch], noise: Sequence[NoiseRecord], components: list[int]
-) -> SketchRecord:
-    sketch = sketches[0]
-    looks = zip(later_looks(len(sketches)), noise[1:], strict=True)
-    return SketchRecord(
-        seed=sketch.plan.seed,
-        dimensions=sketch.plan.dimensions,
-        rank=sketch.plan.rank,
-        entries=sketch.entries,
-        components=components,
-        noise=noise[0],
-        later=[LookRecord(slices=slices, noise=error) for slices, error in looks],
-    )
