@@ -55,9 +55,10 @@ LEEWAY = (2.0, 1.0)
 """By how much, at each z, ``k p(z) / (J + 1)`` exceeds its share: to how small a part of this, the
 bound if all of the top k had one score, their spread is expected to reduce B. At the last z nothing
 is expected, so that it always suffices."""
-LATER = 1.3
-"""z of the later looks over that of the first, which so has most of the error probability (four
-fifths and more of it with three looks): a look costs microseconds a row, but of all rows."""
+LATER = 1.0
+"""z of the later looks over that of the first: as measured, one z for all. A larger one leaves the
+first look more of the error probability and fewer contenders, but more rows to be scored exactly
+after the last look, which cost more; see docs/decisions/2026-11-30-progressive-codes.md."""
 CHECK_LEVEL = 1e-3
 """How often the calibration check refuses a sketch whose noise is as assumed."""
 

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 from index.codes.faiss_module import import_faiss
-from index.codes.flat import FlatIndex
+from index.codes.flat import FlatIndex, scan_shown, show
 
 TAIL_BYTES = 8
 """What follows a row's bits, two numbers in float32: FAISS's RaBitQ keeps there
@@ -58,6 +58,21 @@ def estimate_signs(
     index = FlatIndex(rabitq, queries.shape[1], threads)
     index.add(codes, len(codes))
     return index.scan(queries)
+
+
+def estimate_slices(
+    codes: UInt8[np.ndarray, "slice row byte"], queries: Float32[np.ndarray, "slice dimension"]
+) -> Float32[np.ndarray, "slice row"]:
+    """``estimate_signs`` of each slice with a query of its own, for a few rows: without threads."""
+    estimates = np.empty(codes.shape[:2], dtype=np.float32)
+    if not estimates.size:
+        return estimates
+    index, faiss = rabitq(queries.shape[1]), import_faiss()
+    for slice_codes, query, found in zip(codes, queries, estimates, strict=True):
+        slice_codes = np.ascontiguousarray(slice_codes)
+        show(index, faiss.swig_ptr(slice_codes), slice_codes)
+        scan_shown(index, np.ascontiguousarray(query[None]), found[None])
+    return estimates
 
 
 def rabitq(dimensions: int) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from estimators.sketching.sketch import query_sketches
 from index.certificates.sketch import Tail
-from index.codes.signs import estimate_signs
+from index.codes.signs import estimate_slices
 from index.codes.vectors import LAWFUL
 from index.manifest import NoiseRecord
 from index.slices import SliceStore
@@ -52,14 +52,10 @@ class SlicedCosines:
         slices: int,
     ) -> Float[np.ndarray, "asked"]:
         """Mean over the first ``slices`` slices, of which ``scanned`` is the first's."""
-        if not len(rows):
-            return scanned.astype(np.float64)
         on_disk = rows if self.kept is None else self.kept[rows]
         codes = self.store.read(on_disk, slices - 1)
-        total = scanned.astype(np.float64)
-        for code, y in zip(codes, self.asked, strict=False):
-            total += estimate_signs(code, y[None])[0]
-        mean: np.ndarray = total / slices
+        others = estimate_slices(codes, self.asked[: slices - 1])
+        mean: np.ndarray = (scanned + others.sum(0, dtype=np.float64)) / slices
         return mean
 
 

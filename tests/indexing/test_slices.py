@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from index.codes.signs import encode_signs, estimate_signs, sign_bytes
+from index.codes.signs import encode_signs, estimate_signs, estimate_slices, sign_bytes
 from index.editing import delete_rows, merge_indexes
 from index.errors import DiskFull, IndexCorrupt, IndexMismatch
 from index.files import sha256_of
@@ -68,6 +68,12 @@ def test_company_changes_no_estimate():
     together = estimate_signs(codes, query, threads=2)[0]
     some = generator.permutation(300)[:37]
     np.testing.assert_array_equal(estimate_signs(codes[some], query)[0], together[some])
+    twice = np.stack([codes[some], codes[:37]])
+    asked = np.concatenate([query, -query]).astype(np.float32)
+    found = estimate_slices(twice, asked)
+    np.testing.assert_array_equal(found[0], together[some])
+    np.testing.assert_array_equal(found[1], estimate_signs(codes[:37], -query)[0])
+    assert estimate_slices(twice[:, :0], asked).shape == (2, 0)
 
 
 def test_rows_with_nan_are_refused():

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from index.certificates import sketch as sketch_module
 from index.certificates.sketch import LATER, FoundTop, Level, Scales, misses_bound, plan_levels
 from scripts.bench.certificates.worlds import HOSTILE, Known, World, unchanged
 from service.search import looks as looks_module
@@ -150,7 +149,6 @@ def test_the_levels_of_several_looks_pay_for_each():
         for before, after in zip(one, several, strict=True):
             total = stats.norm.sf(after.z) + (looks - 1) * stats.norm.sf(LATER * after.z)
             assert total == pytest.approx(stats.norm.sf(before.z), rel=1e-6)
-            assert stats.norm.sf(after.z) > 0.5 * total  # most of it is the first's
         assert sum(level.delta for level in several) <= 0.05 * (1 + 1e-9)
 
 
@@ -293,8 +291,7 @@ def missed_too_many(looks: int, counted: int) -> int:
     return wrong
 
 
-def test_a_bound_that_forgets_later_looks_is_noticed(monkeypatch):
-    """All looks at one z, so that what is forgotten is two thirds of the error probability."""
-    monkeypatch.setattr(sketch_module, "LATER", 1.0)
+def test_a_bound_that_forgets_later_looks_is_noticed():
+    """What is forgotten is two thirds of the error probability."""
     assert missed_too_many(looks=3, counted=3) <= most_alarms(TRIALS, 0.04)
     assert missed_too_many(looks=3, counted=1) > most_alarms(TRIALS, 0.04)
