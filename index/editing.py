@@ -8,9 +8,17 @@ from typing import Literal
 from index.errors import IndexCorrupt, IndexMismatch, IndexMissing
 from index.examples import ExampleStore, examples_path
 from index.files import exclusive, remove_leftovers, write_whole
-from index.manifest import FILE_NAME, Manifest, NoiseRecord, PartRecord
+from index.manifest import (
+    FILE_NAME,
+    LookRecord,
+    Manifest,
+    NoiseRecord,
+    PartRecord,
+    SketchRecord,
+)
 from index.parts import check_new_ids, example_files, part_folder, text_id
 from index.shards import check_shard, codes_path, receipt_path
+from index.slices import slices_path
 
 Column = Literal["id", "document"]
 
@@ -100,8 +108,7 @@ def merge_indexes(out: Path, folders: Sequence[Path]) -> Manifest:
                 parts.append(copied)
         for record in manifests[0].files:
             _copy(folders[0] / record.path, out / record.path, record.sha256)
-        noise = _worst([manifest.sketch.noise for manifest in manifests])
-        sketch = manifests[0].sketch.model_copy(update={"noise": noise})
+        sketch = _worst_errors([manifest.sketch for manifest in manifests])
         merged = manifests[0].model_copy(update={"parts": parts, "sketch": sketch})
         merged.write(out)
     return merged
@@ -113,7 +120,8 @@ def _check_alike(first: Path, one: Manifest, second: Path, other: Manifest) -> N
             "model_sha256": m.model.model_sha256,
             "tokenizer_sha256": m.model.tokenizer_sha256,
             "estimator": m.estimator.model_dump(exclude={"skipped"}),
-            "sketch": m.sketch.model_dump(exclude={"noise"}),
+            "sketch": m.sketch.model_dump(exclude={"noise", "later"}),
+            "slices": m.sketch.slices,
             "codes": m.codes,
         }
         for m in (one, other)
@@ -133,6 +141,9 @@ def _copy_part(folder: Path, part: PartRecord, out: Path, copied: PartRecord) ->
         check_shard(source, shard)
         _copy(codes_path(source, shard.number), codes_path(target, shard.number), shard.sha256)
         _copy(receipt_path(source, shard.number), receipt_path(target, shard.number), None)
+        for record in shard.slices:
+            place = slices_path(target, shard.number, record.first)
+            _copy(slices_path(source, shard.number, record.first), place, record.sha256)
         path = examples_path(source, shard.number)
         _copy(path, examples_path(target, shard.number), shard.examples_sha256)
     for path in source.glob("*.json"):
@@ -148,6 +159,17 @@ def _copy(source: Path, target: Path, sha256: str | None) -> None:
             f"{sha256}. Run its build again."
         )
     write_whole(target, content)
+
+
+def _worst_errors(sketches: Sequence[SketchRecord]) -> SketchRecord:
+    """The sketch that all share, with the worst of their errors after each look."""
+    looks = zip(*(sketch.later for sketch in sketches), strict=True)
+    later = [
+        LookRecord(slices=each[0].slices, noise=_worst([look.noise for look in each]))
+        for each in looks
+    ]
+    noise = _worst([sketch.noise for sketch in sketches])
+    return sketches[0].model_copy(update={"noise": noise, "later": later})
 
 
 def _worst(noises: Sequence[NoiseRecord]) -> NoiseRecord:

@@ -1,9 +1,15 @@
 """The manifest of an index: written last, so that its presence means that the index is whole."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from index.errors import IndexCorrupt, IndexMissing
 from index.files import read_sealed, write_sealed
@@ -16,6 +22,11 @@ class Record(BaseModel):
     """A frozen record that refuses fields it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def left_out_if_empty(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """A record's content without a list that is empty, as it was before there was that list."""
+    return {key: value for key, value in content.items() if key != name or value}
 
 
 class ModelRecord(Record):
@@ -83,10 +94,18 @@ class NoiseRecord(Record):
     pairs: int
 
 
+class LookRecord(Record):
+    """The error of estimates that are means over the first ``slices`` slices of the codes."""
+
+    slices: int
+    noise: NoiseRecord
+
+
 class SketchRecord(Record):
     """How training gradients were sketched.
 
-    ``components``: of each layer, in low-rank codes; empty for other kinds.
+    ``components``: of each layer, in low-rank codes; empty for other kinds. ``noise``: of the first
+    slice, which is scanned. ``later``: of the looks at further slices; empty where there are none.
     """
 
     seed: int
@@ -95,6 +114,16 @@ class SketchRecord(Record):
     entries: int
     components: list[int] = []
     noise: NoiseRecord
+    later: list[LookRecord] = []
+
+    @property
+    def slices(self) -> int:
+        """How many a row has."""
+        return self.later[-1].slices if self.later else 1
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return left_out_if_empty(dump(self), "later")
 
 
 class LossRecord(Record):
@@ -166,6 +195,14 @@ class CorpusRecord(Record):
     examples: list[FileRecord]
 
 
+class SlicesRecord(Record):
+    """A file of a shard's further slices: number of the first, how many, hash."""
+
+    first: int
+    count: int
+    sha256: str
+
+
 class ShardRecord(Record):
     """The receipt of one shard of codes; rows are counted within its part.
 
@@ -176,6 +213,7 @@ class ShardRecord(Record):
         sha256: of its file of codes and norms.
         examples_sha256: of the file of examples that they were computed from.
         failed: rows that could not be indexed.
+        slices: files of further slices of the codes, in order.
     """
 
     number: int
@@ -184,6 +222,16 @@ class ShardRecord(Record):
     sha256: str
     examples_sha256: str
     failed: list[FailedRow]
+    slices: list[SlicesRecord] = []
+
+    @property
+    def further_slices(self) -> int:
+        """How many there are besides the one that is scanned."""
+        return sum(record.count for record in self.slices)
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return left_out_if_empty(dump(self), "slices")
 
 
 class PartRecord(Record):

@@ -12,6 +12,7 @@ from index.errors import IndexCorrupt
 from index.files import read_sealed, sha256_of, write_sealed, write_whole
 from index.manifest import ShardRecord
 from index.mapped import map_tensors
+from index.slices import check_slices
 
 MEND = "run the build again: it replaces this shard and keeps the others"
 
@@ -43,12 +44,19 @@ def write_shard(
     content = save({"codes": codes, "norms": norms.astype(np.float32)})
     write_whole(codes_path(part, record.number), content)
     record = record.model_copy(update={"sha256": hashlib.sha256(content).hexdigest()})
+    return write_receipt(part, record)
+
+
+def write_receipt(part: Path, record: ShardRecord) -> ShardRecord:
+    """Write a shard's receipt, which marks its files as whole."""
     write_sealed(receipt_path(part, record.number), record.model_dump(mode="json"))
     return record
 
 
 def find_receipt(part: Path, number: int, examples_sha256: str) -> ShardRecord | None:
     """The receipt of a shard that is whole on disk, or None if it must be (re)built.
+
+    Its further slices are whole too, however many it has.
 
     Args:
         part: folder of the part.
@@ -59,7 +67,9 @@ def find_receipt(part: Path, number: int, examples_sha256: str) -> ShardRecord |
     try:
         record = ShardRecord.model_validate(read_sealed(path, MEND))
         whole = sha256_of(codes_path(part, number)) == record.sha256
-    except (OSError, ValueError, ValidationError):
+        for slices in record.slices:
+            check_slices(part, number, slices)
+    except (OSError, ValueError, ValidationError, IndexCorrupt):
         return None
     return record if whole and record.examples_sha256 == examples_sha256 else None
 

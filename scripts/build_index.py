@@ -64,6 +64,13 @@ def main(
     seed: Annotated[
         int | None, typer.Option(help="Of the sketch; drawn if not given (better: keep it so).")
     ] = None,
+    slices: Annotated[
+        int | None,
+        typer.Option(
+            help="Independent codes of each row; the first is scanned, the others are read for "
+            "contenders. 1 for a new index; more than an index has are added to it."
+        ),
+    ] = None,
     append: Annotated[
         bool, typer.Option("--append", help="Add the corpus to the index that is there.")
     ] = False,
@@ -122,6 +129,7 @@ def main(
         rows_per_shard=rows_per_shard,
         token_budget=token_budget,
         seed=seed,
+        slices=slices,
     )
     if dry_run:
         loading = time.perf_counter() - start

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from estimators.sketching.sketch import Sketch
 from index.codes.lowrank import Block, allocate
+from index.codes.signs import sign_bytes
 from index.codes.vectors import LOW_RANK, VectorIndex, make_index
 
 FACTORS_NAME = "factors/estimator.safetensors"
@@ -36,6 +37,17 @@ def code_blocks(codes: str, sketch: Sketch, kept: Sequence[int] | None = None) -
     )
 
 
+def later_looks(slices: int) -> list[int]:
+    """How many slices the estimates after each later look are made of: 4, 16, ... and all.
+
+    Each look halves the errors of the one before.
+    """
+    looks: list[int] = []
+    while 4 ** (len(looks) + 1) < slices:
+        looks.append(4 ** (len(looks) + 1))
+    return [*looks, slices] if slices > 1 else []
+
+
 def coded_index(codes: str, sketch: Sketch) -> VectorIndex:
     """An empty index of a kind of code for rows of a sketch.
 
@@ -43,3 +55,8 @@ def coded_index(codes: str, sketch: Sketch) -> VectorIndex:
         ValueError: no such kind of code, or it cannot be had in this size.
     """
     return make_index(codes, sketch.plan.dimensions, blocks=code_blocks(codes, sketch))
+
+
+def further_bytes(sketches: Sequence[Sketch]) -> int:
+    """Bytes a row of all slices but the first."""
+    return (len(sketches) - 1) * sign_bytes(sketches[0].plan.dimensions)

@@ -13,9 +13,10 @@ with ``E<P psi, P phi> = <psi, phi>``. It is applied in two stages:
    that each coordinate is nearly Gaussian, as one-bit codes need.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -58,6 +59,13 @@ class SketchPlan:
             )
         if self.rank < 1:
             raise ValueError(f"The first stage's rank must be at least 1, got {self.rank}.")
+
+    def slice(self, number: int) -> "SketchPlan":
+        """The plan of an independent sketch of the same sizes; number 0 is this one."""
+        if number == 0:
+            return self
+        digest = hashlib.sha256(f"{self.seed} {number}".encode()).digest()
+        return replace(self, seed=int.from_bytes(digest[:8]) >> 2)
 
 
 class Sketch:
@@ -216,19 +224,15 @@ class Sketch:
         Returns:
             The sketch P psi of each query and the exact norm ``|psi|``.
         """
-        count, device = next((len(g), g.device) for g in directions.values())
-        blocks = torch.zeros(count, self._entries, device=device)
-        square = torch.zeros(count, dtype=torch.float64, device=device)
-        for name, gradient in directions.items():
-            rotated = self._rotated(name, gradient)
-            right = self._near(f"{name} query right", gradient)
-            if (frame := self._frames.get(name)) is not None:
-                block = frame.query(rotated @ right.T)
-            else:
-                block = self._near(f"{name} query left", gradient) @ rotated @ right.T
-            blocks[:, self._slices[name]] = block.flatten(1).to(blocks)
-            square += self._whitened_square(name, rotated)
-        return self._folded(blocks), square.sqrt()
+        return query_sketches([self], directions)[0]
+
+    def _fill_query(self, blocks: Tensor, name: str, rotated: Tensor) -> None:
+        right = self._near(f"{name} query right", rotated)
+        if (frame := self._frames.get(name)) is not None:
+            block = frame.query(rotated @ right.T)
+        else:
+            block = self._near(f"{name} query left", rotated) @ rotated @ right.T
+        blocks[:, self._slices[name]] = block.flatten(1).to(blocks)
 
     def _folded(self, blocks: Float[Tensor, "row entry"]) -> Float[Tensor, "row dimension"]:
         return blocks if self._fold is None else self._fold(blocks)
@@ -273,6 +277,22 @@ def training_sketches(
         (sketch._folded(block), torch.linalg.vector_norm(block, dim=1))
         for sketch, block in zip(sketches, blocks, strict=True)
     ]
+
+
+def query_sketches(
+    sketches: Sequence[Sketch], directions: Gradients
+) -> list[tuple[Float[Tensor, "query dimension"], Float[Tensor, "query"]]]:
+    """``Sketch.query`` of several sketches of the same layers, whose gradients are rotated once."""
+    count, device = next((len(g), g.device) for g in directions.values())
+    blocks = [torch.zeros(count, sketch.entries, device=device) for sketch in sketches]
+    square = torch.zeros(count, dtype=torch.float64, device=device)
+    for name, gradient in directions.items():
+        rotated = sketches[0]._rotated(name, gradient)
+        for sketch, block in zip(sketches, blocks, strict=True):
+            sketch._fill_query(block, name, rotated)
+        square += sketches[0]._whitened_square(name, rotated)
+    norms = square.sqrt()
+    return [(s._folded(block), norms) for s, block in zip(sketches, blocks, strict=True)]
 
 
 class _Fold:

@@ -18,6 +18,20 @@ missed, with confidence 1 - delta: let m* be the least m with ``B <= delta m``; 
 needs M > J and ``B <= B_M <= delta M``, hence ``M >= m*``, and ``P(M >= m*) <= B / m* <= delta``.
 J may therefore be chosen after looking; z may not. The few z that are looked at share the error
 probability (a union bound) and are fixed beforehand, by k, recall and confidence.
+
+**Several looks.** Codes may have further slices, drawn independently, which are read for
+contenders only; the estimate after look l errs with a smaller scale ``sigma_il``. A row is dropped
+at the first look at which its bound ``estimate_il + z_l sigma_il`` lies below the k-th best exact
+score found so far; rows that no look drops are rescored. The k-th best score found is at most
+``s_(k)`` at any time, so a missed row of the true top k was dropped at some look l with
+``noise_il < -z_l sigma_il - (s_i - s_(k))``: one of so many events, whichever looks it was given
+and in whatever order the search went. Hence
+
+    E M <= sum over l, sum over the true top k of p(z_l + (s_i - s_(k)) / sigma_il),
+
+and B_m is the sum over the looks of what it was for one; the rest of the argument stands. Looks may
+depend on each other (later estimates contain the earlier ones), since expectations add up all the
+same. All z_l are fixed beforehand: the first is z, the later ones ``LATER`` times z.
 """
 
 import math
@@ -27,7 +41,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
-from scipy import special, stats
+from scipy import optimize, special, stats
 
 from index.certificates.statement import Certificate, allowed_misses, check_confidence
 
@@ -41,16 +55,31 @@ LEEWAY = (2.0, 1.0)
 """By how much, at each z, ``k p(z) / (J + 1)`` exceeds its share: to how small a part of this, the
 bound if all of the top k had one score, their spread is expected to reduce B. At the last z nothing
 is expected, so that it always suffices."""
+LATER = 1.0
+"""z of the later looks over that of the first: as measured, one z for all. A larger one leaves the
+first look more of the error probability and fewer contenders, but more rows to be scored exactly
+after the last look, which cost more; see docs/decisions/2026-11-30-progressive-codes.md."""
 CHECK_LEVEL = 1e-3
 """How often the calibration check refuses a sketch whose noise is as assumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """A z that is looked at, once every unscored row lies z sigma below, and its share of delta."""
+    """A z that is tried once every unscored row lies z sigma below, and its share of delta.
+
+    At later looks ``LATER`` times as many of their scales.
+    """
 
     z: float
     delta: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scales:
+    """Error scales of some rows' estimates after a later look; as in ``FoundTop``."""
+
+    sigmas: Float[np.ndarray, "k"]
+    relative: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +91,19 @@ class FoundTop:
         sigmas: error scales of their proxies for rows that have nothing in common with the query;
             0 for a row whose score is known to be its proxy.
         relative: error scale that comes on top, as a share of a row's exact score.
+        later: error scales after each look that rows may have had beyond the first.
     """
 
     exact: Float[np.ndarray, "k"]
     sigmas: Float[np.ndarray, "k"]
     relative: float = 0.0
+    later: tuple[Scales, ...] = ()
 
 
-def plan_levels(k: int, recall: float, confidence: float, tail: Tail) -> tuple[Level, ...]:
-    """The z that are looked at, ascending.
+def plan_levels(
+    k: int, recall: float, confidence: float, tail: Tail, looks: int = 1
+) -> tuple[Level, ...]:
+    """The z that are tried, ascending, for so many looks at each row.
 
     Raises:
         ValueError: k, recall or confidence out of range.
@@ -78,20 +111,29 @@ def plan_levels(k: int, recall: float, confidence: float, tail: Tail) -> tuple[L
     check_confidence(confidence)
     together = (allowed_misses(k, recall) + 1) / k
     if 2 * together > 1:  # p(z) itself must not exceed delta: no leeway
-        z = _quantile((1 - confidence) * together, tail)
+        z = _quantile((1 - confidence) * together, tail, looks)
         return (Level(z=z, delta=1 - confidence),)
     levels = []
     for share, leeway in zip(SHARES, LEEWAY, strict=True):
         delta = (1 - confidence) * share
-        z = _quantile(delta * min(1.0, leeway * together), tail)
+        z = _quantile(delta * min(1.0, leeway * together), tail, looks)
         levels.append(Level(z=z, delta=delta))
     return tuple(levels)
 
 
-def _quantile(probability: float, tail: Tail) -> float:
+def _quantile(probability: float, tail: Tail, looks: int = 1) -> float:
+    """The least z at which a row on the threshold is missed at one of the looks so seldom."""
+    if looks > 1:
+        at_most = min(probability, 0.5)
+        return float(optimize.brentq(lambda z: _missed(z, tail, looks) - at_most, 0, 40))
     if tail == "gaussian":
         return max(0.0, float(stats.norm.isf(min(probability, 0.5))))
     return math.sqrt(max(0.0, -2 * math.log(min(probability, 1.0))))
+
+
+def _missed(z: float, tail: Tail, looks: int) -> float:
+    """Probability, at most, that a row on the threshold is dropped at one of the looks."""
+    return float(_tail(np.array([z, *[LATER * z] * (looks - 1)]), tail).sum())
 
 
 def _tail(z: Float[np.ndarray, "row"], tail: Tail) -> Float[np.ndarray, "row"]:
@@ -107,9 +149,12 @@ def misses_bound(level: Level, top: FoundTop, tail: Tail) -> int:
     ``B_m <= delta m`` for every m above it; k if not even ``B_k`` is, i.e. nothing can be said.
     """
     k = len(top.exact)
-    alone = float(_tail(np.array(level.z), tail))
+    alone = _missed(level.z, tail, 1 + len(top.later))
     for m in range(k, 0, -1):
         spread = float(_tail(_distances(level.z, top, k - m), tail).sum())
+        for look in top.later:
+            later = FoundTop(exact=top.exact, sigmas=look.sigmas, relative=look.relative)
+            spread += float(_tail(_distances(LATER * level.z, later, k - m), tail).sum())
         if m * alone + spread > level.delta * m * (1 + 1e-9):  # rounding of z itself
             return m
     return 0
@@ -168,8 +213,11 @@ def check_calibration(
     exact: Float[np.ndarray, "row"],
     proxies: Float[np.ndarray, "row"],
     sigmas: Float[np.ndarray, "row"],
+    looks: int = 1,
 ) -> CalibrationCheck:
     """Compare residuals with their assumed scale; rows without noise or exact score are left out.
+
+    Where each of several looks is checked, they share ``CHECK_LEVEL``.
 
     Raises:
         ValueError: no row is left.
@@ -182,7 +230,7 @@ def check_calibration(
     return CalibrationCheck(
         rows=count,
         mean_square=float(np.mean(np.square(residuals, dtype=np.float64))),
-        limit=float(stats.chi2.isf(CHECK_LEVEL, count) / count),
+        limit=float(stats.chi2.isf(CHECK_LEVEL / looks, count) / count),
     )
 
 
@@ -198,7 +246,8 @@ class SketchEvidence:
         rows: rows of the index.
         rescored: rows with an exact score.
         unscorable: rows that have none because their gradient is not finite; each may be a miss.
-        check: of the calibration; None if it was not made (then only "hoeffding" is allowed).
+        check: of the calibration, at the look that fares worst; None if it was not made (then only
+            "hoeffding" is allowed).
         lawful: whether the proxies' errors are those of a random sketch.
     """
 
@@ -222,7 +271,8 @@ def certify_sketch(
     """
     if tail == "gaussian" and evidence.check is None:
         raise ValueError("The gaussian tail needs a calibration check; use 'hoeffding' without.")
-    levels = plan_levels(k, recall, confidence, tail)
+    looks = 1 + len(evidence.top.later)
+    levels = plan_levels(k, recall, confidence, tail, looks)
     exhaustive = math.isinf(evidence.reached) and evidence.reached > 0
     failed = evidence.check is not None and not evidence.check.passed
     refused = not exhaustive and (failed or not evidence.lawful)
@@ -278,6 +328,8 @@ def _observed(evidence: SketchEvidence, levels: Sequence[Level]) -> dict[str, fl
         "sufficient_z": levels[-1].z,
         "reached_z": evidence.reached if math.isfinite(evidence.reached) else str(evidence.reached),
     }
+    if evidence.top.later:
+        observed["looks"] = 1 + len(evidence.top.later)
     if evidence.check is not None:
         observed["calibration_rows"] = evidence.check.rows
         observed["calibration_mean_square"] = evidence.check.mean_square

@@ -98,8 +98,8 @@ class FlatIndex:
 
         def work(block: tuple[int, np.ndarray]) -> None:
             first, codes = block
-            _show(local.index, faiss.swig_ptr(codes), codes)
-            _scan(local.index, queries, result[:, first : first + len(codes)])
+            show(local.index, faiss.swig_ptr(codes), codes)
+            scan_shown(local.index, queries, result[:, first : first + len(codes)])
 
         with ThreadPoolExecutor(self._threads, initializer=prepare) as pool:
             for _ in pool.map(work, self._blocks()):
@@ -116,7 +116,7 @@ class FlatIndex:
             first += len(codes)
 
 
-def _scan(
+def scan_shown(
     index: Any,
     queries: Float[np.ndarray, "query dimension"],
     result: Float[np.ndarray, "query row"],
@@ -133,7 +133,7 @@ def _scan(
         row[labels[start : start + len(row)]] = values[start : start + len(row)]
 
 
-def _show(index: Any, pointer: Any, codes: UInt8[np.ndarray, "row byte"]) -> None:
+def show(index: Any, pointer: Any, codes: UInt8[np.ndarray, "row byte"]) -> None:
     """Let an ``IndexFlatCodes`` look at codes that stay in NumPy's (or the page cache's) memory.
 
     FAISS has views for this (``MaybeOwnedVector``), but no constructor of them in Python; their

@@ -1,13 +1,10 @@
 """One bit a dimension: RaBitQ codes (Gao and Long 2024), made by FAISS."""
 
-from typing import Any
-
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
-from index.codes.faiss_module import import_faiss
-from index.codes.flat import FlatIndex
 from index.codes.fourbit import FourBitIndex
+from index.codes.signs import estimate_signs, rabitq, with_factors
 
 SIGNS = 2.0 * np.array([[v >> j & 1 for j in range(4)] for v in range(16)], dtype=np.float32) - 1
 """The -1 and +1 that each value of four bits stands for."""
@@ -23,7 +20,7 @@ class OneBitIndex(FourBitIndex):
 
     def __init__(self, dimensions: int, threads: int | None = None) -> None:
         super().__init__(SIGNS, dimensions, threads)
-        self._encoder = _rabitq(dimensions)
+        self._encoder = rabitq(dimensions)
 
     def encode(self, rows: Float[np.ndarray, "row dimension"]) -> UInt8[np.ndarray, "row byte"]:
         """Codes of unit-norm (or zero) rows: bits in order of dimension, then the factor.
@@ -46,19 +43,8 @@ class OneBitIndex(FourBitIndex):
         first = 0
         for part in self._parts:
             rows = len(part.factors)
-            bits = self.unpack(part.codes.reshape(-1, self.code_size), rows)[:, : self._width]
-            scales = part.factors[:, None] * np.float32(self._dimensions**0.5)
-            zeros = np.zeros((rows, 4), dtype=np.uint8)
-            index = FlatIndex(_rabitq, self._dimensions, self._threads)
-            index.add(np.concatenate([bits, zeros, scales.view(np.uint8)], axis=1), rows)
-            result[:, first : first + rows] = index.scan(queries)
+            plain = self.unpack(part.codes.reshape(-1, self.code_size), rows)
+            codes = with_factors(plain[:, : self._width], part.factors, self._dimensions)
+            result[:, first : first + rows] = estimate_signs(codes, queries, self._threads)
             first += rows
         return result
-
-
-def _rabitq(dimensions: int) -> Any:
-    faiss = import_faiss()
-    index = faiss.IndexRaBitQ(dimensions, faiss.METRIC_INNER_PRODUCT)
-    index.qb = 8  # bits of a query's coordinates; exact queries are 350 times slower
-    index.train(np.zeros((1, dimensions), dtype=np.float32))  # centre at the origin
-    return index

@@ -198,21 +198,21 @@ class Build:
             job = ShardJob(
                 part=part,
                 loaded=self._loaded,
-                sketch=self._sketch,
+                sketches=[self._sketch],
                 codes=self._codes,
                 token_budget=self._problem.budget,
             )
             for number, start in enumerate(range(0, len(self._problem.sequences), self._rows)):
-                codes, norms, _ = job.encode(self._problem.sequences[start : start + self._rows])
+                encoded = job.encode(self._problem.sequences[start : start + self._rows])
                 receipt = ShardRecord(
                     number=number,
                     first_row=start,
-                    rows=len(codes),
+                    rows=len(encoded.norms),
                     sha256="",
                     examples_sha256="",
                     failed=[],
                 )
-                write_shard(part, codes, norms, receipt)
+                write_shard(part, encoded.codes, encoded.norms, receipt)
 
 
 def measure(

@@ -26,8 +26,8 @@ from index.parts import part_folder
 from index.shards import check_shard, codes_path, write_shard
 from scripts.bench.record import write_record
 from scripts.console import one_sentence_errors, print_json, show_progress, stderr
+from service.device_search import make_search_index
 from service.models import load_model
-from service.search.device_search import make_search_index
 from service.search.opening import open_index
 from service.search.retrieval import Retriever
 from service.versions import revision

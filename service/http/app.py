@@ -252,7 +252,8 @@ def _check_ready(engine: Engine) -> None:
 def _describe(name: str, retriever: Retriever) -> IndexResponse:
     manifest = retriever.index.manifest
     shared = {f: getattr(manifest, f) for f in IndexResponse.model_fields if hasattr(manifest, f)}
-    shared["sketch"] = SketchSchema(**manifest.sketch.model_dump(exclude={"seed"}))
+    sketch = manifest.sketch.model_dump(exclude={"seed", "later"})
+    shared["sketch"] = SketchSchema(**sketch, slices=manifest.sketch.slices)
     shared["corpora"] = [part.data for part in manifest.parts]
     shared["rows"] = len(retriever.index.examples)
     shared["deleted_rows"] = manifest.rows - shared["rows"]

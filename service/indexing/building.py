@@ -17,14 +17,10 @@ from index.files import exclusive, remove_leftovers, sha256_of, write_whole
 from index.manifest import (
     SCHEMA_VERSION,
     CorpusRecord,
-    EstimatorRecord,
     FileRecord,
     Manifest,
-    NoiseRecord,
     PartRecord,
     ShardRecord,
-    SketchRecord,
-    SkippedRecord,
 )
 from index.parts import (
     check_new_ids,
@@ -35,12 +31,13 @@ from index.parts import (
     supersede,
 )
 from index.shards import find_receipt
-from service.coding import FACTORS_NAME, code_blocks, coded_index
+from service.coding import FACTORS_NAME, code_blocks, coded_index, further_bytes
 from service.indexing.corpus import CorpusSource, fingerprint_source
 from service.indexing.noise import measure_noise
-from service.indexing.plan import settle_plan
+from service.indexing.plan import settle_plan, settle_slices
 from service.indexing.plausibility import tell_loss
 from service.indexing.reading import find_corpus, read_corpus
+from service.indexing.records import estimator_record, sketch_record
 from service.indexing.sketching import ShardJob
 from service.models import LoadedModel
 from service.scoring.estimators import Estimators
@@ -65,6 +62,9 @@ class BuildOptions:
         rows_per_shard: the unit of work that an interrupted build loses at most.
         token_budget: padded tokens in a batch.
         seed: of the sketch; None draws one. Keep it from whoever writes corpus or queries.
+        slices: independent sketches of every row; searches scan the first and read the others for
+            contenders. None takes as many as the index has, one for a new one; more than it has
+            are added to all of its rows.
     """
 
     max_tokens: int | None = None
@@ -75,6 +75,7 @@ class BuildOptions:
     rows_per_shard: int = 1024
     token_budget: int = 1024
     seed: int | None = None
+    slices: int | None = None
 
     def sketch_plan(self, seed: int, layers: int) -> SketchPlan:
         """The sketch of these options for so many layers."""
@@ -182,12 +183,17 @@ class _Part:
     Attributes:
         name: of its folder.
         path: its folder.
-        sketch: drawn for it.
+        sketches: drawn for it, one a slice.
     """
 
     name: str
     path: Path
-    sketch: Sketch
+    sketches: tuple[Sketch, ...]
+
+    @property
+    def sketch(self) -> Sketch:
+        """Of the slice that is scanned."""
+        return self.sketches[0]
 
 
 class _Build:
@@ -211,8 +217,10 @@ class _Build:
 
     def read(self, progress: Progress) -> tuple[_Part, CorpusRecord]:
         """Settle the part and its plan, and read the corpus unless that was done."""
+        options = asdict(self.options)
+        wanted = options.pop("slices")  # may grow later, so that no plan binds it
         plan = {
-            **asdict(self.options),
+            **options,
             "model_sha256": self.loaded.model_sha256,
             "tokenizer_sha256": self.loaded.tokenizer_sha256,
             "factors_sha256": sha256_of(self.factors),
@@ -222,9 +230,11 @@ class _Build:
         name, seed = settle_plan(self.folder, plan, append=self.mode != "new")
         layers = self.loaded.coverage.layers
         whitening = self.fitted.whitening(layers, self.options.damping)
-        sketch = Sketch(layers, whitening, self.options.sketch_plan(seed, len(layers)))
-        self._components(sketch)  # refused before the first gradient, if they must be
-        part = _Part(name=name, path=part_folder(self.folder, name), sketch=sketch)
+        slices = settle_slices(self.folder, wanted, self.options.codes)
+        drawn = self.options.sketch_plan(seed, len(layers))
+        sketches = tuple(Sketch(layers, whitening, drawn.slice(n)) for n in range(slices))
+        self._components(sketches[0])  # refused before the first gradient, if they must be
+        part = _Part(name=name, path=part_folder(self.folder, name), sketches=sketches)
         corpus = find_corpus(part.path)
         if corpus is None:
             rows = self.options.rows_per_shard
@@ -250,34 +260,57 @@ class _Build:
     def run_shards(
         self, part: _Part, corpus: CorpusRecord, worker: Worker, progress: Progress
     ) -> None:
-        """Build this worker's shards that are not whole on disk."""
-        job = ShardJob(
-            part=part.path,
-            loaded=self.loaded,
-            sketch=part.sketch,
-            codes=self.options.codes,
-            token_budget=self.options.token_budget,
-        )
-        numbers = range(worker.number, len(corpus.examples), worker.count)
-        for number in progress("index", numbers):
-            file = corpus.examples[number]
-            if find_receipt(part.path, number, file.sha256) is None:
-                job.run(number, number * self.options.rows_per_shard, file)
+        """Build this worker's shards, of all parts, that are not whole on disk or lack slices."""
+        for path, record in [(part.path, corpus), *self._other_parts(part)]:
+            job = ShardJob(
+                part=path,
+                loaded=self.loaded,
+                sketches=part.sketches,
+                codes=self.options.codes,
+                token_budget=self.options.token_budget,
+            )
+            numbers = range(worker.number, len(record.examples), worker.count)
+            for number in progress("index", numbers):
+                file = record.examples[number]
+                receipt = find_receipt(path, number, file.sha256)
+                if receipt is None:
+                    job.run(number, number * self.options.rows_per_shard, file)
+                elif 1 + receipt.further_slices < len(part.sketches):
+                    job.extend(receipt, file)
 
-    def receipts(self, part: _Part, corpus: CorpusRecord) -> list[ShardRecord] | None:
-        """The receipts of all shards, or None as long as one is missing."""
-        receipts = []
-        for number, file in enumerate(corpus.examples):
-            receipt = find_receipt(part.path, number, file.sha256)
-            if receipt is None:
-                return None
-            receipts.append(receipt)
-        return receipts
+    def _other_parts(self, part: _Part) -> list[tuple[Path, CorpusRecord]]:
+        """Folders and corpora of the index' other parts, if these have fewer slices."""
+        manifest = find_manifest(self.folder)
+        if manifest is None or manifest.sketch.slices == len(part.sketches):
+            return []
+        paths = [part_folder(self.folder, p.name) for p in manifest.parts if p.name != part.name]
+        return [(path, record) for path in paths if (record := find_corpus(path)) is not None]
 
-    def finish(self, part: _Part, corpus: CorpusRecord, shards: list[ShardRecord]) -> Manifest:
+    def receipts(self, part: _Part, corpus: CorpusRecord) -> dict[str, list[ShardRecord]] | None:
+        """The receipts of all shards, by part; None as long as one is missing or lacks slices.
+
+        Of the other parts only where these get more slices.
+        """
+        found: dict[str, list[ShardRecord]] = {}
+        for path, record in [(part.path, corpus), *self._other_parts(part)]:
+            found[path.name] = []
+            for number, file in enumerate(record.examples):
+                receipt = find_receipt(path, number, file.sha256)
+                if receipt is None or 1 + receipt.further_slices < len(part.sketches):
+                    return None
+                found[path.name].append(receipt)
+        return found
+
+    def finish(
+        self, part: _Part, corpus: CorpusRecord, shards: dict[str, list[ShardRecord]]
+    ) -> Manifest:
         """Write the manifest of the parts that were there and this one."""
         write_whole(self.folder / FACTORS_NAME, self.factors.read_bytes())
-        parts = self._parts(PartRecord(name=part.name, data=corpus.data, shards=shards, deleted=[]))
+        fresh = PartRecord(name=part.name, data=corpus.data, shards=shards[part.name], deleted=[])
+        parts = [
+            found.model_copy(update={"shards": shards.get(found.name, found.shards)})
+            for found in self._parts(fresh)
+        ]
         index = coded_index(self.options.codes, part.sketch)
         examples = ExampleStore(example_files(self.folder, parts), kept_rows(parts, failed=False))
         name, damping = self.estimator_name, self.options.damping
@@ -285,7 +318,7 @@ class _Build:
         noise = measure_noise(
             self.loaded,
             estimators.own.directions,
-            part.sketch,
+            part.sketches,
             self.options.codes,
             examples,
             self.options.token_budget,
@@ -293,10 +326,12 @@ class _Build:
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             model=self.loaded.record,
-            estimator=self._estimator_record(),
-            sketch=_sketch_record(part.sketch, noise, self._components(part.sketch)),
+            estimator=estimator_record(
+                name, self.factors, damping, self.facts, self.loaded.coverage
+            ),
+            sketch=sketch_record(part.sketches, noise, self._components(part.sketch)),
             codes=self.options.codes,
-            bytes_per_row=index.code_size + 4,
+            bytes_per_row=index.code_size + 4 + further_bytes(part.sketches),
             parts=parts,
             files=[FileRecord(path=FACTORS_NAME, sha256=sha256_of(self.folder / FACTORS_NAME))],
             versions=versions(),
@@ -337,21 +372,6 @@ class _Build:
             )
         return found
 
-    def _estimator_record(self) -> EstimatorRecord:
-        coverage = self.loaded.coverage
-        selection = LayerSelection.from_facts(self.facts)
-        return EstimatorRecord(
-            name=self.estimator_name,
-            sha256=sha256_of(self.factors),
-            damping=self.options.damping,
-            layer_patterns=list(selection.patterns),
-            widest=selection.widest,
-            embeddings=selection.embeddings,
-            layers=[layer.name for layer in coverage.layers],
-            attributed_share=coverage.attributed_share,
-            skipped=[SkippedRecord(**asdict(module)) for module in coverage.skipped],
-        )
-
 
 def check_factors(facts: dict[str, str], loaded: LoadedModel) -> None:
     """Raise IndexMismatch unless the factors were fitted on this very model."""
@@ -360,14 +380,3 @@ def check_factors(facts: dict[str, str], loaded: LoadedModel) -> None:
             f"The factors were fitted on the model with SHA-256 {facts['model_sha256']}, "
             f"'{loaded.source}' has {loaded.model_sha256}; fit the estimator on this model."
         )
-
-
-def _sketch_record(sketch: Sketch, noise: NoiseRecord, components: list[int]) -> SketchRecord:
-    return SketchRecord(
-        seed=sketch.plan.seed,
-        dimensions=sketch.plan.dimensions,
-        rank=sketch.plan.rank,
-        entries=sketch.entries,
-        components=components,
-        noise=noise,
-    )

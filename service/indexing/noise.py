@@ -1,5 +1,7 @@
 """Measuring the sketch's error on the corpus itself, at the end of a build."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,12 @@ from torch import Tensor
 
 from estimators.chosen import DirectionsOf
 from estimators.model.tokens import Sequence1D
-from estimators.sketching.sketch import Sketch
+from estimators.sketching.sketch import Sketch, query_sketches
+from index.codes.signs import estimate_signs
 from index.codes.vectors import DISTORTIONS
 from index.examples import ExampleStore
 from index.manifest import NoiseRecord
-from service.coding import coded_index
+from service.coding import coded_index, later_looks
 from service.indexing.sketching import ShardJob
 from service.models import LoadedModel
 from service.scoring.exhaustive import exact_scores, queries_at_once
@@ -32,12 +35,14 @@ SEED = 0
 def measure_noise(
     loaded: LoadedModel,
     directions_of: DirectionsOf,
-    sketch: Sketch,
+    sketches: Sequence[Sketch],
     codes: str,
     examples: ExampleStore,
     token_budget: int,
-) -> NoiseRecord:
+) -> list[NoiseRecord]:
     """Error of the proxy in cosine units, over pseudo-queries and rows drawn from the corpus.
+
+    Of the first slice's, and after each later look at more of the slices.
 
     A pseudo-query asks for the second half of a training example given its first half. Rows are the
     examples that the pseudo-queries are made of, for large cosines, and others at random. Needs a
@@ -47,7 +52,7 @@ def measure_noise(
     Args:
         loaded: the model with the layers to attribute.
         directions_of: of the estimator that the index is built for.
-        sketch: of the index.
+        sketches: of the index, one a slice.
         codes: the index' kind of code.
         examples: the corpus, without rows that failed or were deleted.
         token_budget: padded tokens in a batch.
@@ -62,7 +67,7 @@ def measure_noise(
         raise ValueError("No example has four tokens or more; check the text column.")
     rows = np.union1d(asked, generator.permutation(len(examples))[:ROWS])
     queries = [_second_half(examples.tokens(int(i))) for i in asked]
-    sketched: list[tuple[Tensor, Tensor]] = []
+    sketched: list[list[tuple[Tensor, Tensor]]] = []
     exact = exact_scores(
         loaded,
         {"": directions_of},
@@ -70,22 +75,41 @@ def measure_noise(
         queries,
         rows=rows.tolist(),
         token_budget=token_budget,
-        watch=lambda directions: sketched.append(sketch.query(directions)),
+        watch=lambda directions: sketched.append(query_sketches(sketches, directions)),
     )[""]
-    y, query_norms = (torch.cat(parts).cpu().numpy() for parts in zip(*sketched, strict=True))
+    asked_by_slice = [
+        torch.cat([parts[number][0] for parts in sketched]).cpu().numpy()
+        for number in range(len(sketches))
+    ]
+    query_norms = torch.cat([parts[0][1] for parts in sketched]).cpu().numpy()
     drawn = [Sequence1D(tokens=examples.tokens(int(row))) for row in rows]
     job = ShardJob(
-        part=Path(), loaded=loaded, sketch=sketch, codes=codes, token_budget=token_budget
+        part=Path(), loaded=loaded, sketches=sketches, codes=codes, token_budget=token_budget
     )
-    coded, norms, _ = job.encode(drawn)
-    index = coded_index(codes, sketch)
-    index.add(index.pack(coded), len(coded))
-    proxies = index.scan(y)
-    proxies /= np.linalg.norm(y, axis=1, keepdims=True)
-    cosines = exact / np.where(norms > 0, norms, 1) / query_norms[:, None]
-    return noise_record(
-        sketch.predicted_noise(DISTORTIONS.get(codes, 0.0)), proxies - cosines, cosines, norms > 0
-    )
+    coded = job.encode(drawn)
+    index = coded_index(codes, sketches[0])
+    index.add(index.pack(coded.codes), len(coded.codes))
+    proxies = [_cosines(index.scan(asked_by_slice[0]), asked_by_slice[0])]
+    for number, y in enumerate(asked_by_slice[1:]):
+        proxies.append(_cosines(estimate_signs(coded.further[:, number], y), y))
+    cosines = exact / np.where(coded.norms > 0, coded.norms, 1) / query_norms[:, None]
+    predicted = sketches[0].predicted_noise(DISTORTIONS.get(codes, 0.0))
+    return [
+        noise_record(
+            predicted / math.sqrt(count),
+            np.mean(proxies[:count], axis=0) - cosines,
+            cosines,
+            coded.norms > 0,
+        )
+        for count in [1, *later_looks(len(sketches))]
+    ]
+
+
+def _cosines(
+    products: Float[np.ndarray, "query row"], y: Float[np.ndarray, "query dimension"]
+) -> Float[np.ndarray, "query row"]:
+    cosines: np.ndarray = products / np.linalg.norm(y, axis=1, keepdims=True)
+    return cosines
 
 
 def noise_record(

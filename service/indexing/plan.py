@@ -10,6 +10,8 @@ from index.files import read_sealed, write_sealed
 from index.parts import find_manifest, part_folder
 
 PLAN_NAME = "plan.json"
+SLICES_NAME = "slices.json"
+MOST_SLICES = 256
 RECORD_NAME = "corpus.json"
 """Written when the corpus of a part was read."""
 
@@ -60,6 +62,41 @@ def settle_plan(folder: Path, plan: Mapping[str, Any], *, append: bool) -> tuple
         )
     _check_append(folder, plan, found)
     return _begin(folder, f"{len(found):03d}", plan, int(first["seed"]))
+
+
+def settle_slices(folder: Path, wanted: int | None, codes: str) -> int:
+    """How many slices the rows of an index are to have; kept for builds that go on later.
+
+    A file beside the parts holds the number where it is more than one, from before the first
+    gradient on.
+
+    Args:
+        folder: of the index.
+        wanted: None takes as many as it has or was to have, one if it is new.
+        codes: kind of code.
+
+    Raises:
+        IndexMismatch: it has more, or was to have more.
+        IndexCorrupt: that file was damaged.
+        ValueError: out of range, or not to be had with this kind of code.
+    """
+    path, manifest = folder / SLICES_NAME, find_manifest(folder)
+    known = 1 if manifest is None else manifest.sketch.slices
+    if path.is_file():
+        known = max(known, int(_read(path)["slices"]))
+    slices = known if wanted is None else wanted
+    if not 1 <= slices <= MOST_SLICES:
+        raise ValueError(f"An index has from 1 to {MOST_SLICES} slices, {slices} were asked for.")
+    if slices > 1 and codes != "one-bit":
+        raise ValueError(f"Only one-bit codes have slices, this index has {codes} codes.")
+    if slices < known:
+        raise IndexMismatch(
+            f"{folder} has {known} slices or was begun with as many, {slices} were asked for; "
+            f"slices can only be added. Leave --slices out, or choose another folder."
+        )
+    if slices > 1:
+        write_sealed(path, {"slices": slices})
+    return slices
 
 
 def _check_append(folder: Path, plan: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from estimators.model.tokens import Sequence1D, plan_batches
 from estimators.sketching.sketch import Sketch
 from estimators.storage import load_factors, serialise_factors
 from index.examples import Example, ExampleStore, examples_path, serialise_examples, write_examples
-from service.coding import coded_index
+from service.coding import coded_index, further_bytes
 from service.indexing.building import BuildOptions, check_factors
 from service.indexing.corpus import CorpusSource, read_examples
 from service.indexing.fitting import FitOptions, draw_sequences
@@ -89,14 +89,13 @@ def predict_build(
     for chunk in chunks(examples, options.rows_per_shard):
         survey.add(chunk)
     reading = time.perf_counter() - start
-    sketch = Sketch(
-        layers,
-        fitted.whitening(layers, options.damping),
-        options.sketch_plan(seed=0, layers=len(layers)),
-    )
-    sketching = _time_of_shards(loaded, sketch, options, survey)
-    noise = _time_of_noise(loaded, (name, fitted), sketch, options, survey, scratch)
-    code_size = coded_index(options.codes, sketch).code_size
+    whitening = fitted.whitening(layers, options.damping)
+    plan = options.sketch_plan(seed=0, layers=len(layers))
+    slices = range(options.slices or 1)
+    sketches = [Sketch(layers, whitening, plan.slice(number)) for number in slices]
+    sketching = _time_of_shards(loaded, sketches, options, survey)
+    noise = _time_of_noise(loaded, (name, fitted), sketches, options, survey, scratch)
+    code_size = coded_index(options.codes, sketches[0]).code_size + further_bytes(sketches)
     rows = sum(map(len, survey.shards))
     small = SMALL_FILES * len(survey.shards)
     return Prediction(
@@ -215,12 +214,12 @@ class _Survey:
 
 
 def _time_of_shards(
-    loaded: LoadedModel, sketch: Sketch, options: BuildOptions, survey: _Survey
+    loaded: LoadedModel, sketches: Sequence[Sketch], options: BuildOptions, survey: _Survey
 ) -> float:
     """Seconds of all shards: some batches are computed, the rest goes by padded tokens."""
     budget = options.token_budget
     job = ShardJob(
-        part=Path(), loaded=loaded, sketch=sketch, codes=options.codes, token_budget=budget
+        part=Path(), loaded=loaded, sketches=sketches, codes=options.codes, token_budget=budget
     )
     batches = [
         [lengths[p] for p in positions]
@@ -245,7 +244,7 @@ def _time_of_shards(
 def _time_of_noise(
     loaded: LoadedModel,
     factors: tuple[str, Factors],
-    sketch: Sketch,
+    sketches: Sequence[Sketch],
     options: BuildOptions,
     survey: _Survey,
     scratch: Path,
@@ -261,7 +260,7 @@ def _time_of_noise(
         measure_noise(
             loaded,
             estimators.own.directions,
-            sketch,
+            sketches,
             options.codes,
             store,
             options.token_budget,

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 
 from estimators.model.tokens import Sequence1D
 from estimators.sketching.sketch import Sketch
 from index.examples import ExampleStore
-from index.manifest import FailedRow, FileRecord, ShardRecord
-from index.shards import write_shard
+from index.manifest import FailedRow, FileRecord, ShardRecord, SlicesRecord
+from index.shards import write_receipt, write_shard
+from index.slices import write_slices
 from service.coding import coded_index
-from service.indexing.encoding import encode_gradients
+from service.indexing.encoding import Encoded, encode_gradients, encode_slices
 from service.models import LoadedModel
 
 
@@ -24,39 +25,55 @@ class ShardJob:
     Attributes:
         part: folder of the part.
         loaded: the model with the layers to attribute.
-        sketch: of the index.
+        sketches: of the index, one a slice.
         codes: kind of code.
         token_budget: padded tokens in a batch.
     """
 
     part: Path
     loaded: LoadedModel
-    sketch: Sketch
+    sketches: Sequence[Sketch]
     codes: str
     token_budget: int
 
     def run(self, number: int, first_row: int, file: FileRecord) -> ShardRecord:
         """Sketch, encode and write one shard."""
-        examples = ExampleStore([self.part / file.path])
-        sequences = [Sequence1D(tokens=examples.tokens(row)) for row in range(len(examples))]
-        codes, norms, failed = self.encode(sequences)
+        encoded = self.encode(self._sequences(file))
         record = ShardRecord(
             number=number,
             first_row=first_row,
-            rows=len(norms),
+            rows=len(encoded.norms),
             sha256="",
             examples_sha256=file.sha256,
             failed=[
                 FailedRow(row=first_row + row, reason="its gradient is not finite")
-                for row in failed
+                for row in encoded.failed
             ],
+            slices=self._write_slices(number, 1, encoded.further),
         )
-        packed = coded_index(self.codes, self.sketch).pack(codes)
-        return write_shard(self.part, packed, norms, record)
+        packed = coded_index(self.codes, self.sketches[0]).pack(encoded.codes)
+        return write_shard(self.part, packed, encoded.norms, record)
 
-    def encode(
-        self, sequences: Sequence[Sequence1D]
-    ) -> tuple[UInt8[np.ndarray, "row byte"], Float[np.ndarray, "row"], list[int]]:
-        """Codes and whitened norms, and the rows without a finite gradient (coded as 0, norm 0)."""
-        index = coded_index(self.codes, self.sketch)
-        return encode_gradients(self.loaded.model, self.sketch, index, sequences, self.token_budget)
+    def extend(self, record: ShardRecord, file: FileRecord) -> ShardRecord:
+        """Add the slices to a shard that it lacks; what it has stays as it is."""
+        first = 1 + record.further_slices
+        further = encode_slices(
+            self.loaded.model, self.sketches[first:], self._sequences(file), self.token_budget
+        )
+        slices = [*record.slices, *self._write_slices(record.number, first, further)]
+        return write_receipt(self.part, record.model_copy(update={"slices": slices}))
+
+    def _sequences(self, file: FileRecord) -> list[Sequence1D]:
+        examples = ExampleStore([self.part / file.path])
+        return [Sequence1D(tokens=examples.tokens(row)) for row in range(len(examples))]
+
+    def _write_slices(
+        self, number: int, first: int, codes: UInt8[np.ndarray, "row slice byte"]
+    ) -> list[SlicesRecord]:
+        return [write_slices(self.part, number, first, codes)] if codes.shape[1] else []
+
+    def encode(self, sequences: Sequence[Sequence1D]) -> Encoded:
+        """Codes and whitened norms, from one pass through the model for all slices."""
+        index = coded_index(self.codes, self.sketches[0])
+        model = self.loaded.model
+        return encode_gradients(model, self.sketches, index, sequences, self.token_budget)

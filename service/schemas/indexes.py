@@ -27,6 +27,7 @@ class SketchSchema(Schema):
     entries: int
     components: list[int]
     noise: NoiseRecord
+    slices: int = Field(description="Independent codes of each row; the first is scanned.")
 
 
 class TraceSchema(Schema):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+from estimators.contracts import Factors
 from estimators.model.layers import find_layers
 from estimators.model.selection import LayerSelection
 from estimators.sketching.sketch import Sketch, SketchPlan
@@ -21,13 +22,14 @@ from index.files import sha256_of
 from index.manifest import Manifest, ShardRecord
 from index.parts import example_files, kept_rows, part_folder
 from index.shards import read_shard
+from index.slices import SliceStore, check_slices
 from service.coding import FACTORS_NAME, OPERATORS_NAME, code_blocks
+from service.device_search import make_search_index
 from service.models import LoadedModel
 from service.scoring.cache import FileCache
 from service.scoring.estimators import Estimators
 from service.scoring.scale import IndexScales, find_scales
 from service.search.calibration import IndexCalibration, find_calibration
-from service.search.device_search import make_search_index
 from service.tracing.served import ServedTrace
 
 
@@ -45,7 +47,8 @@ class OpenIndex:
         norms: whitened norm of each row's gradient; 0 for rows that failed or are empty.
         failed: True for rows whose gradient is not finite.
         estimators: that it can answer for.
-        sketch: drawn as during the build.
+        sketches: drawn as during the build, one a slice of the codes; the first is of ``vectors``.
+        slices: codes of the further slices, if there are any.
         scales: what its scores are worth, where that was measured.
         calibration: of its queries' recall, if it was made.
         trace: of the run that trained the model, if it is served with one.
@@ -60,10 +63,16 @@ class OpenIndex:
     norms: Float[np.ndarray, "row"]
     failed: Bool[np.ndarray, "row"]
     estimators: Estimators
-    sketch: Sketch
+    sketches: tuple[Sketch, ...]
+    slices: SliceStore | None
     scales: IndexScales
     calibration: IndexCalibration | None = None
     trace: ServedTrace | None = None
+
+    @property
+    def sketch(self) -> Sketch:
+        """Of the slice that is scanned."""
+        return self.sketches[0]
 
     def inner_products(self, query: Float[np.ndarray, "dimension"]) -> Float[np.ndarray, "row"]:
         """Estimated inner product of a query's sketch with every row, in order of row."""
@@ -107,18 +116,8 @@ def open_index(
     for record in manifest.files:
         _check_file(folder / record.path, record.sha256)
     _, fitted, _ = load_factors(folder / FACTORS_NAME)
-    layers = loaded.coverage.layers
-    sketch = Sketch(
-        layers,
-        fitted.whitening(layers, manifest.estimator.damping),
-        SketchPlan(
-            seed=manifest.sketch.seed,
-            dimensions=manifest.sketch.dimensions,
-            rank=manifest.sketch.rank,
-            folded=manifest.codes != LOW_RANK,
-        ),
-    )
-    blocks = code_blocks(manifest.codes, sketch, manifest.sketch.components)
+    sketches = _sketches(manifest, loaded, fitted)
+    blocks = code_blocks(manifest.codes, sketches[0], manifest.sketch.components)
     vectors = make_search_index(manifest.codes, manifest.sketch.dimensions, search_device, blocks)
     norms = []
     for codes, shard_norms in _read_shards(folder, manifest):
@@ -150,11 +149,25 @@ def open_index(
         norms=np.concatenate(norms)[keep],
         failed=failed[keep],
         estimators=estimators,
-        sketch=sketch,
+        sketches=sketches,
+        slices=SliceStore(folder, manifest.parts) if len(sketches) > 1 else None,
         calibration=find_calibration(folder, estimators.own),
         scales=find_scales(folder),
         trace=traced,
     )
+
+
+def _sketches(manifest: Manifest, loaded: LoadedModel, fitted: Factors) -> tuple[Sketch, ...]:
+    layers = loaded.coverage.layers
+    whitening = fitted.whitening(layers, manifest.estimator.damping)
+    plan = SketchPlan(
+        seed=manifest.sketch.seed,
+        dimensions=manifest.sketch.dimensions,
+        rank=manifest.sketch.rank,
+        folded=manifest.codes != LOW_RANK,
+    )
+    slices = range(manifest.sketch.slices)
+    return tuple(Sketch(layers, whitening, plan.slice(number)) for number in slices)
 
 
 def _grounds_sha256(manifest: Manifest) -> str:
@@ -177,6 +190,8 @@ def _read_shards(
     ) -> tuple[UInt8[np.ndarray, "padded byte"], Float[np.ndarray, "row"]]:
         part, shard = place
         _check_file(examples_path(part, shard.number), shard.examples_sha256)
+        for record in shard.slices:
+            check_slices(part, shard.number, record)
         return read_shard(part, shard)
 
     places = [

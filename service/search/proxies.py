@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -61,7 +60,7 @@ class Proxies:
         usable = np.isfinite(self.divisors) & ~self.failed
         return np.where(usable, self.values, 0.0) * np.where(usable, self.divisors, 0.0)
 
-    def at(self, rows: Int[np.ndarray, "kept"]) -> "Proxies":
+    def at(self, rows: Int[np.ndarray, "kept"] | slice) -> "Proxies":
         """Those of some rows, in that order."""
         return replace(
             self,
@@ -69,6 +68,20 @@ class Proxies:
             sigmas=self.sigmas[rows],
             divisors=self.divisors[rows],
             failed=self.failed[rows],
+        )
+
+    def among(self, rows: Int[np.ndarray, "kept"]) -> "Proxies":
+        """Those of some rows that are then all there are."""
+        return self.at(rows)
+
+    def after(self, others: "Proxies") -> "Proxies":
+        """Those of other rows, then these; all else is as it is here."""
+        return replace(
+            self,
+            values=np.concatenate([others.values, self.values]),
+            sigmas=np.concatenate([others.sigmas, self.sigmas]),
+            divisors=np.concatenate([others.divisors, self.divisors]),
+            failed=np.concatenate([others.failed, self.failed]),
         )
 
     def negated(self) -> "Proxies":
@@ -96,13 +109,34 @@ class RankedProxies(Proxies):
     No law bounds their errors: give zeros as ``sigmas`` and False as ``lawful``.
     """
 
+    places: Float[np.ndarray, "row"] | None = None
+    """Of each row in the proposer's order, from 1; those among all rows given, if left out."""
+
     unit: ClassVar[str] = "rows"
 
-    @cached_property
-    def _places(self) -> Float[np.ndarray, "row"]:
-        places = np.empty(len(self.values))
-        places[np.argsort(-self.values, kind="stable")] = np.arange(1, len(self.values) + 1)
-        return places
+    def __post_init__(self) -> None:
+        if self.places is None:
+            places = np.empty(len(self.values))
+            places[np.argsort(-self.values, kind="stable")] = np.arange(1, len(places) + 1)
+            object.__setattr__(self, "places", places)
+
+    def at(self, rows: Int[np.ndarray, "kept"] | slice) -> Proxies:
+        """Those of some rows, which keep their places among all."""
+        assert self.places is not None
+        return self._placed(super().at(rows), self.places[rows])
+
+    def among(self, rows: Int[np.ndarray, "kept"]) -> Proxies:
+        """Those of some rows, which take the places of the others."""
+        return self._placed(self.at(rows), None)
+
+    def negated(self) -> Proxies:
+        """The opposite order."""
+        return self._placed(super().negated(), None)
+
+    @staticmethod
+    def _placed(proxies: Proxies, places: Float[np.ndarray, "row"] | None) -> Proxies:
+        assert isinstance(proxies, RankedProxies)
+        return replace(proxies, places=places)
 
     def scores(self) -> Float[np.ndarray, "row"]:
         """Zeros: an order estimates nothing."""
@@ -114,4 +148,5 @@ class RankedProxies(Proxies):
 
     def depths(self, threshold: float) -> Float[np.ndarray, "row"]:
         """The place of each row in the proposer's order, from 1; the threshold does not matter."""
-        return self._places
+        assert self.places is not None
+        return self.places

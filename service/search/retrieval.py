@@ -36,6 +36,7 @@ from service.search.proxies import Proxies
 from service.search.query import Query, Ranking, Term
 from service.search.run import Run
 from service.search.search import Clock
+from service.search.shards import Shard
 
 CERTAIN, IMPOSSIBLE = -1e-6, -200.0
 """Log-probabilities, in nats, beyond which a question is answered with a caution."""
@@ -136,7 +137,7 @@ class Retriever:
         )
         scoring, target = self._scoring(prepared.estimator, questions)
         clock.stop("gradient")
-        proxies = self._proposed(prepared, questions, target)
+        shard = self._proposed(prepared, questions, target)
         clock.stop("scan")
         return Run(
             query=query,
@@ -145,7 +146,7 @@ class Retriever:
             terms=_measured(prepared.asked, found.values[place], len(self.loaded.tokenizer)),
             target=target,
             estimator=prepared.estimator,
-            proxies=proxies,
+            shard=shard,
             kept=prepared.kept,
             seed=seed if query.seed is None else query.seed,
             clock=clock,
@@ -181,7 +182,7 @@ class Retriever:
             return self.scorer, _single(estimator, questions)
         return RowScoring(estimator), questions
 
-    def _proposed(self, prepared: "_Prepared", questions: Questions, target: Target) -> Proxies:
+    def _proposed(self, prepared: "_Prepared", questions: Questions, target: Target) -> Shard:
         """Estimates of every row, or just an order of all rows."""
         query, name = prepared.query, prepared.query.proposer
         by_gradients = isinstance(prepared.estimator, GradientEstimator)
@@ -191,7 +192,7 @@ class Retriever:
             directions = _single(self.index.estimators.own, questions)
             values = self.proxies(directions, "normalised").values
         else:
-            return self.proxies(target, query.ranking, query.tail)
+            return estimate_rows(self.index, target, query.ranking, query.tail)
         return order_rows(self.index, values, query.ranking, by_gradients=by_gradients)
 
     def _asked(self, term: Term) -> "_Asked":
@@ -217,7 +218,7 @@ class Retriever:
         self, directions: Mapping[str, Tensor], ranking: Ranking, tail: Tail = "gaussian"
     ) -> Proxies:
         """Estimates of every row's ranking value by the index' codes, with their error scales."""
-        return estimate_rows(self.index, directions, ranking, tail)
+        return estimate_rows(self.index, directions, ranking, tail).at(slice(None))
 
     def _check(self, query: Query) -> Int[np.ndarray, "kept"] | None:
         """The rows that its filters leave; None for all.

@@ -1,10 +1,11 @@
 """One query under way: its search in each direction, then what explains the results."""
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from estimators.chosen import GradientEstimator, RowEstimator, TracedEstimator
 from estimators.grounds import Questions
@@ -23,9 +24,9 @@ from service.scoring.rows import Scoring, Target
 from service.search.answer import Answer, DocumentScore, MeasuredTerm, Result
 from service.search.explaining import cluster, token_texts
 from service.search.opening import OpenIndex
-from service.search.proxies import Proxies
 from service.search.query import Query, Side
 from service.search.search import Clock, Search, Steps
+from service.search.shards import Shard
 from service.tracing.served import told_of_layers
 
 BOTH: tuple[Side, ...] = ("proponents", "opponents")
@@ -44,7 +45,7 @@ class Run:
         terms: what was measured.
         target: what ``scoring`` scores rows for.
         estimator: that scores.
-        proxies: of every row, for proponents.
+        shard: estimates of every row, for proponents.
         kept: rows that the filters leave; None for all.
         seed: of the random rows.
         clock: started when the query's turn came.
@@ -58,7 +59,7 @@ class Run:
         terms: tuple[MeasuredTerm, ...],
         target: Target,
         estimator: GradientEstimator | RowEstimator,
-        proxies: Proxies,
+        shard: Shard,
         kept: Int[np.ndarray, "kept"] | None,
         seed: int,
         clock: Clock,
@@ -74,16 +75,15 @@ class Run:
         self.partial = False
         self.rows = np.arange(len(index.examples)) if kept is None else kept
         self.scoring = scoring
-        self._proxies = proxies
+        self._shard = shard if kept is None else shard.among(kept)
         self._seed = seed
         self._clock = clock
-        self._exact = np.full(len(index.examples), np.nan)
-        self._scored = np.zeros(len(index.examples), dtype=bool)
+        self._exact: dict[int, float] = {}
 
     @property
     def scored_rows(self) -> int:
         """Rows scored exactly so far, for whatever reason."""
-        return int(self._scored.sum())
+        return len(self._exact)
 
     @property
     def by_gradients(self) -> bool:
@@ -152,13 +152,15 @@ class Run:
     def best(self, side: Side) -> list[Result]:
         """The best of the rows that were scored in this direction so far, best first."""
         search, sign = self.searches[side], _sign(side)
-        largest = float(np.nanmax(np.abs(self._exact), initial=0.0))
+        largest = max((abs(score) for score in self._exact.values() if score == score), default=0.0)
+        best = search.best(self.query.k)
+        proxies = search.estimates(best)
         results = []
-        for rank, local in enumerate(search.best(self.query.k), start=1):
+        for rank, (local, proxy) in enumerate(zip(best, proxies, strict=True), start=1):
             row = int(self.rows[local])
             example = self.index.examples[row]
             norm = float(self.index.norms[row])
-            score = float(self._exact[row])
+            score = self._exact[row]
             results.append(
                 Result(
                     rank=rank,
@@ -170,7 +172,7 @@ class Run:
                     metadata=example.metadata,
                     score=score,
                     normalised_score=(score / norm if norm else 0.0) if self.by_gradients else None,
-                    proxy=sign * float(search.proxies.values[local]),
+                    proxy=sign * float(proxy),
                     gradient_norm=norm,
                     effect_of_removal=removal_of(self._effect, score, largest),
                 )
@@ -193,11 +195,9 @@ class Run:
         return search.share()
 
     def _search(self, side: Side) -> Search:
-        proxies = self._proxies.at(self.rows)
-        if side == "opponents":
-            proxies = proxies.negated()
+        shard = self._shard if side == "proponents" else self._shard.negated()
         asked = replace(self.query, direction=side)
-        search = Search(asked, proxies, self._seed, self.index.calibration)
+        search = Search(asked, shard, self._seed, self.index.calibration)
         if self.partial:
             search.end()
         self.searches[side] = search
@@ -216,15 +216,13 @@ class Run:
 
     def _ask(self, rows: Int[np.ndarray, "row"]) -> Steps[Float[np.ndarray, "row"]]:
         """Exact scores of the first rows (all, unless it was ended), each computed only once."""
-        fresh = rows[~self._scored[rows]]
+        asked: list[int] = rows.tolist()
+        fresh = np.array([row for row in asked if row not in self._exact], dtype=np.int64)
         if len(fresh) and not self.partial:
             scores = yield fresh
-            done = fresh[: len(scores)]
-            self._exact[done] = scores
-            self._scored[done] = True
-        known: Bool[np.ndarray, row] = self._scored[rows]
-        exact: Float[np.ndarray, row] = self._exact[rows]
-        return exact if known.all() else exact[: int(np.argmin(known))]
+            self._exact.update(zip(fresh.tolist(), scores.tolist(), strict=False))
+        known = itertools.takewhile(lambda row: row in self._exact, asked)
+        return np.array([self._exact[row] for row in known])
 
     def _documents(self, results: list[Result]) -> Steps[list[DocumentScore]]:
         found = Counter(result.document for result in results)

@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from typing import Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from index.certificates.audit import AuditSample, certify_audit, count_above, draw_sample
 from index.certificates.calibration import (
@@ -18,16 +18,16 @@ from index.certificates.calibration import (
 from index.certificates.share import ShareEvidence, estimate_share
 from index.certificates.sketch import (
     FoundTop,
+    Scales,
     SketchEvidence,
     certify_sketch,
-    check_calibration,
     fewest_misses,
     plan_levels,
 )
 from index.certificates.statement import Certificate, Share, allowed_misses, no_share
-from index.codes.vectors import best_rows
-from service.search.proxies import Proxies
+from service.search.looks import Looks
 from service.search.query import Query, Ranking
+from service.search.shards import Found, Shard
 
 T = TypeVar("T")
 Steps: TypeAlias = Generator[Int[np.ndarray, "wanted"], Float[np.ndarray, "scored"], T]
@@ -66,7 +66,7 @@ class Search:
 
     Args:
         query: what to find and how sure to be.
-        proxies: of all rows.
+        shard: estimates of all rows.
         seed: of the random rows.
         calibration: of the index, if it has one.
     """
@@ -74,23 +74,24 @@ class Search:
     def __init__(
         self,
         query: Query,
-        proxies: Proxies,
+        shard: Shard,
         seed: int,
         calibration: Calibration | None = None,
     ) -> None:
         self.query = query
-        self.proxies = proxies
-        self.exact = np.full(len(proxies.values), np.nan)
-        self.scored = np.zeros(len(proxies.values), dtype=bool)
+        self.shard = shard
+        self.scored = np.zeros(len(shard), dtype=bool)
         self.rescored = 0
         self.ended = False
         self.stage: Literal["calibrate", "rescore", "audit"] = "calibrate"
-        self._sample = np.empty(0, dtype=np.int64)
-        self._unscored = self._audited = self._sample
-        self._begun = math.inf
+        self._found = Found()
+        self._looks = Looks(shard)
+        self._sample = self._audited = np.empty(0, dtype=np.int64)
+        self._before_audit = self.scored
+        self._begun = [math.inf] * shard.looks
         self._seed = seed
         self._calibration = calibration
-        self._levels = plan_levels(query.k, query.recall, query.confidence, query.tail)
+        self._levels = plan_levels(query.k, query.recall, query.confidence, query.tail, shard.looks)
 
     def run(self, scorer: RowScores, clock: "Clock") -> list[Certificate]:
         """Go through all ``steps``, with exact scores from ``scorer``."""
@@ -112,9 +113,8 @@ class Search:
         Returns:
             The certificates "sketch", "audit" and, if there is a calibration, "calibration".
         """
-        query, proxies = self.query, self.proxies
-        everything = np.arange(len(proxies.values))
-        self._sample = draw_sample(everything, query.calibration_rows, self._seed)
+        everything = np.arange(len(self.shard))
+        self._sample = draw_sample(everything, self.query.calibration_rows, self._seed)
         yield from self._rescore(self._sample)
         self.stage = "rescore"
         clock.stop("calibrate")
@@ -132,19 +132,16 @@ class Search:
 
     def best(self, k: int) -> Int[np.ndarray, "best"]:
         """The best k exactly scored rows by ranking value; ties go to the lower row."""
-        rows = np.flatnonzero(np.isfinite(self.exact))
-        found: np.ndarray = rows[best_rows(self._values(rows), k)]
-        return found
+        return self._found.best(k)[0]
 
-    def _values(self, rows: Int[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
-        """Exact ranking values; NaN for rows without a score."""
-        values: np.ndarray = self.exact[rows] / self.proxies.divisors[rows]
-        return values
+    def estimates(self, rows: Int[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
+        """Ranking values of rows as estimated from all of their codes."""
+        return self._looks.last(rows).values
 
     def _threshold(self) -> float:
         """The k-th best exact ranking value found; -inf while fewer are."""
-        rows = self.best(self.query.k)
-        return float(self._values(rows[-1:])[0]) if len(rows) == self.query.k else -math.inf
+        values = self._found.best(self.query.k)[1]
+        return float(values[-1]) if len(values) == self.query.k else -math.inf
 
     def _rescore(self, rows: Int[np.ndarray, "row"]) -> Steps[int]:
         """Have rows scored that are not yet; how many were."""
@@ -153,17 +150,14 @@ class Search:
             return 0
         scores = yield fresh
         done = fresh[: len(scores)]
-        self.exact[done] = scores
+        self._found.add(done, scores, self.shard.at(done).divisors)
         self.scored[done] = True
         return len(done)
 
     def _adapt(self) -> Steps[None]:
         """Rescore the best proxies, then deeper and deeper until certified or out of budget."""
-        query, proxies = self.query, self.proxies
-        open_rows = ~self.scored & ~proxies.failed
-        rows = best_rows(np.where(open_rows, proxies.values, -np.inf), max(32, 2 * query.k))
-        rows = rows[open_rows[rows]]
-        self._begun = float(proxies.values[rows].min(initial=math.inf))
+        query = self.query
+        rows, self._begun = self._looks.first(max(32, 2 * query.k), self.scored)
         chunk = len(rows)
         while len(rows) and self.rescored < query.budget and not self.ended:
             rows = rows[: query.budget - self.rescored]
@@ -177,108 +171,100 @@ class Search:
         The first of the fixed depths that is not reached is gone to before it is looked at whether
         its bound suffices, then the next.
         """
-        candidates = np.flatnonzero(~self.scored & ~self.proxies.failed)
-        calibrated = self._by_calibration()
-        ruler = self.proxies.with_slack() if calibrated else self.proxies
-        depths = ruler.depths(self._threshold())[candidates]
-        reached = min(float(depths.min(initial=math.inf)), ruler.deepest)
-        goal = self._calibrated_goal(reached) if calibrated else self._goal(reached)
-        if goal is None:
-            return candidates[:0]
-        wanted = depths <= goal
-        found: np.ndarray = candidates[wanted][best_rows(-depths[wanted], count)]
-        return found
+        threshold = self._threshold()
+        if self._by_calibration():
+            limit = self._calibrated_limit()
+            if limit == math.inf:
+                return np.empty(0, dtype=np.int64)
+            return self.shard.contenders(threshold, limit, self.scored, count, slack=True).rows
+        query, inflations = self.query, self._inflations()
+        misses = allowed_misses(query.k, query.recall) - self._unscorable()
+        top = self._found_top(inflations)
+        for level in self._levels:
+            goal = inflations[0] * level.z
+            rows = self._looks.contenders(threshold, goal, inflations, self.scored, count)
+            if len(rows) or self._looks.deepest(inflations) <= goal:
+                return rows
+            if fewest_misses(top, level.z, [level], query.k, query.tail) <= misses:
+                break
+        return np.empty(0, dtype=np.int64)
 
     def _by_calibration(self) -> bool:
         """Whether the search goes until the calibration is satisfied, not the sketch's law."""
-        wanted = self.query.until == "calibration" or not self.proxies.lawful
+        wanted = self.query.until == "calibration" or not self.shard.lawful
         known = self._calibration
         return wanted and known is not None and known.stale(self.query) is None
 
-    def _calibrated_goal(self, reached: float) -> float | None:
+    def _calibrated_limit(self) -> float:
+        """The depth that is enough for most queries; inf where calibration cannot tell."""
         query, calibration = self.query, self._calibration
         assert calibration is not None
         misses = allowed_misses(query.k, query.recall) - self._unscorable()
         needed = calibration.needed(query.k, query.ranking, misses)
-        limit = tolerance_limit(needed, SHARE, query.confidence)
-        return limit if reached <= limit < math.inf else None
+        return tolerance_limit(needed, SHARE, query.confidence)
 
-    def _goal(self, reached: float) -> float | None:
-        """The depth to go to; None if the sketch certificate that was asked for holds."""
-        query = self.query
-        misses = allowed_misses(query.k, query.recall) - self._unscorable()
-        inflation = self._inflation()
-        top = self._found_top(inflation)
-        for level in self._levels:
-            if reached <= inflation * level.z:
-                return inflation * level.z
-            if fewest_misses(top, reached / inflation, [level], query.k, query.tail) <= misses:
-                return None
-        return None
-
-    def _found_top(self, inflation: float) -> FoundTop:
-        rows = self.best(self.query.k)
+    def _found_top(self, inflations: Sequence[float]) -> FoundTop:
+        rows, values = self._found.best(self.query.k)
+        each = [
+            (inflation * near.sigmas, inflation * near.relative)
+            for inflation, near in zip(inflations, self._looks.each(rows), strict=True)
+        ]
         return FoundTop(
-            exact=self._values(rows),
-            sigmas=inflation * self.proxies.sigmas[rows],
-            relative=inflation * self.proxies.relative,
+            exact=values,
+            sigmas=each[0][0],
+            relative=each[0][1],
+            later=tuple(Scales(sigmas=sigmas, relative=share) for sigmas, share in each[1:]),
         )
 
-    def _inflation(self) -> float:
-        """How much larger the proxies' errors are among the best rows found than their scales say.
+    def _inflations(self) -> list[float]:
+        """How much larger errors are among the best rows found than their scales say, by look.
 
         Rows that are like the query err more than random ones (their gradients share factors with
         the query's, which the sketch's first stage mixes), by an amount that differs by query.
         Those found with the highest exact values are nearly free of selection: a row as good is
         left out only if its error is extreme.
         """
-        rows = self.best(max(self.query.k, FEWEST_NEIGHBOURS))
-        exact, near = self._values(rows), self.proxies.at(rows)
-        scales = near.scales(exact)
-        noisy = scales > 0
-        if not noisy.any():
-            return 1.0
-        residuals = (exact - near.values)[noisy] / scales[noisy]
-        return max(1.0, float(np.sqrt(np.mean(residuals**2))))
+        return self._looks.inflations(*self._found.best(max(self.query.k, FEWEST_NEIGHBOURS)))
 
     def _unscorable(self) -> int:
-        return int((self.proxies.failed | (self.scored & np.isnan(self.exact))).sum())
+        failed = self.shard.failed
+        lost = self._found.rows[np.isnan(self._found.scores)]
+        return int(failed.sum()) + int((~failed[lost]).sum())
 
     def sketch_certificate(self) -> Certificate:
         """What the sketch's law says of the rows that are unscored at this moment."""
-        query, proxies = self.query, self.proxies
-        sampled = self._sample[self.scored[self._sample] & ~proxies.failed[self._sample]]
-        drawn, exact = proxies.at(sampled), self._values(sampled)
-        usable = (drawn.sigmas > 0) & np.isfinite(exact)
-        check = None
-        if usable.any():
-            check = check_calibration(exact, drawn.values, drawn.scales(np.nan_to_num(exact)))
-        unscored = ~self.scored & ~proxies.failed
-        inflation = self._inflation()
-        reached = self._reached(proxies) / inflation
+        query, shard = self.query, self.shard
+        sampled = self._sample[self.scored[self._sample] & ~shard.failed[self._sample]]
+        check = self._looks.check(sampled, self._found.values_of(sampled))
+        inflations = self._inflations()
+        reached = self._reached(self.scored) / inflations[0]
         tail = query.tail
         if tail == "gaussian" and check is None:  # unchecked noise supports no bound
             tail = "hoeffding"
-            reached = -math.inf if unscored.any() else reached
+            reached = reached if reached == math.inf else -math.inf
         evidence = SketchEvidence(
             reached=reached,
-            top=self._found_top(inflation),
-            inflation=inflation,
-            rows=len(proxies.values),
+            top=self._found_top(inflations),
+            inflation=inflations[0],
+            rows=len(shard),
             rescored=int(self.scored.sum()),
             unscorable=self._unscorable(),
             check=check,
-            lawful=proxies.lawful,
+            lawful=shard.lawful,
         )
         return certify_sketch(evidence, query.k, query.recall, query.confidence, tail)
 
-    def _reached(self, ruler: Proxies) -> float:
-        """The depth above which no unscored row lies; inf if there is none."""
-        unscored = ~self.scored & ~self.proxies.failed
-        if not unscored.any():
+    def _reached(self, scored: Bool[np.ndarray, "row"], *, slack: bool = False) -> float:
+        """The depth above which no row lies that was not ``scored``; inf if there is none."""
+        shard, threshold = self.shard, self._threshold()
+        if (scored | shard.failed).all():
             return math.inf
-        depths = ruler.depths(self._threshold())[unscored]
-        return min(float(depths.min()), ruler.deepest)
+        if slack:
+            least = shard.contenders(threshold, -math.inf, scored, 0, slack=True).beyond
+            return min(least, shard.deepest(slack=True))
+        inflations = self._inflations()
+        goal = inflations[0] * self._levels[-1].z
+        return self._looks.reached(threshold, goal, inflations, scored)
 
     def _calibration_certificate(self) -> Certificate:
         query, calibration = self.query, self._calibration
@@ -288,8 +274,8 @@ class Search:
         needed = [] if stale else calibration.needed(query.k, query.ranking, misses)
         evidence = CalibrationEvidence(
             needed=needed,
-            reached=self._reached(self.proxies.with_slack()),
-            unit=self.proxies.unit,
+            reached=self._reached(self.scored, slack=True),
+            unit=self.shard.unit,
             unscorable=self._unscorable(),
             stale=stale,
         )
@@ -299,15 +285,16 @@ class Search:
         query = self.query
         threshold = self._threshold()
         population = np.flatnonzero(~self.scored)
-        unscorable = int((self.scored & np.isnan(self.exact)).sum())
+        unscorable = int(np.isnan(self._found.scores).sum())
+        self._before_audit = self.scored.copy()
         sample = draw_sample(population, query.audit_rows, self._seed + 1)
         self.stage = "audit"
-        scorable = sample[~self.proxies.failed[sample]]
+        scorable = sample[~self.shard.failed[sample]]
         done = yield from self._rescore(scorable)
         if done < len(scorable):  # ended on the way: what was drawn and not looked at is left out
             sample = sample[:0]
-        self._unscored, self._audited = population, sample
-        above, merged = count_above(self._values(sample), threshold)
+        self._audited = sample
+        above, merged = count_above(self._found.values_of(sample), threshold)
         audit = AuditSample(
             population=len(population),
             sampled=len(sample),
@@ -322,43 +309,48 @@ class Search:
 
         Opponents are searched with the opposite scores, so theirs is of all negative ones.
         """
-        failed, query = self.proxies.failed, self.query
-        live = self._unscored[~failed[self._unscored]]
-        if self.ended and len(live):
+        query, shard = self.query, self.shard
+        live = int((~self._before_audit & ~shard.failed).sum())
+        if self.ended and live:
             return no_share("the deadline ended the search")
-        untouched = self._untouched(live)
-        others = np.concatenate([live, untouched])
-        audited = self._audited[~failed[self._audited]]
-        sample = np.concatenate([audited, untouched])
-        positive = np.maximum(np.nan_to_num(self.exact), 0)
-        guesses = np.maximum(self.proxies.scores(), 0)
+        untouched = self._untouched()
+        sample = np.concatenate([self._audited[~shard.failed[self._audited]], untouched])
+        guesses = np.maximum(shard.at(sample).scores(), 0)
+        drawn, positive = _positive(self._found.scores_of(sample)), _positive(self._found.scores)
         evidence = ShareEvidence(
-            shown=positive[self.best(query.k)],
-            known=float(positive.sum() - positive[sample].sum()),
-            others=len(others),
-            guessed=float(guesses[others].sum()),
-            sample=positive[sample],
-            guesses=guesses[sample],
+            shown=_positive(self._found.scores_of(self.best(query.k))),
+            known=float(positive.sum() - drawn.sum()),
+            others=live + len(untouched),
+            guessed=shard.guessed(self._before_audit)
+            + float(guesses[len(sample) - len(untouched) :].sum()),
+            sample=drawn,
+            guesses=guesses,
             influence=f"{'negative' if query.direction == 'opponents' else 'positive'} influence",
         )
         return estimate_share(evidence, query.confidence)
 
-    def _untouched(self, live: Int[np.ndarray, "row"]) -> Int[np.ndarray, "row"]:
+    def _untouched(self) -> Int[np.ndarray, "row"]:
         """Rows of the first sample that would not have been scored because of their proxies.
 
         Among the rows left out they are as random as those of the audit: their proxies lie below
-        those that were begun with, and no less deep than the shallowest row that is unscored.
+        those that were begun with, and no less deep than the shallowest row that was unscored then.
         """
-        threshold = self._threshold()
+        threshold, slack = self._threshold(), self._by_calibration()
         if threshold == -math.inf:  # not k rows were scored: none was left out
             return self._sample[:0]
-        ruler = self.proxies.with_slack() if self._by_calibration() else self.proxies
-        depths = ruler.depths(threshold)
-        reached = depths[live].min(initial=math.inf)
-        rows = self._sample[~self.proxies.failed[self._sample]]
-        left_out = (depths[rows] >= reached) & (self.proxies.values[rows] < self._begun)
-        found: np.ndarray = rows[left_out]
+        reached = self._reached(self._before_audit, slack=slack)
+        rows = self._sample[~self.shard.failed[self._sample]]
+        if slack:
+            depths = self.shard.at(rows).with_slack().depths(threshold)
+        else:
+            depths = self._looks.depths(rows, threshold, self._inflations())
+        found: np.ndarray = rows[(depths >= reached) & ~self._looks.at_least(rows, self._begun)]
         return found
+
+
+def _positive(scores: Float[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
+    positive: np.ndarray = np.maximum(np.nan_to_num(scores), 0)
+    return positive
 
 
 class Clock:

@@ -247,7 +247,9 @@ def test_the_index_page_says_what_is_attributed_and_what_is_not(client: Client) 
 def test_the_sketchs_seed_is_told_to_nobody(client: Client, retriever: Retriever) -> None:
     (found,) = client.get("/v1/index").json()["indexes"]
     assert retriever.index.manifest.sketch.seed == 1
-    assert set(found["sketch"]) == {"dimensions", "rank", "entries", "components", "noise"}
+    assert set(found["sketch"]) == {
+        *("dimensions", "rank", "entries", "components", "noise", "slices")
+    }
 
 
 @pytest.mark.parametrize("row", corpus_rows(), ids=lambda row: ascii(row["id"]))

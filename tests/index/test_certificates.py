@@ -36,6 +36,7 @@ from scripts.bench.certificates.worlds import Known
 from service.search.proxies import Proxies
 from service.search.query import Query
 from service.search.search import Clock, Search
+from service.search.shards import DenseShard
 
 FAIR = CalibrationCheck(rows=64, mean_square=1.0, limit=1.6)
 
@@ -467,7 +468,7 @@ def one_search(query: np.ndarray, rows: np.ndarray, tail: str, seed: int) -> tup
     )
     truth = rows @ query
     asked = Query(prompt="p", k=K, budget=len(rows), calibration_rows=32, audit_rows=0, tail=tail)
-    search = Search(asked, proxies, seed)
+    search = Search(asked, DenseShard(proxies), seed)
     certificate, _ = search.run(Known(truth), Clock())
     recall = float(np.mean(truth[search.best(K)] >= np.sort(truth)[-K]))
     bound = certificate.recall_lower_bound
@@ -492,7 +493,7 @@ def test_redrawn_sketches_keep_the_stated_confidence(tail):
 def test_the_coverage_test_notices_a_third_of_the_z(monkeypatch):
     quantile = sketch_module._quantile
     tail_of = sketch_module._tail
-    monkeypatch.setattr(sketch_module, "_quantile", lambda p, tail: quantile(p, tail) / 3)
+    monkeypatch.setattr(sketch_module, "_quantile", lambda *given: quantile(*given) / 3)
     monkeypatch.setattr(sketch_module, "_tail", lambda z, tail: tail_of(3 * z, tail))
     wrong, _ = count_violations("gaussian")
     # Copies are missed together, with probability Phi(-2.14 / 3) = 24 % (less where the errors of
@@ -512,7 +513,7 @@ def test_a_sketch_that_errs_three_times_as_stated_is_refused():
         failed=np.zeros(len(rows), dtype=bool),
     )
     asked = Query(prompt="p", k=K, budget=100, calibration_rows=64, audit_rows=0)
-    search = Search(asked, proxies, seed=1)
+    search = Search(asked, DenseShard(proxies), seed=1)
     assert search.run(Known(truth), Clock())[0].status == "refused"
 
 
@@ -527,8 +528,8 @@ def test_noise_that_was_not_checked_supports_no_bound():
         failed=np.zeros(len(rows), dtype=bool),
     )
     asked = Query(prompt="p", k=K, budget=len(rows) // 2, calibration_rows=0, audit_rows=0)
-    certificate = Search(asked, proxies, seed=1).run(Known(truth), Clock())[0]
+    certificate = Search(asked, DenseShard(proxies), seed=1).run(Known(truth), Clock())[0]
     assert (certificate.status, certificate.recall_lower_bound) == ("not certified", 0.0)
     checked = replace(asked, calibration_rows=8)
-    certificate = Search(checked, proxies, seed=1).run(Known(truth), Clock())[0]
+    certificate = Search(checked, DenseShard(proxies), seed=1).run(Known(truth), Clock())[0]
     assert certificate.status == "certified"

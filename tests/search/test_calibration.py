@@ -29,6 +29,7 @@ from service.search.proxies import Proxies, RankedProxies
 from service.search.query import Query
 from service.search.retrieval import Retriever
 from service.search.search import Clock, Search
+from service.search.shards import DenseShard
 from tests.index.test_certificates import most_alarms
 from tests.index_fixtures import sentences
 
@@ -151,7 +152,7 @@ def test_any_proposer_that_only_ranks_is_calibrated_and_its_answers_keep_the_pro
     failures = 0
     for number, (truth, proposed) in enumerate(zip(scores, words, strict=True)):
         query = Query(prompt="p", k=K, until="calibration", calibration_rows=0, audit_rows=0)
-        search = Search(query, ranked(proposed), number, Fixed(needed))
+        search = Search(query, DenseShard(ranked(proposed)), number, Fixed(needed))
         certificates = {c.type: c for c in search.run(Known(truth), Clock())}
         assert certificates["sketch"].status == "refused"  # no law is known
         assert certificates["calibration"].status == "certified"
@@ -169,7 +170,7 @@ def test_a_budget_below_the_calibrated_depth_certifies_nothing():
     query = Query(
         prompt="p", k=K, budget=budget, until="calibration", calibration_rows=0, audit_rows=0
     )
-    search = Search(query, ranked(words[0]), 0, Fixed(needed))
+    search = Search(query, DenseShard(ranked(words[0])), 0, Fixed(needed))
     certificate = search.run(Known(scores[0]), Clock())[-1]
     assert (certificate.type, certificate.status) == ("calibration", "not certified")
     assert search.rescored == budget > 2 * K
@@ -187,7 +188,7 @@ def test_rows_without_a_score_count_among_the_misses():
 
     scores[0, np.argmax(words[0])] = np.nan
     query = Query(prompt="p", k=K, until="calibration", calibration_rows=0, audit_rows=0)
-    Search(query, ranked(words[0]), 0, Watched(needed)).run(Known(scores[0]), Clock())
+    Search(query, DenseShard(ranked(words[0])), 0, Watched(needed)).run(Known(scores[0]), Clock())
     assert asked[-1] == 0  # one of the ten may be missed, and one cannot be scored
 
 
@@ -207,7 +208,7 @@ def test_depths_by_calibration_are_those_of_a_search():
         depths = proxies.with_slack().depths(float(truth[best[-1]]))[best]
         query = Query(prompt="p", k=K, until="calibration", calibration_rows=0, audit_rows=0)
         fixed = Fixed([effort_needed(depths, K, 1)] * 59)
-        search = Search(query, proxies, seed, fixed)
+        search = Search(query, DenseShard(proxies), seed, fixed)
         certificate = search.run(Known(truth), Clock())[-1]
         assert certificate.status == "certified"
         assert np.isin(best, search.best(K)).mean() >= 0.9

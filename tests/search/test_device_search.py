@@ -6,8 +6,8 @@ import torch
 
 from index.codes.vectors import CODES, make_index
 from index.errors import IndexCorrupt
-from service.search import device_search
-from service.search.device_search import DeviceIndex, make_search_index
+from service import device_search
+from service.device_search import DeviceIndex, make_search_index
 from tests.index.test_vectors import brute_force
 
 

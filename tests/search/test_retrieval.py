@@ -20,6 +20,7 @@ from service.search.opening import OpenIndex, open_index
 from service.search.query import Query
 from service.search.retrieval import Retriever
 from service.search.search import Clock, Search
+from service.search.shards import DenseShard
 from tests import dense_reference as dense
 from tests.index_fixtures import CONTEXT, save, sentences
 from tests.rankings import assert_best_first
@@ -336,7 +337,7 @@ def test_bounds_keep_to_the_true_recall(redrawn, asked, truth, rank, ranking):
         for number, k in itertools.product(range(len(QUESTIONS)), (3, 10)):
             query = small_query(number, seed, k=k, ranking=ranking)
             proxies = retriever.proxies(asked[rank][seed][number], ranking)
-            search = Search(query, proxies, query.seed)
+            search = Search(query, DenseShard(proxies), query.seed)
             certificates = search.run(Known(truth[query.prompt]), Clock())
             values = ranking_values(retriever.index, truth[query.prompt], ranking)
             for certificate in certificates:

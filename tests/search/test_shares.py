@@ -13,6 +13,7 @@ from service.search.proxies import Proxies, RankedProxies
 from service.search.query import Condition, Query
 from service.search.retrieval import Retriever
 from service.search.search import Clock, Search
+from service.search.shards import DenseShard
 
 pytest_plugins = ["tests.index_fixtures"]
 
@@ -52,7 +53,7 @@ def world(generator: np.random.Generator, *, norms: bool = False) -> tuple[np.nd
 
 
 def searched(scores: np.ndarray, proxies: Proxies, asked: Query, seed: int = 0) -> Search:
-    search = Search(asked, proxies, seed)
+    search = Search(asked, DenseShard(proxies), seed)
     search.run(Known(scores), Clock())
     return search
 
@@ -118,7 +119,7 @@ def test_an_order_that_estimates_nothing_still_gives_an_interval(retriever, trut
 
 def test_a_search_that_was_ended_states_no_share():
     scores, proxies = world(np.random.default_rng(0))
-    search = Search(Query(), proxies, 0)
+    search = Search(Query(), DenseShard(proxies), 0)
     steps = search.steps(Clock())
     rows = next(steps)
     search.end()
@@ -154,10 +155,9 @@ def test_rows_without_a_score_carry_nothing():
 def test_rows_of_the_first_sample_count_unless_their_proxies_would_have_had_them_scored():
     scores, proxies = world(np.random.default_rng(3))
     search = searched(scores, proxies, Query(k=10, budget=200))
-    left = np.flatnonzero(~search.scored)
     shallow = proxies.values[search._sample] >= np.sort(proxies.values)[-100]
     assert shallow.any()
-    counted = search._untouched(left)
+    counted = search._untouched()
     assert not np.isin(search._sample[shallow], counted).any()
     assert search.share().sampled == 64 + len(counted)
     assert 40 < len(counted) < 64

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from index.codes.vectors import make_index
-from service.search import device_search
-from service.search.device_search import DeviceIndex, find_sign_kernel
+from service import device_search
+from service.device_search import DeviceIndex, find_sign_kernel
 
 
 @pytest.fixture
 def kernel() -> ModuleType:
     pytest.importorskip("triton")
-    return importlib.import_module("service.search.sign_kernel")
+    return importlib.import_module("service.sign_kernel")
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_kernel_that_fails_or_errs_is_not_used(kernel, monkeypatch):
 
 def test_without_triton_a_warning_says_what_it_costs(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "service.search.sign_kernel", raising=False)
+    monkeypatch.delitem(sys.modules, "service.sign_kernel", raising=False)
     find_sign_kernel.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert find_sign_kernel(torch.device("cuda")) is None

@@ -21,6 +21,7 @@ from service.search.proxies import Proxies
 from service.search.query import Query, Ranking, Side
 from service.search.retrieval import Retriever
 from service.search.search import Clock, Search
+from service.search.shards import DenseShard
 from service.versions import revision
 
 CONFIDENCE = 0.95
@@ -124,7 +125,7 @@ def answers(
     positive = np.maximum(np.nan_to_num(scores), 0)
     found = []
     for seed in seeds:
-        search = Search(query, proxies, seed)
+        search = Search(query, DenseShard(proxies), seed)
         search.run(Known(scores), Clock())
         share = search.share()
         if share.low is not None and share.high is not None:

@@ -15,6 +15,7 @@ from scripts.bench.certificates.worlds import Change, Known, World, plain
 from service.search.proxies import Proxies, RankedProxies
 from service.search.query import Query, Until
 from service.search.search import Clock, Search
+from service.search.shards import DenseShard
 
 CONFIDENCE, RECALL, SHARE = 0.95, 0.9, 0.95
 ALARM = 1e-3
@@ -45,7 +46,7 @@ def sketch_coverage(
             )
             world = change(world, np.random.default_rng([query, 5]))  # the same in every draw
             asked = Query(prompt="", k=k, budget=len(world.truth) // 5, audit_rows=0)
-            search = Search(asked, world.proxies, 1000 * draw + query)
+            search = Search(asked, DenseShard(world.proxies), 1000 * draw + query)
             certificate = search.run(Known(world.scores), Clock())[0]
             bound = certificate.recall_lower_bound
             refused += bound is None
@@ -74,7 +75,7 @@ def audit_coverage(
     violations = certified = trials = 0
     for number, world in enumerate(worlds):
         asked = Query(prompt="", k=k, budget=budget, calibration_rows=0, audit_rows=0)
-        search = Search(asked, world.proxies, number)
+        search = Search(asked, DenseShard(world.proxies), number)
         search.run(Known(world.scores), Clock())
         best = search.best(k)
         values = world.scores / world.proxies.divisors
@@ -231,7 +232,7 @@ def usefulness(
             calibration_rows=64 if until == "sketch" else 0,
             audit_rows=0,
         )
-        search = Search(asked, proxies, query, calibration)
+        search = Search(asked, DenseShard(proxies), query, calibration)
         by_type = {c.type: c for c in search.run(Known(truth), Clock())}
         certified = by_type[until].status in ("certified", "exhaustive")
         share = search.scored.sum() / total

@@ -100,7 +100,7 @@ def build(name: str, sizes: Sizes, device: torch.device, report: Report) -> None
             sketch.training(problem.model, problem.batch(positions))
 
     def codes() -> None:
-        encode_gradients(problem.model, sketch, index, problem.sequences, problem.budget)
+        encode_gradients(problem.model, [sketch], index, problem.sequences, problem.budget)
 
     floor = measure(device, lambda: plain(problem), sizes.repeats)
     common = {"part": "build", **_facts(problem), "layers": len(layers)}

@@ -13,7 +13,7 @@ from index.codes.fourbit import BLOCK
 from index.codes.onebit import OneBitIndex
 from scripts.bench.gpu.measuring import Report, Row, measure
 from scripts.bench.gpu.sizes import Sizes
-from service.search.device_search import DeviceIndex
+from service.device_search import DeviceIndex
 
 ROWS_AT_ONCE = 1 << 20
 """That are added together, and copied: 2 GB at 16,384 dimensions."""

@@ -17,7 +17,7 @@ from index.codes.vectors import LOW_RANK, VectorIndex, make_index
 logger = logging.getLogger(__name__)
 
 SignProducts = Callable[[Tensor, Tensor, Tensor, Tensor], None]
-"""See ``service.search.sign_kernel.multiply_signs``."""
+"""See ``service.sign_kernel.multiply_signs``."""
 
 CHUNK_BYTES = 1 << 28
 """Rows that are looked at together, as numbers: bounds the memory beside the codes."""
@@ -167,7 +167,7 @@ def find_sign_kernel(device: torch.device) -> SignProducts | None:
     if device.type != "cuda":
         return None
     try:
-        from service.search.sign_kernel import find_obstacle, multiply_signs
+        from service.sign_kernel import find_obstacle, multiply_signs
     except ImportError as error:
         obstacle: str | None = str(error)
     else:
