@@ -178,6 +178,24 @@ def test_a_finished_build_is_not_repeated(built: Built) -> None:
     assert (w.index / "manifest.json").read_bytes() == before
 
 
+def test_slices_are_added_to_a_finished_index_and_never_taken_away(
+    built: Built, tmp_path: Path
+) -> None:
+    w = built.workspace
+    shutil.copytree(w.index, tmp_path / "index")
+    command = (
+        *("--model", w.model, "--data", w.corpus, "--factors", w.factors),
+        *("--out", tmp_path / "index", "--id-column", "id", "--document-column", "document"),
+        *("--dimensions", 512, "--rank", 8, "--rows-per-shard", 7),
+    )
+    before = json_line(built.indexed.stdout)["bytes_per_row"]
+    result = invoke(build_index, *command, "--slices", 4)
+    assert result.code == 0, result.stderr
+    assert json_line(result.stdout)["bytes_per_row"] == before + 3 * (512 // 8 + 8)
+    assert Manifest.read(tmp_path / "index").sketch.slices == 4
+    assert "can only be added" in sentence(invoke(build_index, *command, "--slices", 2))
+
+
 def test_a_build_calibrates_and_the_audit_writes_its_page(
     built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
