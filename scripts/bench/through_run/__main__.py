@@ -12,6 +12,7 @@ from scipy import stats
 
 from scripts.bench.record import write_record
 from scripts.bench.through_run.additions import additions
+from scripts.bench.through_run.ranks import rank_errors
 from scripts.bench.through_run.reruns import SHARES, Reruns, removals
 from scripts.bench.through_run.scores import Scored, all_scores
 from scripts.bench.through_run.tasks import MAKERS, Task, make_tasks
@@ -19,6 +20,8 @@ from scripts.console import one_sentence_errors, print_json, stderr
 from service.versions import revision
 
 TOP = 20
+WIDTH = 150
+"""Of the table, at least."""
 REMOVED = (
     "run",
     "direction by epoch",
@@ -70,6 +73,7 @@ def main(
             "description": task.description,
             "training_seconds": task.training_seconds,
             "recorder_share": task.recorder_share,
+            "ranks": rank_errors(task, scores["run"].values),
         }
     document = {"tasks": facts, "rows": [{**row, "commit": revision()} for row in found]}
     if record:
@@ -188,7 +192,7 @@ def _show(task: Task, rows: Sequence[Mapping[str, Any]]) -> None:
             )
         ]
         table.add_row(row["estimator"], *cells, *numbers)
-    stderr.print(table)
+    stderr.print(table, width=max(stderr.width, WIDTH))
 
 
 if __name__ == "__main__":
