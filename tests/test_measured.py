@@ -397,14 +397,25 @@ def through_run() -> list[str]:
     heading = (
         "| scores | LDS, 5 % left out | LDS, half left out | top 20 shared with the run's | slope"
     )
-    passages = [f"{heading} | its top 20 left out, nats | trainings a question |"]
+    more = "its top 20 left out, nats | 20 rows added, nats | trainings a question"
+    passages = [f"{heading} | {more} |"]
     for name, facts in record["tasks"].items():
         passages += [
             f"**{name}**: {facts['description']}",
             f"recording it took {100 * facts['recorder_share']:.1f} % more",
+            *(rank_line(row) for row in facts["ranks"]),
         ]
         passages += [run_line(row) for row in record["rows"] if row["task"] == name]
     return passages
+
+
+def rank_line(row: Record) -> str:
+    """What a number of directions leaves out."""
+    return (
+        f"{row['rank']} leave out {100 * row['left_out']:.0f} % of the norm of a gradient, and are "
+        f"off by {100 * row['relative_error']:.0f} % of the influences ({row['error_over_said']:.2f} "
+        f"of what is said)"
+    )
 
 
 def run_line(row: Record) -> str:
@@ -421,7 +432,8 @@ def run_line(row: Record) -> str:
         return "" if row.get(name) is None else format(row[name], form)
 
     told = [lds(5), lds(50), number("top20_shared", ".2f"), number("slope", ".2g")]
-    told += [number("removal_change", "+.2f"), number("trainings_a_query", ".2f")]
+    told += [number("removal_change", "+.2f"), number("addition_change", "+.2f")]
+    told += [number("trainings_a_query", ".2f")]
     label = labels.get(row["estimator"], row["estimator"])
     return flat(f"| {label} | {' | '.join(told)} |")
 
@@ -462,11 +474,32 @@ def magic() -> list[str]:
     ]
 
 
+def progressive() -> list[str]:
+    """Certificates by slices, a line for each corpus and number of slices."""
+    record = newest("progressive")
+    passages = []
+    for name in record["corpora"]:
+        for slices in sorted({row["slices"] for row in record["rows"]}):
+            told = []
+            for k in (10, 100):
+                row = one(record["rows"], corpus=name, slices=slices, k=k)
+                rows = f"{row['exact_median']:,.0f}, {row['exact_p95']:,.0f}"
+                told.append(f"{100 * row['certified_share']:.0f} %, {rows}, {row['recall_mean']:.3f}")
+            found = f"{row['rows']:,} | {slices} | {row['bytes_per_example']:,}"
+            passages.append(
+                f"| {name} | {found} | {' | '.join(told)} | {row['build_ratio']:.1f} |"
+            )
+    wrong = sum(row["violations"] for row in record["rows"])
+    asked = sum(row["queries"] for row in record["rows"])
+    return [*passages, f"{wrong} of {asked} statements were wrong"]
+
+
 FIGURES: dict[str, tuple[Callable[[], list[str]], ...]] = {
     "README.md": (demo,),
     MEASURED: (
         *(kronfluence, coverage, usefulness, kills, build, search, service, prediction),
         *(demo_costs, recall, one_index, plausibility, shares, one_run, through_run, magic),
+        progressive,
     ),
 }
 """By document, what it must contain of the records."""
