@@ -413,8 +413,8 @@ def rank_line(row: Record) -> str:
     """What a number of directions leaves out."""
     return (
         f"{row['rank']} leave out {100 * row['left_out']:.0f} % of the norm of a gradient, and are "
-        f"off by {100 * row['relative_error']:.0f} % of the influences ({row['error_over_said']:.2f} "
-        f"of what is said)"
+        f"off by {100 * row['relative_error']:.0f} % of the influences "
+        f"({row['error_over_said']:.2f} of what is said)"
     )
 
 
@@ -484,11 +484,11 @@ def progressive() -> list[str]:
             for k in (10, 100):
                 row = one(record["rows"], corpus=name, slices=slices, k=k)
                 rows = f"{row['exact_median']:,.0f}, {row['exact_p95']:,.0f}"
-                told.append(f"{100 * row['certified_share']:.0f} %, {rows}, {row['recall_mean']:.3f}")
+                told.append(
+                    f"{100 * row['certified_share']:.0f} %, {rows}, {row['recall_mean']:.3f}"
+                )
             found = f"{row['rows']:,} | {slices} | {row['bytes_per_example']:,}"
-            passages.append(
-                f"| {name} | {found} | {' | '.join(told)} | {row['build_ratio']:.1f} |"
-            )
+            passages.append(f"| {name} | {found} | {' | '.join(told)} | {row['build_ratio']:.1f} |")
     wrong = sum(row["violations"] for row in record["rows"])
     asked = sum(row["queries"] for row in record["rows"])
     return [*passages, f"{wrong} of {asked} statements were wrong"]

@@ -36,7 +36,7 @@ same. All z_l are fixed beforehand: the first is z, the later ones ``LATER`` tim
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -298,6 +298,27 @@ def certify_sketch(
     )
 
 
+def with_open_rows(certificate: Certificate, rows: int, most: int) -> Certificate:
+    """The certificate with how many unscored rows keep it from what was asked for.
+
+    Scoring these exactly is enough, since beyond the last z that is tried its bound suffices,
+    unless rows that cannot be scored are misses. Better rows found on the way make them fewer; if
+    errors near the query turn out to be larger, they become more.
+
+    Args:
+        certificate: that was not reached.
+        rows: no deeper than the last z that is tried; at most ``most``.
+        most: how many were looked for.
+    """
+    many = f"more than {most:,}" if rows == most else f"about {rows:,}"
+    told = f"To certify it, {many} more rows would have to be scored exactly."
+    return replace(
+        certificate,
+        observed={**certificate.observed, "open_rows": rows},
+        sentence=f"{certificate.sentence} {told}",
+    )
+
+
 def fewest_misses(
     top: FoundTop, reached: float, levels: Sequence[Level], k: int, tail: Tail
 ) -> int:
@@ -356,7 +377,7 @@ def _sentence(
     if status == "exhaustive":
         return f"All {evidence.rows:,} rows were scored exactly, so nothing was missed."
     if bound == 0:
-        return f"With {scored}, no recall of the true top {k} can be stated yet; rescore more rows."
+        return f"With {scored}, no recall of the true top {k} can be stated yet."
     found = round(bound * k)
     return (
         f"With {confidence:.0%} confidence, at least {found} of the {k} highest-scoring training "

@@ -23,6 +23,7 @@ from index.certificates.sketch import (
     certify_sketch,
     fewest_misses,
     plan_levels,
+    with_open_rows,
 )
 from index.certificates.statement import Certificate, Share, allowed_misses, no_share
 from service.search.looks import Looks
@@ -57,6 +58,8 @@ class Calibration(Protocol):
         ...
 
 
+COUNTED = 10_000
+"""Most rows that are counted to say what a certificate would take."""
 FEWEST_NEIGHBOURS = 30
 """Best rows found, on which the errors near the query are measured."""
 
@@ -252,7 +255,17 @@ class Search:
             check=check,
             lawful=shard.lawful,
         )
-        return certify_sketch(evidence, query.k, query.recall, query.confidence, tail)
+        found = certify_sketch(evidence, query.k, query.recall, query.confidence, tail)
+        return self._with_open_rows(found, inflations)
+
+    def _with_open_rows(self, found: Certificate, inflations: Sequence[float]) -> Certificate:
+        threshold, goal = self._threshold(), inflations[0] * self._levels[-1].z
+        misses = allowed_misses(self.query.k, self.query.recall)
+        reachable = self._looks.deepest(inflations) > goal and self._unscorable() <= misses
+        if found.status != "not certified" or threshold == -math.inf or not reachable:
+            return found
+        rows = self._looks.contenders(threshold, goal, inflations, self.scored, COUNTED)
+        return with_open_rows(found, len(rows), COUNTED) if len(rows) else found
 
     def _reached(self, scored: Bool[np.ndarray, "row"], *, slack: bool = False) -> float:
         """The depth above which no row lies that was not ``scored``; inf if there is none."""

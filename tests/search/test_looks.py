@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from index.certificates.sketch import LATER, FoundTop, Level, Scales, misses_bound, plan_levels
+from index.certificates.sketch import (
+    LATER,
+    FoundTop,
+    Level,
+    Scales,
+    SketchEvidence,
+    certify_sketch,
+    misses_bound,
+    plan_levels,
+    with_open_rows,
+)
+from index.certificates.statement import Certificate
 from scripts.bench.certificates.worlds import HOSTILE, Known, World, unchanged
 from service.search import looks as looks_module
 from service.search.looks import Looks
@@ -295,3 +306,44 @@ def test_a_bound_that_forgets_later_looks_is_noticed():
     """What is forgotten is two thirds of the error probability."""
     assert missed_too_many(looks=3, counted=3) <= most_alarms(TRIALS, 0.04)
     assert missed_too_many(looks=3, counted=1) > most_alarms(TRIALS, 0.04)
+
+
+# --- what a certificate would take --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("looks", [1, 3])
+def test_so_many_more_rows_as_it_says_certify_an_answer(looks: int) -> None:
+    """With them the same search ends certified, or says that a few more are open by now."""
+    query, rows = HARD
+    truth, told = rows @ query, 0
+    for seed in range(12):
+        shard = DenseShard(*redrawn(seed)[:looks])
+        asked = Query(prompt="", completion="a", k=K, ranking="score", budget=K, audit_rows=0)
+        short = Search(asked, shard, seed).run(Known(truth), Clock())[0]
+        if short.status != "not certified":
+            assert "open_rows" not in short.observed
+            continue
+        told += 1
+        more = int(short.observed["open_rows"])
+        assert 0 < more <= len(truth)
+        assert f"about {more:,} more rows would have to be scored exactly" in short.sentence
+        enough = replace(asked, budget=K + more)
+        found = Search(enough, shard, seed).run(Known(truth), Clock())[0]
+        if found.status == "not certified":  # errors near the query seem larger by now
+            assert int(found.observed["open_rows"]) <= max(5, more // 5)
+        assert int(found.observed["rescored_rows"]) <= int(short.observed["rescored_rows"]) + more
+    assert told > 5
+
+
+def test_more_open_rows_than_are_counted_are_told_as_such() -> None:
+    certificate = certify_nothing()
+    assert "more than 10,000 more rows" in with_open_rows(certificate, 10_000, 10_000).sentence
+    assert "about 9,999 more rows" in with_open_rows(certificate, 9_999, 10_000).sentence
+
+
+def certify_nothing() -> Certificate:
+    top = FoundTop(exact=np.zeros(0), sigmas=np.zeros(0))
+    evidence = SketchEvidence(
+        reached=0.0, top=top, rows=50_000, rescored=10, unscorable=0, check=None
+    )
+    return certify_sketch(evidence, K, 0.9, 0.95, "hoeffding")
