@@ -74,7 +74,10 @@ MEASURED = (
     r"Negative log-probability of the labels, in nats",
     r"The loss of each sequence in nats",
     # changes of runs that were repeated
-    r"its top 20 left out, nats",
+    r"(its top 20 left out|20 rows added), nats",
+    # what a trace through shared directions leaves out of an influence
+    r"left_out_nats",
+    r"and \{worth\.max\(\):\.2g\} nats a row",
     # gains of a training step that was made
     r"gain, nats",
     # what a measured scale says: fields, and the sentences that show them

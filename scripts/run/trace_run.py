@@ -287,11 +287,11 @@ def _told_left_out(out: Path) -> dict[str, Any]:
     """What the directions leave out of each question."""
     manifest = read_sealed(out / MANIFEST, "trace the run again")
     found = {key: manifest[key] for key in ("rank", "left_out", "left_out_nats")}
-    parts, nats = np.array(found["left_out"]), np.array(found["left_out_nats"])
+    parts, worth = np.array(found["left_out"]), np.array(found["left_out_nats"])
     print_plain(
         f"\nDirections traced: {found['rank']}. They leave out {np.median(parts):.0%} of the norm "
         f"of a question's gradient in the median, {parts.max():.0%} at most; if that does as much "
-        f"as the directions do, it is worth {np.median(nats):.2g} and {nats.max():.2g} nats a row."
+        f"as the directions do, it is worth {np.median(worth):.2g} and {worth.max():.2g} nats a row."
     )
     return found
 
