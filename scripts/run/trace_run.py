@@ -291,7 +291,7 @@ def _told_left_out(out: Path) -> dict[str, Any]:
     print_plain(
         f"\nDirections traced: {found['rank']}. They leave out {np.median(parts):.0%} of the norm "
         f"of a question's gradient in the median, {parts.max():.0%} at most; if that does as much "
-        f"as the directions do, it is worth {np.median(worth):.2g} and {worth.max():.2g} nats a row."
+        f"as the directions do, it is {np.median(worth):.2g} and {worth.max():.2g} nats a row."
     )
     return found
 
