@@ -352,7 +352,9 @@ def test_the_sentences_that_the_page_explains_are_said() -> None:
     root = Path(__file__).parents[2]
     page = (root / "docs" / "troubleshooting.md").read_text()
     section = page.partition("## Runs")[2].partition("\n## ")[0]
-    named = ("service/run", "service/tracing", "service/scaling", "estimators/scorers")
+    named = (
+        "service/run", "service/tracing", "service/scaling", "estimators/scorers", "scripts/run"
+    )  # fmt: skip
     rooms = [root / name for name in named]
     source = "".join(path.read_text() for room in rooms for path in room.glob("*.py"))
     said = re.sub(r'"\s*\n\s*f?"', "", source)
