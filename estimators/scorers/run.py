@@ -10,11 +10,12 @@ from estimators.grounds import Grounds, Parameter, Questions, Traced, Unavailabl
 
 
 class RunInfluence:
-    """Exact first-order influence through the training run, of questions traced beforehand.
+    """Influence through the training run, to first order, of questions traced beforehand.
 
     The score of row i is ``df/dw_i``, in nats of f for a change of weight 1: leaving the row out of
     the run changes f by minus that, to first order (``estimators/run/adjoint.py``). A row that the
-    run never read has 0. No curvature is approximated.
+    run never read has 0. No curvature is approximated; second moments next to nothing have a floor
+    unless the trace was made without (``--exact``).
 
     Args:
         traced: what was traced.

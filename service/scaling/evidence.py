@@ -1,4 +1,4 @@
-"""Scores and exact influences of the same rows on the same questions."""
+"""Scores and traced influences of the same rows on the same questions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class TracedRun:
 
     Attributes:
         run: that was recorded.
-        trace: exact influences of its rows.
+        trace: influences of its rows.
         questions: that were traced, as weighted sequences.
         sha256: of the trace.
         folder: of the trace.

@@ -1,4 +1,4 @@
-"""From scores and exact influences of the same rows to what one unit of score is worth.
+"""From scores and traced influences of the same rows to what one unit of score is worth.
 
 A row's score s and its influence t (nats; leaving the row out changes f by -t) are two views of one
 thing: ``t = c s`` with one factor c for a run, an estimator and its parameters, if the estimator is
