@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -172,13 +172,24 @@ def reference(model: Any, run: RecordedRun, weights: list[float]) -> dict[str, t
     return dict(model.named_parameters())
 
 
+def assert_trained_alike(
+    run: RecordedRun, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> None:
+    """Within a hundredth of the way that each tensor went.
+
+    Not entry by entry: where a gradient is rounding alone, Adam moves its weight by a whole rate.
+    """
+    for name, first in run.state(0).parameters.items():
+        way = float((expected[name] - first).detach().norm())
+        assert float((found[name] - expected[name]).detach().norm()) < 0.01 * way, name
+
+
 def test_weights_are_those_of_the_rows_losses(run: RecordedRun, folders: dict[str, Path]) -> None:
     weights = [1.0, 0.0, 0.5, 1.0, 2.0, 1.0, 0.0, 0.0, 1.0, -1.0]
     expected = reference(load(folders["llama"]), run, weights)
     found = retrain(run, load_first_model(run), weights).parameters
     recorded = run.state(5).parameters
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value.detach(), rtol=1e-3, atol=2e-5)
+    assert_trained_alike(run, found, expected)
     assert max(float((found[n] - recorded[n]).abs().max()) for n in found) > 1e-2
 
 
@@ -201,8 +212,7 @@ def test_a_training_without_rows_is_a_run_of_its_own(run: RecordedRun, tmp_path:
     left_out = {1, 6}
     state = record_without(run, load_first_model(run), left_out, tmp_path / "rest")
     expected = retrain(run, load_first_model(run), [float(r not in left_out) for r in range(ROWS)])
-    for name, value in expected.parameters.items():
-        torch.testing.assert_close(state.parameters[name], value, rtol=1e-4, atol=2e-6)
+    assert_trained_alike(run, state.parameters, expected.parameters)
     rest = RecordedRun.open(tmp_path / "rest")
     assert [row.id for row in rest.rows] == [
         row.id for number, row in enumerate(run.rows) if number not in left_out
