@@ -120,8 +120,8 @@ def _check_alike(first: Path, one: Manifest, second: Path, other: Manifest) -> N
             "model_sha256": m.model.model_sha256,
             "tokenizer_sha256": m.model.tokenizer_sha256,
             "estimator": m.estimator.model_dump(exclude={"skipped"}),
-            "sketch": m.sketch.model_dump(exclude={"noise", "later"}),
             "slices": m.sketch.slices,
+            "sketch": m.sketch.model_dump(exclude={"noise", "later"}),
             "codes": m.codes,
         }
         for m in (one, other)

@@ -24,9 +24,9 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def left_out_if_empty(content: dict[str, Any], name: str) -> dict[str, Any]:
-    """A record's content without a list that is empty, as it was before there was that list."""
-    return {key: value for key, value in content.items() if key != name or value}
+def left_out_if_empty(content: dict[str, Any], *names: str) -> dict[str, Any]:
+    """A record's content without fields that are empty, as it was before there were these."""
+    return {key: value for key, value in content.items() if key not in names or value}
 
 
 class ModelRecord(Record):
@@ -105,7 +105,8 @@ class SketchRecord(Record):
     """How training gradients were sketched.
 
     ``components``: of each layer, in low-rank codes; empty for other kinds. ``noise``: of the first
-    slice, which is scanned. ``later``: of the looks at further slices; empty where there are none.
+    slice, which is scanned. ``later``: of the looks at further slices; empty where there are none,
+    and then their first stage has no ``further_rank``.
     """
 
     seed: int
@@ -114,6 +115,7 @@ class SketchRecord(Record):
     entries: int
     components: list[int] = []
     noise: NoiseRecord
+    further_rank: int = 0
     later: list[LookRecord] = []
 
     @property
@@ -123,7 +125,7 @@ class SketchRecord(Record):
 
     @model_serializer(mode="wrap")
     def _without_empty(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return left_out_if_empty(dump(self), "later")
+        return left_out_if_empty(dump(self), "further_rank", "later")
 
 
 class LossRecord(Record):
@@ -313,6 +315,12 @@ class Manifest(Record):
                 f"{SCHEMA_VERSION}; build the index again."
             )
         try:
-            return cls.model_validate(content)
+            manifest = cls.model_validate(content)
         except ValidationError as error:
             raise IndexCorrupt(f"{path} has an unexpected form: {error}") from error
+        if manifest.sketch.later and not manifest.sketch.further_rank:
+            raise IndexCorrupt(
+                f"The further slices of {folder} were drawn in a way that this program no longer "
+                f"reads; build the index again, in another folder."
+            )
+        return manifest

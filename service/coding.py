@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from estimators.sketching.sketch import Sketch
+from estimators.sketching.slices import SketchSlices
 from index.codes.lowrank import Block, allocate
 from index.codes.signs import sign_bytes
 from index.codes.vectors import LOW_RANK, VectorIndex, make_index
@@ -57,6 +58,6 @@ def coded_index(codes: str, sketch: Sketch) -> VectorIndex:
     return make_index(codes, sketch.plan.dimensions, blocks=code_blocks(codes, sketch))
 
 
-def further_bytes(sketches: Sequence[Sketch]) -> int:
+def further_bytes(sketches: SketchSlices) -> int:
     """Bytes a row of all slices but the first."""
-    return (len(sketches) - 1) * sign_bytes(sketches[0].plan.dimensions)
+    return (len(sketches) - 1) * sign_bytes(sketches.first.plan.dimensions)

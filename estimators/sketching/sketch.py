@@ -29,6 +29,7 @@ from estimators.model.layers import LinearLayer, VocabularyLayer
 from estimators.model.terms import VocabularyTerms
 from estimators.model.tokens import TokenBatch
 from estimators.sketching import hashing
+from estimators.sketching.folding import Fold, TiledFold
 from estimators.sketching.hashing import VocabularyFrame
 from estimators.sketching.near import Near
 from estimators.sketching.whitening import LayerWhitening
@@ -44,12 +45,14 @@ class SketchPlan:
         rank: width of each side of a layer's block after the first stage.
         folded: whether there is a second stage; without it the sketch consists of the blocks, each
             rotated on both sides, and ``dimensions`` has no effect.
+        slices: parts of ``dimensions`` coordinates that the second stage gives, a power of two.
     """
 
     seed: int
     dimensions: int = 16384
     rank: int = 64
     folded: bool = True
+    slices: int = 1
 
     def __post_init__(self) -> None:
         if self.dimensions < 8 or self.dimensions & (self.dimensions - 1):
@@ -60,12 +63,10 @@ class SketchPlan:
         if self.rank < 1:
             raise ValueError(f"The first stage's rank must be at least 1, got {self.rank}.")
 
-    def slice(self, number: int) -> "SketchPlan":
-        """The plan of an independent sketch of the same sizes; number 0 is this one."""
-        if number == 0:
-            return self
-        digest = hashlib.sha256(f"{self.seed} {number}".encode()).digest()
-        return replace(self, seed=int.from_bytes(digest[:8]) >> 2)
+    def further(self, number: int, slices: int, rank: int) -> "SketchPlan":
+        """The plan of the ``number``-th independent sketch besides this one, of so many slices."""
+        digest = hashlib.sha256(f"{self.seed} further {number}".encode()).digest()
+        return replace(self, seed=int.from_bytes(digest[:8]) >> 2, slices=slices, rank=rank)
 
 
 class Sketch:
@@ -94,7 +95,7 @@ class Sketch:
         for number, layer in enumerate(layers):
             start = self._add_layer(number, layer, start)
         self._entries = start
-        self._fold = _Fold(start, plan) if plan.folded else None
+        self._fold = _fold(start, plan) if plan.folded else None
 
     def _add_layer(self, number: int, layer: LinearLayer, start: int) -> int:
         white = self._whitening[layer.name]
@@ -159,31 +160,39 @@ class Sketch:
     @property
     def width(self) -> int:
         """Coordinates of a sketch."""
-        return self.plan.dimensions if self.plan.folded else self._entries
+        return self.plan.dimensions * self.plan.slices if self.plan.folded else self._entries
 
     @property
     def entries(self) -> int:
         """Entries of all layers' blocks after the first stage."""
         return self._entries
 
-    def predicted_noise(self, distortion: float = math.pi / 2 - 1) -> float:
+    def predicted_noise(
+        self, distortion: float = math.pi / 2 - 1, slices: int | None = None
+    ) -> float:
         """Standard deviation of a code's estimate of a cosine, by the second stage alone.
 
         For vectors whose energy is spread over many entries. Two entries share a bucket of the
-        balanced fold with probability ``(c - 1) / (M - 1)``, M being the padded entries and c the
-        entries a bucket; coding after a random rotation adds ``distortion / k``. With independent
-        buckets the first would be ``1 / k``, and the sum for one bit the familiar ``pi / (2 k)``.
+        balanced fold with probability ``(c - 1) / (P - 1)``, P being the padded entries and c the
+        entries a bucket; coding n coordinates after a random rotation adds ``distortion / n``. With
+        independent buckets the first would be ``1 / n``, and the sum for one bit the familiar
+        ``pi / (2 n)``. The mean over m of S slices does not see apart entries whose buckets differ
+        only in which of the S runs of buckets they lie in: of the squared mean over m rows of the
+        product of two columns of a Hadamard matrix, ``(S / m - 1) / (S - 1)`` is left on average.
         0 where there is no second stage.
 
         Args:
             distortion: squared length of the code's error at right angles to a unit vector; that of
                 one bit a dimension by default.
+            slices: those that the estimate is made of, the first ones; all by default.
         """
         if self._fold is None:
             return 0.0
-        padded, k = self._fold.padded, self.plan.dimensions
-        collision = (padded // k - 1) / (padded - 1)
-        return math.sqrt(collision + distortion / k)
+        padded, every = self._fold.padded, self.plan.slices
+        used = slices or every
+        bucket = padded // self.width
+        collision = (bucket - 1 + bucket * (every / used - 1)) / (padded - 1)
+        return math.sqrt(collision + distortion / (used * self.plan.dimensions))
 
     def training(
         self, model: nn.Module, batch: TokenBatch
@@ -295,39 +304,10 @@ def query_sketches(
     return [(s._folded(block), norms) for s, block in zip(sketches, blocks, strict=True)]
 
 
-class _Fold:
-    """Second stage: random signs, balanced buckets, Hadamard rotation."""
-
-    def __init__(self, entries: int, plan: SketchPlan) -> None:
-        k = plan.dimensions
-        self.padded = max(k, k * math.ceil(entries / k))
-        generator = np.random.Generator(np.random.Philox(key=[plan.seed, 2**32]))
-        self._near = Near()
-        self._near.add("order", torch.from_numpy(generator.permutation(self.padded)))
-        signs = generator.integers(0, 2, self.padded).astype(np.float32) * 2 - 1
-        self._near.add("signs", torch.from_numpy(signs))
-        power = int(math.log2(k))
-        self._near.add("first", _hadamard(power // 2))
-        self._near.add("second", _hadamard(power - power // 2))
-
-    def __call__(self, blocks: Float[Tensor, "batch entry"]) -> Float[Tensor, "batch dimension"]:
-        order, signs, first, second = (
-            self._near(name, blocks) for name in ("order", "signs", "first", "second")
-        )
-        k = len(first) * len(second)
-        padded = nn.functional.pad(blocks, (0, self.padded - blocks.shape[1]))
-        mixed = padded[:, order] * signs
-        buckets = mixed.view(len(blocks), -1, k).sum(1)
-        rotated = first @ buckets.view(-1, len(first), len(second)) @ second
-        return rotated.reshape(len(blocks), k)
-
-
-def _hadamard(power: int) -> Float[Tensor, "n n"]:
-    matrix = torch.ones(1, 1)
-    step = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / math.sqrt(2)
-    for _ in range(power):
-        matrix = torch.kron(matrix, step)
-    return matrix
+def _fold(entries: int, plan: SketchPlan) -> Fold | TiledFold:
+    if plan.slices == 1:
+        return Fold(entries, plan.seed, plan.dimensions)
+    return TiledFold(entries, plan.seed, plan.dimensions, plan.slices)
 
 
 def _orthonormal_frame(
@@ -337,7 +317,7 @@ def _orthonormal_frame(
 
     Where nothing is to be reduced, None; or a rotation, if the second stage does not rotate.
     """
-    if width <= plan.rank and plan.folded:
+    if width <= plan.rank and plan.folded and plan.slices == 1:
         return None
     rank = min(plan.rank, width)
     generator = np.random.Generator(np.random.Philox(key=[plan.seed, stream]))

@@ -16,9 +16,10 @@ from estimators.curvature.fitting import fit_estimator
 from estimators.model.capture import freeze
 from estimators.model.layers import find_layers
 from estimators.operators.identity import Identity
-from estimators.sketching.sketch import Sketch
+from estimators.sketching.slices import SketchSlices
 from index.manifest import ShardRecord
 from index.shards import write_shard
+from index.slices import write_slices
 from scripts.bench.build_peers import BergsonBuild, KronfluenceFit, installed
 from scripts.bench.passes import Problem, plain, random_problem, rescore, synchronise
 from scripts.bench.record import write_record
@@ -51,14 +52,16 @@ SHAPES: dict[str, dict[str, int]] = {
     "gpt2-small-shapes": {"n_embd": 768, "n_head": 12, "n_layer": 2, "vocab_size": 8192},
     "demo": {"n_embd": 128, "n_head": 4, "n_layer": 4, "vocab_size": 4096},
 }
+SLICES = 16
+SLICED = f"etymon, {SLICES} slices"
 DEFINITIONS = {
     "floor_seconds": "forward and backward of the same batches; only the embeddings' output "
     "requires a gradient",
     "training_seconds": "the same with every weight requiring a gradient",
     "ratio": "seconds / floor_seconds",
     "fit": "EK-FAC: covariances, eigendecomposition, corrected eigenvalues; two passes",
-    "build": "gradients to codes, written in shards; etymon: one bit x 16,384; bergson: 16 x 16 "
-    "a layer",
+    "build": "gradients to codes, written in shards; etymon: one bit x 16,384, in one slice or in "
+    "sixteen; bergson: 16 x 16 a layer",
     "rescore": "exact scores of the same sequences for one query",
 }
 
@@ -129,7 +132,8 @@ def compare(problem: Problem, repetitions: int, fits: int, peers: bool) -> list[
     fitting: dict[str, Callable[[], None]] = {"floor": lambda: plain(problem), "etymon": fit}
     building: dict[str, Callable[[], None]] = {
         "floor": lambda: plain(problem),
-        "etymon": Build(problem),
+        "etymon": Build(problem, 1),
+        SLICED: Build(problem, SLICES),
         "training": lambda: training(problem),
     }
     per_batch = len(problem.batches[0])
@@ -171,14 +175,13 @@ class Build:
     change the time.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, slices: int) -> None:
         self._problem = problem
         coverage = find_layers(problem.model)
         options = BuildOptions()
         whitening = Identity().whitening(coverage.layers, options.damping)
-        self._sketch = Sketch(
-            coverage.layers, whitening, options.sketch_plan(seed=0, layers=len(coverage.layers))
-        )
+        plan = options.sketch_plan(seed=0, layers=len(coverage.layers))
+        self._sketches = SketchSlices(coverage.layers, whitening, plan, slices)
         self._codes = options.codes
         self._rows = options.rows_per_shard
         self._loaded = LoadedModel(
@@ -198,7 +201,7 @@ class Build:
             job = ShardJob(
                 part=part,
                 loaded=self._loaded,
-                sketches=[self._sketch],
+                sketches=self._sketches,
                 codes=self._codes,
                 token_budget=self._problem.budget,
             )
@@ -212,6 +215,8 @@ class Build:
                     examples_sha256="",
                     failed=[],
                 )
+                if len(self._sketches) > 1:
+                    write_slices(part, number, 1, encoded.further)
                 write_shard(part, encoded.codes, encoded.norms, receipt)
 
 
@@ -248,7 +253,7 @@ def rows_of(problem: Problem, phase: str, seconds: dict[str, float]) -> list[dic
             "examples": len(problem.sequences),
             "commit": revision(),
         }
-        for system in ("etymon", "bergson", "kronfluence")
+        for system in ("etymon", SLICED, "bergson", "kronfluence")
         if system in seconds
     ]
 

@@ -9,6 +9,7 @@ from estimators.model.layers import find_layers
 from estimators.model.progress import Progress, no_progress
 from estimators.model.selection import LayerSelection
 from estimators.sketching.sketch import Sketch, SketchPlan
+from estimators.sketching.slices import SketchSlices
 from estimators.storage import load_factors
 from index.codes.vectors import LOW_RANK
 from index.errors import IndexMismatch
@@ -62,7 +63,7 @@ class BuildOptions:
         rows_per_shard: the unit of work that an interrupted build loses at most.
         token_budget: padded tokens in a batch.
         seed: of the sketch; None draws one. Keep it from whoever writes corpus or queries.
-        slices: independent sketches of every row; searches scan the first and read the others for
+        slices: of every row's sketch; searches scan the first and read the others for
             contenders. None takes as many as the index has, one for a new one; more than it has
             are added to all of its rows.
     """
@@ -183,17 +184,17 @@ class _Part:
     Attributes:
         name: of its folder.
         path: its folder.
-        sketches: drawn for it, one a slice.
+        sketches: drawn for it.
     """
 
     name: str
     path: Path
-    sketches: tuple[Sketch, ...]
+    sketches: SketchSlices
 
     @property
     def sketch(self) -> Sketch:
         """Of the slice that is scanned."""
-        return self.sketches[0]
+        return self.sketches.first
 
 
 class _Build:
@@ -232,8 +233,8 @@ class _Build:
         whitening = self.fitted.whitening(layers, self.options.damping)
         slices = settle_slices(self.folder, wanted, self.options.codes)
         drawn = self.options.sketch_plan(seed, len(layers))
-        sketches = tuple(Sketch(layers, whitening, drawn.slice(n)) for n in range(slices))
-        self._components(sketches[0])  # refused before the first gradient, if they must be
+        sketches = SketchSlices(layers, whitening, drawn, slices)
+        self._components(sketches.first)  # refused before the first gradient, if they must be
         part = _Part(name=name, path=part_folder(self.folder, name), sketches=sketches)
         corpus = find_corpus(part.path)
         if corpus is None:

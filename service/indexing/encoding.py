@@ -10,8 +10,8 @@ from jaxtyping import Float, UInt8
 from torch import nn
 
 from estimators.model.memory import BackOff
-from estimators.model.tokens import Sequence1D, TokenBatch, collate, plan_batches
-from estimators.sketching.sketch import Sketch, training_sketches
+from estimators.model.tokens import Sequence1D, collate, plan_batches
+from estimators.sketching.slices import SketchSlices
 from index.codes.signs import encode_signs, sign_bytes
 from index.codes.vectors import VectorIndex
 
@@ -37,7 +37,7 @@ class Encoded:
 
 def encode_gradients(
     model: nn.Module,
-    sketches: Sequence[Sketch],
+    sketches: SketchSlices,
     index: VectorIndex,
     sequences: Sequence[Sequence1D],
     token_budget: int,
@@ -46,76 +46,84 @@ def encode_gradients(
 
     Args:
         model: frozen, in evaluation mode.
-        sketches: of its layers, one a slice.
+        sketches: of its layers.
         index: of the kind of code that is wanted of the first slice.
         sequences: training examples.
         token_budget: padded tokens in a batch.
     """
     codes = np.zeros((len(sequences), index.code_size), dtype=np.uint8)
     norms = np.zeros(len(sequences), dtype=np.float32)
-    further = _no_codes(sequences, sketches[1:])
+    further = _no_codes(sequences, sketches, 1)
     failed: list[int] = []
 
     def encode(positions: Sequence[int], sketched: list[Sketched]) -> None:
-        units, norm = sketched[0]
+        x, norm = sketched[0]
+        units = _units(x)
         bad = ~np.isfinite(norm) | ~np.isfinite(units).all(1)
         units[bad], norm[bad] = 0, 0
         codes[list(positions)], norms[list(positions)] = index.encode(units), norm
         failed.extend(positions[i] for i in np.flatnonzero(bad).tolist())
-        _encode_further(further, positions, sketched[1:])
+        if len(sketches) > 1:
+            further[list(positions)] = encode_further(sketched[1:], norm)
 
-    _sketch(model, sketches, sequences, token_budget, encode)
+    _sketch(model, sketches, 0, sequences, token_budget, encode)
     return Encoded(codes=codes, norms=norms, failed=sorted(failed), further=further)
 
 
 def encode_slices(
     model: nn.Module,
-    sketches: Sequence[Sketch],
+    sketches: SketchSlices,
+    start: int,
     sequences: Sequence[Sequence1D],
+    norms: Float[np.ndarray, "row"],
     token_budget: int,
 ) -> UInt8[np.ndarray, "row slice byte"]:
-    """Codes of slices that come after the first; see ``encode_gradients``."""
-    codes = _no_codes(sequences, sketches)
+    """Codes of the slices from number ``start`` on, for the norms that are stored of the rows."""
+    codes = _no_codes(sequences, sketches, start)
 
     def encode(positions: Sequence[int], sketched: list[Sketched]) -> None:
-        _encode_further(codes, positions, sketched)
+        codes[list(positions)] = encode_further(sketched, norms[list(positions)])
 
-    _sketch(model, sketches, sequences, token_budget, encode)
+    _sketch(model, sketches, start, sequences, token_budget, encode)
     return codes
 
 
-def unit_sketches(
-    sketches: Sequence[Sketch], model: nn.Module, batch: TokenBatch
-) -> list[Sketched]:
-    """A batch's gradients by each sketch: unit vectors (0 where empty), and whitened norms."""
-    found = []
-    for x, norm in training_sketches(sketches, model, batch):
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        unit = torch.where(length > 0, x / length, 0)
-        found.append((unit.cpu().numpy(), norm.cpu().numpy()))
-    return found
+def _units(x: Float[np.ndarray, "row dimension"]) -> Float[np.ndarray, "row dimension"]:
+    """Scaled to unit length; rows of zeros stay so."""
+    rows = torch.from_numpy(x)
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return torch.where(length > 0, rows / length, 0).numpy()
 
 
 def _no_codes(
-    sequences: Sequence[Sequence1D], sketches: Sequence[Sketch]
+    sequences: Sequence[Sequence1D], sketches: SketchSlices, start: int
 ) -> UInt8[np.ndarray, "row slice byte"]:
-    width = sign_bytes(sketches[0].plan.dimensions) if sketches else 0
-    return np.zeros((len(sequences), len(sketches), width), dtype=np.uint8)
+    width = sign_bytes(sketches.first.plan.dimensions)
+    return np.zeros((len(sequences), len(sketches) - start, width), dtype=np.uint8)
 
 
-def _encode_further(
-    codes: UInt8[np.ndarray, "row slice byte"],
-    positions: Sequence[int],
-    sketched: Sequence[Sketched],
-) -> None:
-    for number, (units, _) in enumerate(sketched):
-        units[~np.isfinite(units).all(1)] = 0
-        codes[list(positions), number] = encode_signs(units)
+def encode_further(
+    sketched: Sequence[Sketched], norms: Float[np.ndarray, "row"]
+) -> UInt8[np.ndarray, "row slice byte"]:
+    """Codes of further slices of some rows; their estimates are of cosines.
+
+    Scaled by each row's norm as its slice has it over the stored one, which errs more, so that an
+    estimate times the stored norm is free of that norm's error.
+    """
+    codes = []
+    for x, norm in sketched:
+        length = np.sqrt(np.einsum("rd,rd->r", x, x)) * norms
+        usable = np.isfinite(norm) & np.isfinite(length) & (length > 0)
+        x[~usable] = 0
+        scales = np.divide(norm, length, out=np.zeros_like(norm), where=usable)
+        codes.append(encode_signs(x, scales))
+    return np.stack(codes, axis=1)
 
 
 def _sketch(
     model: nn.Module,
-    sketches: Sequence[Sketch],
+    sketches: SketchSlices,
+    start: int,
     sequences: Sequence[Sequence1D],
     token_budget: int,
     consume: Callable[[Sequence[int], list[Sketched]], None],
@@ -125,7 +133,8 @@ def _sketch(
 
     def work(positions: Sequence[int]) -> None:
         batch = collate([sequences[p] for p in positions]).to(device)
-        consume(positions, unit_sketches(sketches, model, batch))
+        sketched = sketches.training(model, batch, start)
+        consume(positions, [(x.cpu().numpy(), norm.cpu().numpy()) for x, norm in sketched])
 
     lengths = [len(sequence.tokens) for sequence in sequences]
     backing = BackOff(lengths)

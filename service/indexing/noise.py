@@ -1,7 +1,5 @@
 """Measuring the sketch's error on the corpus itself, at the end of a build."""
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from estimators.chosen import DirectionsOf
 from estimators.model.tokens import Sequence1D
-from estimators.sketching.sketch import Sketch, query_sketches
+from estimators.sketching.slices import SketchSlices
 from index.codes.signs import estimate_signs
 from index.codes.vectors import DISTORTIONS
 from index.examples import ExampleStore
@@ -35,7 +33,7 @@ SEED = 0
 def measure_noise(
     loaded: LoadedModel,
     directions_of: DirectionsOf,
-    sketches: Sequence[Sketch],
+    sketches: SketchSlices,
     codes: str,
     examples: ExampleStore,
     token_budget: int,
@@ -52,7 +50,7 @@ def measure_noise(
     Args:
         loaded: the model with the layers to attribute.
         directions_of: of the estimator that the index is built for.
-        sketches: of the index, one a slice.
+        sketches: of the index.
         codes: the index' kind of code.
         examples: the corpus, without rows that failed or were deleted.
         token_budget: padded tokens in a batch.
@@ -75,7 +73,7 @@ def measure_noise(
         queries,
         rows=rows.tolist(),
         token_budget=token_budget,
-        watch=lambda directions: sketched.append(query_sketches(sketches, directions)),
+        watch=lambda directions: sketched.append(sketches.query(directions)),
     )[""]
     asked_by_slice = [
         torch.cat([parts[number][0] for parts in sketched]).cpu().numpy()
@@ -87,16 +85,16 @@ def measure_noise(
         part=Path(), loaded=loaded, sketches=sketches, codes=codes, token_budget=token_budget
     )
     coded = job.encode(drawn)
-    index = coded_index(codes, sketches[0])
+    index = coded_index(codes, sketches.first)
     index.add(index.pack(coded.codes), len(coded.codes))
     proxies = [_cosines(index.scan(asked_by_slice[0]), asked_by_slice[0])]
     for number, y in enumerate(asked_by_slice[1:]):
         proxies.append(_cosines(estimate_signs(coded.further[:, number], y), y))
     cosines = exact / np.where(coded.norms > 0, coded.norms, 1) / query_norms[:, None]
-    predicted = sketches[0].predicted_noise(DISTORTIONS.get(codes, 0.0))
+    distortion = DISTORTIONS.get(codes, 0.0)
     return [
         noise_record(
-            predicted / math.sqrt(count),
+            sketches.predicted_noise(count, distortion),
             np.mean(proxies[:count], axis=0) - cosines,
             cosines,
             coded.norms > 0,

@@ -12,6 +12,8 @@ from index.parts import find_manifest, part_folder
 PLAN_NAME = "plan.json"
 SLICES_NAME = "slices.json"
 MOST_SLICES = 256
+DRAWN = "sixteen of one wide sketch"
+"""How further slices are; those of other versions cannot stand beside them."""
 RECORD_NAME = "corpus.json"
 """Written when the corpus of a part was read."""
 
@@ -83,7 +85,13 @@ def settle_slices(folder: Path, wanted: int | None, codes: str) -> int:
     path, manifest = folder / SLICES_NAME, find_manifest(folder)
     known = 1 if manifest is None else manifest.sketch.slices
     if path.is_file():
-        known = max(known, int(_read(path)["slices"]))
+        begun = _read(path)
+        if begun.get("drawn") != DRAWN:
+            raise IndexMismatch(
+                f"The further slices of {folder} were begun by another version, which drew them in "
+                f"another way; build the index in another folder."
+            )
+        known = max(known, int(begun["slices"]))
     slices = known if wanted is None else wanted
     if not 1 <= slices <= MOST_SLICES:
         raise ValueError(f"An index has from 1 to {MOST_SLICES} slices, {slices} were asked for.")
@@ -95,7 +103,7 @@ def settle_slices(folder: Path, wanted: int | None, codes: str) -> int:
             f"slices can only be added. Leave --slices out, or choose another folder."
         )
     if slices > 1:
-        write_sealed(path, {"slices": slices})
+        write_sealed(path, {"slices": slices, "drawn": DRAWN})
     return slices
 
 

@@ -16,7 +16,7 @@ from estimators.curvature.fitting import fit_estimator
 from estimators.model.layers import find_layers
 from estimators.model.selection import LayerSelection
 from estimators.model.tokens import Sequence1D, plan_batches
-from estimators.sketching.sketch import Sketch
+from estimators.sketching.slices import SketchSlices
 from estimators.storage import load_factors, serialise_factors
 from index.examples import Example, ExampleStore, examples_path, serialise_examples, write_examples
 from service.coding import coded_index, further_bytes
@@ -91,11 +91,10 @@ def predict_build(
     reading = time.perf_counter() - start
     whitening = fitted.whitening(layers, options.damping)
     plan = options.sketch_plan(seed=0, layers=len(layers))
-    slices = range(options.slices or 1)
-    sketches = [Sketch(layers, whitening, plan.slice(number)) for number in slices]
+    sketches = SketchSlices(layers, whitening, plan, options.slices or 1)
     sketching = _time_of_shards(loaded, sketches, options, survey)
     noise = _time_of_noise(loaded, (name, fitted), sketches, options, survey, scratch)
-    code_size = coded_index(options.codes, sketches[0]).code_size + further_bytes(sketches)
+    code_size = coded_index(options.codes, sketches.first).code_size + further_bytes(sketches)
     rows = sum(map(len, survey.shards))
     small = SMALL_FILES * len(survey.shards)
     return Prediction(
@@ -214,7 +213,7 @@ class _Survey:
 
 
 def _time_of_shards(
-    loaded: LoadedModel, sketches: Sequence[Sketch], options: BuildOptions, survey: _Survey
+    loaded: LoadedModel, sketches: SketchSlices, options: BuildOptions, survey: _Survey
 ) -> float:
     """Seconds of all shards: some batches are computed, the rest goes by padded tokens."""
     budget = options.token_budget
@@ -244,7 +243,7 @@ def _time_of_shards(
 def _time_of_noise(
     loaded: LoadedModel,
     factors: tuple[str, Factors],
-    sketches: Sequence[Sketch],
+    sketches: SketchSlices,
     options: BuildOptions,
     survey: _Survey,
     scratch: Path,

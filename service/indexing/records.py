@@ -6,7 +6,7 @@ from pathlib import Path
 
 from estimators.model.layers import Coverage
 from estimators.model.selection import LayerSelection
-from estimators.sketching.sketch import Sketch
+from estimators.sketching.slices import SketchSlices, further_rank
 from index.files import sha256_of
 from index.manifest import EstimatorRecord, LookRecord, NoiseRecord, SketchRecord, SkippedRecord
 from service.coding import later_looks
@@ -39,22 +39,23 @@ def estimator_record(
 
 
 def sketch_record(
-    sketches: Sequence[Sketch], noise: Sequence[NoiseRecord], components: list[int]
+    sketches: SketchSlices, noise: Sequence[NoiseRecord], components: list[int]
 ) -> SketchRecord:
     """The sketch of the slice that is scanned, and the error after each look.
 
     Args:
-        sketches: one a slice.
+        sketches: of all slices.
         noise: after each look.
         components: of each layer, in low-rank codes.
     """
-    sketch = sketches[0]
+    sketch = sketches.first
     looks = zip(later_looks(len(sketches)), noise[1:], strict=True)
     return SketchRecord(
         seed=sketch.plan.seed,
         dimensions=sketch.plan.dimensions,
         rank=sketch.plan.rank,
         entries=sketch.entries,
+        further_rank=further_rank(sketch.plan) if len(sketches) > 1 else 0,
         components=components,
         noise=noise[0],
         later=[LookRecord(slices=slices, noise=error) for slices, error in looks],

@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import UInt8
 
 from estimators.model.tokens import Sequence1D
-from estimators.sketching.sketch import Sketch
+from estimators.sketching.slices import SketchSlices
 from index.examples import ExampleStore
 from index.manifest import FailedRow, FileRecord, ShardRecord, SlicesRecord
-from index.shards import write_receipt, write_shard
+from index.shards import read_shard, write_receipt, write_shard
 from index.slices import write_slices
 from service.coding import coded_index
 from service.indexing.encoding import Encoded, encode_gradients, encode_slices
@@ -25,14 +25,14 @@ class ShardJob:
     Attributes:
         part: folder of the part.
         loaded: the model with the layers to attribute.
-        sketches: of the index, one a slice.
+        sketches: of the index.
         codes: kind of code.
         token_budget: padded tokens in a batch.
     """
 
     part: Path
     loaded: LoadedModel
-    sketches: Sequence[Sketch]
+    sketches: SketchSlices
     codes: str
     token_budget: int
 
@@ -51,15 +51,14 @@ class ShardJob:
             ],
             slices=self._write_slices(number, 1, encoded.further),
         )
-        packed = coded_index(self.codes, self.sketches[0]).pack(encoded.codes)
+        packed = coded_index(self.codes, self.sketches.first).pack(encoded.codes)
         return write_shard(self.part, packed, encoded.norms, record)
 
     def extend(self, record: ShardRecord, file: FileRecord) -> ShardRecord:
         """Add the slices to a shard that it lacks; what it has stays as it is."""
-        first = 1 + record.further_slices
-        further = encode_slices(
-            self.loaded.model, self.sketches[first:], self._sequences(file), self.token_budget
-        )
+        first, model = 1 + record.further_slices, self.loaded.model
+        sequences, (_, norms) = self._sequences(file), read_shard(self.part, record)
+        further = encode_slices(model, self.sketches, first, sequences, norms, self.token_budget)
         slices = [*record.slices, *self._write_slices(record.number, first, further)]
         return write_receipt(self.part, record.model_copy(update={"slices": slices}))
 
@@ -74,6 +73,6 @@ class ShardJob:
 
     def encode(self, sequences: Sequence[Sequence1D]) -> Encoded:
         """Codes and whitened norms, from one pass through the model for all slices."""
-        index = coded_index(self.codes, self.sketches[0])
+        index = coded_index(self.codes, self.sketches.first)
         model = self.loaded.model
         return encode_gradients(model, self.sketches, index, sequences, self.token_budget)

@@ -13,6 +13,7 @@ from estimators.contracts import Factors
 from estimators.model.layers import find_layers
 from estimators.model.selection import LayerSelection
 from estimators.sketching.sketch import Sketch, SketchPlan
+from estimators.sketching.slices import SketchSlices
 from estimators.storage import load_factors
 from index.codes.faiss_module import usable_processors
 from index.codes.vectors import LOW_RANK, VectorIndex
@@ -47,7 +48,7 @@ class OpenIndex:
         norms: whitened norm of each row's gradient; 0 for rows that failed or are empty.
         failed: True for rows whose gradient is not finite.
         estimators: that it can answer for.
-        sketches: drawn as during the build, one a slice of the codes; the first is of ``vectors``.
+        sketches: drawn as during the build; the first slice is that of ``vectors``.
         slices: codes of the further slices, if there are any.
         scales: what its scores are worth, where that was measured.
         calibration: of its queries' recall, if it was made.
@@ -63,7 +64,7 @@ class OpenIndex:
     norms: Float[np.ndarray, "row"]
     failed: Bool[np.ndarray, "row"]
     estimators: Estimators
-    sketches: tuple[Sketch, ...]
+    sketches: SketchSlices
     slices: SliceStore | None
     scales: IndexScales
     calibration: IndexCalibration | None = None
@@ -72,7 +73,7 @@ class OpenIndex:
     @property
     def sketch(self) -> Sketch:
         """Of the slice that is scanned."""
-        return self.sketches[0]
+        return self.sketches.first
 
     def inner_products(self, query: Float[np.ndarray, "dimension"]) -> Float[np.ndarray, "row"]:
         """Estimated inner product of a query's sketch with every row, in order of row."""
@@ -117,7 +118,7 @@ def open_index(
         _check_file(folder / record.path, record.sha256)
     _, fitted, _ = load_factors(folder / FACTORS_NAME)
     sketches = _sketches(manifest, loaded, fitted)
-    blocks = code_blocks(manifest.codes, sketches[0], manifest.sketch.components)
+    blocks = code_blocks(manifest.codes, sketches.first, manifest.sketch.components)
     vectors = make_search_index(manifest.codes, manifest.sketch.dimensions, search_device, blocks)
     norms = []
     for codes, shard_norms in _read_shards(folder, manifest):
@@ -157,7 +158,7 @@ def open_index(
     )
 
 
-def _sketches(manifest: Manifest, loaded: LoadedModel, fitted: Factors) -> tuple[Sketch, ...]:
+def _sketches(manifest: Manifest, loaded: LoadedModel, fitted: Factors) -> SketchSlices:
     layers = loaded.coverage.layers
     whitening = fitted.whitening(layers, manifest.estimator.damping)
     plan = SketchPlan(
@@ -166,8 +167,7 @@ def _sketches(manifest: Manifest, loaded: LoadedModel, fitted: Factors) -> tuple
         rank=manifest.sketch.rank,
         folded=manifest.codes != LOW_RANK,
     )
-    slices = range(manifest.sketch.slices)
-    return tuple(Sketch(layers, whitening, plan.slice(number)) for number in slices)
+    return SketchSlices(layers, whitening, plan, manifest.sketch.slices)
 
 
 def _grounds_sha256(manifest: Manifest) -> str:

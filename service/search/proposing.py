@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
-from estimators.sketching.sketch import query_sketches
 from index.certificates.sketch import Tail
 from index.codes.signs import estimate_slices
 from index.codes.vectors import LAWFUL
@@ -143,7 +142,7 @@ def estimate_rows(
         ranking: what is estimated.
         tail: assumed law of the errors.
     """
-    sketched = query_sketches(index.sketches, {n: d[None] for n, d in directions.items()})
+    sketched = index.sketches.query({name: d[None] for name, d in directions.items()})
     y = np.stack([sketch[0].cpu().numpy() for sketch, _ in sketched])
     lengths = [float(np.linalg.norm(one)) for one in y]
     record = index.manifest.sketch

@@ -104,18 +104,19 @@ def test_the_first_slice_is_that_of_an_index_of_one(built, sliced):
     assert [look.slices for look in after.later] == [4, 5]
 
 
-def test_slices_are_independent_and_average_out(sliced):
+def test_slices_average_out(sliced):
     sketch = Manifest.read(sliced).sketch
-    assert sketch.later[0].noise.predicted == pytest.approx(sketch.noise.predicted / 2)
+    assert sketch.further_rank > sketch.rank
     for look in sketch.later:
-        expected = sketch.noise.measured / look.slices**0.5
-        assert look.noise.measured == pytest.approx(expected, rel=0.2)
+        assert look.noise.predicted < sketch.noise.predicted
+        assert look.noise.measured < 0.8 * sketch.noise.measured
+        assert look.noise.relative < sketch.noise.relative
 
 
 def test_stored_slices_are_those_of_their_sketches(workshop, sliced):
     opened = open_index(sliced, workshop.loaded)
     assert opened.slices is not None
-    assert len({sketch.plan.seed for sketch in opened.sketches}) == SLICES
+    assert len(opened.sketches) == SLICES
     rows = np.array([119, 3, 64, 3])
     codes = opened.slices.read(rows, SLICES - 1)
     assert codes.shape == (SLICES - 1, 4, sign_bytes(2048))

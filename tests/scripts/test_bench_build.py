@@ -19,6 +19,7 @@ def test_rows_of_every_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(row["phase"], row["system"]) for row in rows] == [
         ("fit", "etymon"),
         ("build", "etymon"),
+        ("build", "etymon, 16 slices"),
         ("rescore", "etymon"),
     ]
     for row in rows:

@@ -61,12 +61,13 @@ def test_every_part_runs_and_has_its_floor(tmp_path):
     assert record["errors"] == []
     stages = ["covariances, a pass", "decompositions", "eigenvalues, a pass", "the fit"]
     stages += ["a query's direction"]
+    builds = ("sketches", "sketches and codes", "16 slices")
     wanted = [("agreement", "the CPU's"), ("agreement", "its own")]
     load = "codes from the host onto the device"
     scans = [("scan", "matrix products", of) for of in (load, 1, 8, 64)]
     wanted += scans
     for model in ("llama-135m", "llama-1b"):
-        wanted += [("build", model, what) for what in ("sketches", "sketches and codes")]
+        wanted += [("build", model, what) for what in builds]
         wanted += [("rescoring", model, queries) for queries in (1, 6)]
         wanted += [("fit", model, stage) for stage in stages]
     wanted += scans

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from estimators.model.tokens import Sequence1D, collate
-from estimators.sketching.sketch import Sketch, SketchPlan, query_sketches
+from estimators.sketching.sketch import SketchPlan
+from estimators.sketching.slices import SketchSlices
 from estimators.storage import load_factors
 from index.codes.signs import encode_signs, estimate_signs
 from index.editing import delete_rows
 from scripts.bench.certificates.worlds import Known
-from service.indexing.encoding import unit_sketches
+from service.indexing.encoding import encode_further
 from service.scoring.exhaustive import exact_scores
 from service.search.opening import open_index
 from service.search.proposing import estimate_rows
@@ -70,7 +71,7 @@ def test_estimates_are_means_over_the_slices_by_their_formula(retriever, ranking
     directions = directions_of(retriever, ASKED)
     shard = estimate_rows(index, directions, ranking)
     assert shard.looks == len(AFTER)
-    sketched = query_sketches(index.sketches, {n: d[None] for n, d in directions.items()})
+    sketched = index.sketches.query({n: d[None] for n, d in directions.items()})
     rows = np.random.default_rng(0).permutation(ROWS)[:40]
     cosines = [shard.cosines[rows].astype(np.float64)]
     codes = index.slices.read(rows, SLICES - 1)
@@ -179,24 +180,26 @@ def test_redrawn_slices_of_real_gradients_keep_the_stated_confidence(retriever, 
     sequences = [Sequence1D(tokens=index.examples.tokens(row)) for row in range(ROWS)]
     layers = index.loaded.coverage.layers
     whitening = load_factors(workshop.factors)[1].whitening(layers, 0.1)
+    model, batch = index.loaded.model, collate(sequences)
     wrong = np.zeros((REDRAWS, QUESTIONS), dtype=bool)
     spared = []
     for draw in range(REDRAWS):
         plan = SketchPlan(seed=9000 + draw, dimensions=512, rank=16)
-        sketches = [Sketch(layers, whitening, plan.slice(number)) for number in range(SLICES)]
-        units = unit_sketches(sketches, index.loaded.model, collate(sequences))
-        psi = query_sketches(sketches, stacked)
+        sketches = SketchSlices(layers, whitening, plan, SLICES)
+        trained = [(x.numpy(), norm.numpy()) for x, norm in sketches.training(model, batch)]
+        psi = sketches.query(stacked)
+        first = encode_signs(trained[0][0], 1 / np.linalg.norm(trained[0][0], axis=1))
+        codes = [first, *encode_further(trained[1:], index.norms).swapaxes(0, 1)]
         cosines = [
-            estimate_signs(encode_signs(rows), (y / y.norm(dim=1, keepdim=True)).numpy())
-            for (rows, _), (y, _) in zip(units, psi, strict=True)
+            estimate_signs(code, (y / y.norm(dim=1, keepdim=True)).numpy())
+            for code, (y, _) in zip(codes, psi, strict=True)
         ]
         norms = psi[0][1].numpy()
-        noise = sketches[0].predicted_noise()
         for number, truth in enumerate(truths):
             looks = [
                 Proxies(
                     values=norms[number] * np.mean(cosines[:count], axis=0)[number],
-                    sigmas=np.full(ROWS, norms[number] * noise / count**0.5),
+                    sigmas=np.full(ROWS, norms[number] * sketches.predicted_noise(count)),
                     relative=0.1 / count**0.5,
                     divisors=np.ones(ROWS),
                     failed=np.zeros(ROWS, dtype=bool),

@@ -124,7 +124,7 @@ def build_ratios(index: OpenIndex, counts: list[int], token_budget: int) -> dict
         count: ShardJob(
             part=Path(),
             loaded=index.loaded,
-            sketches=index.sketches[:count],
+            sketches=index.sketches.up_to(count),
             codes=index.manifest.codes,
             token_budget=token_budget,
         )
@@ -188,7 +188,7 @@ def measure(
 
 def bytes_of(index: OpenIndex, slices: int) -> int:
     """Bytes a row of an index of so many slices, its norm included."""
-    return index.vectors.code_size + 4 + further_bytes(index.sketches[:slices])
+    return index.vectors.code_size + 4 + further_bytes(index.sketches.up_to(slices))
 
 
 def shard_of(shard: CodedShard, slices: int) -> CodedShard:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -13,7 +13,8 @@ from estimators.model.selection import LayerSelection
 from estimators.operators.ekfac import EKFac
 from estimators.operators.identity import Identity
 from estimators.rescoring import query_gradients, score_batch_for_queries
-from estimators.sketching.sketch import Sketch, SketchPlan
+from estimators.sketching.sketch import SketchPlan
+from estimators.sketching.slices import SketchSlices
 from index.codes.vectors import make_index
 from scripts.bench.gpu.measuring import Measurement, Report, forget_peak, measure, peak
 from scripts.bench.gpu.sizes import Sizes, timed_problem
@@ -21,6 +22,7 @@ from scripts.bench.passes import Problem, forward, plain, rescore, synchronise
 from service.indexing.encoding import encode_gradients
 
 DAMPING = 0.1
+SLICES = 16
 TOGETHER = 8
 """Queries that are scored by the same passes."""
 
@@ -92,19 +94,25 @@ def build(name: str, sizes: Sizes, device: torch.device, report: Report) -> None
     plan = SketchPlan(
         seed=0, dimensions=sizes.dimensions, rank=max(1, math.isqrt(sizes.dimensions) // 2)
     )
-    sketch = Sketch(layers, Identity().whitening(layers, DAMPING), plan)
+    slices = SketchSlices(layers, Identity().whitening(layers, DAMPING), plan, SLICES)
     index = make_index("one-bit", sizes.dimensions)
 
     def sketches() -> None:
         for positions in problem.batches:
-            sketch.training(problem.model, problem.batch(positions))
+            slices.first.training(problem.model, problem.batch(positions))
 
-    def codes() -> None:
-        encode_gradients(problem.model, [sketch], index, problem.sequences, problem.budget)
+    def codes(count: int) -> None:
+        some = slices.up_to(count)
+        encode_gradients(problem.model, some, index, problem.sequences, problem.budget)
 
     floor = measure(device, lambda: plain(problem), sizes.repeats)
     common = {"part": "build", **_facts(problem), "layers": len(layers)}
-    for what, action in (("sketches", sketches), ("sketches and codes", codes)):
+    actions: dict[str, Callable[[], None]] = {
+        "sketches": sketches,
+        "sketches and codes": lambda: codes(1),
+        f"{SLICES} slices": lambda: codes(SLICES),
+    }
+    for what, action in actions.items():
         found = measure(device, action, sizes.repeats)
         report({**common, "what": what, **found.over(floor)})
 
