@@ -83,7 +83,19 @@ def main(
         str | None,
         typer.Option(help="Certificate at which the search stops: sketch or calibration."),
     ] = None,
-    budget: Annotated[int | None, typer.Option(help="Most rows to rescore exactly.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Most rows to rescore exactly; auto: as many as the certificate takes, best with "
+            "a deadline."
+        ),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Where the budget cannot buy the certificate, end after so many rows in vain."
+        ),
+    ] = None,
     deadline: Annotated[
         float | None, typer.Option(help="Seconds after which the answer so far is returned.")
     ] = None,
@@ -121,7 +133,7 @@ def main(
         "recall": recall,
         "confidence": confidence,
         "until": until,
-        "budget": budget,
+        "patience": patience,
         "deadline": deadline,
         "documents": documents or None,
         "tokens": tokens or None,
@@ -134,6 +146,8 @@ def main(
             given["estimator"], given["parameters"] = parse_estimator(estimator)
         if only:
             given["filters"] = parse_filters(only)
+        if budget is not None:
+            given["budget"] = parse_budget(budget)
         connection = Connection(url=url, key=key, timeout=timeout)
         answer = ask(connection, {"prompt": prompt, **given}, watch=watch)
         other = None
@@ -236,6 +250,27 @@ def show(answer: dict[str, Any]) -> None:
             style="dim",
         )
     )
+    if answer["seconds_to_certify"] is not None:
+        stderr.print(
+            Text(
+                f"certifying it takes about {answer['rows_to_certify']:,} more rows, "
+                f"{answer['seconds_to_certify']:,.1f} s: --budget auto",
+                style="dim",
+            )
+        )
+
+
+def parse_budget(text: str) -> int | str:
+    """A number of rows, or auto.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text == "auto":
+        return text
+    if not text.isdecimal():
+        raise ValueError(f"--budget takes a number of rows, or auto, got '{text}'.")
+    return int(text)
 
 
 def _contrasts(answer: dict[str, Any]) -> bool:

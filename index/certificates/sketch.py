@@ -301,13 +301,13 @@ def certify_sketch(
 def with_open_rows(certificate: Certificate, rows: int, most: int) -> Certificate:
     """The certificate with how many unscored rows keep it from what was asked for.
 
-    Scoring these exactly is enough, since beyond the last z that is tried its bound suffices,
-    unless rows that cannot be scored are misses. Better rows found on the way make them fewer; if
-    errors near the query turn out to be larger, they become more.
+    Scoring these exactly is enough as far as is known, since beyond that z its bound suffices for
+    the best rows found so far. Better ones found on the way make them fewer; if errors near the
+    query turn out to be larger, they become more.
 
     Args:
         certificate: that was not reached.
-        rows: no deeper than the last z that is tried; at most ``most``.
+        rows: no deeper than the least z that suffices; at most ``most``.
         most: how many were looked for.
     """
     many = f"more than {most:,}" if rows == most else f"about {rows:,}"

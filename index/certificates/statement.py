@@ -38,6 +38,12 @@ class Certificate:
     observed: dict[str, float | int | str] = field(default_factory=dict)
     sentence: str
 
+    @property
+    def open_rows(self) -> int | None:
+        """Further rows whose exact scores would certify the target, about; None if not known."""
+        rows = self.observed.get("open_rows")
+        return None if rows is None else int(rows)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Share:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 from starlette.concurrency import run_in_threadpool
 
@@ -212,7 +213,9 @@ class Engine:
             with suppress(BadQuery, UnknownEstimator, UnknownIndex):
                 if request.estimator in THROUGH_RUN:
                     retriever = self.check(request)
-                    found = await run_in_threadpool(retriever.measures, request.to_query())
+                    found = await run_in_threadpool(
+                        retriever.measures, request.to_query(self.settings.max_budget)
+                    )
                     asked.setdefault((request.index, request.estimator), []).append(found)
         for (name, estimator), questions in asked.items():
             trace = self.retriever(name).index.trace
@@ -280,7 +283,10 @@ class Engine:
                 f"try again in a moment."
             )
         ticket = Ticket(
-            retriever=retriever, query=request.to_query(), background=background, watch=watch
+            retriever=retriever,
+            query=request.to_query(self.settings.max_budget),
+            background=background,
+            watch=watch,
         )
         if request.deadline is not None:
             ticket.deadline = time.monotonic() + request.deadline
@@ -318,7 +324,7 @@ class Engine:
             ),
             ("batch", len(request.batch or ()), settings.max_batch, "queries"),
             ("k", request.k, settings.max_k, ""),
-            ("budget", request.budget, settings.max_budget, "rows"),
+            ("budget", _number(request.budget), settings.max_budget, "rows"),
             ("calibration_rows", request.calibration_rows, settings.max_sampled_rows, "rows"),
             ("audit_rows", request.audit_rows, settings.max_sampled_rows, "rows"),
         )
@@ -328,6 +334,10 @@ class Engine:
                     f"{name} is {value:,} {unit}".rstrip()
                     + f"; this service accepts at most {limit:,}."
                 )
+
+
+def _number(budget: int | Literal["auto"]) -> int:
+    return 0 if budget == "auto" else budget
 
 
 def _stamp(root: Path) -> Stamp:
@@ -360,11 +370,13 @@ def _event(name: str, run: Run, seconds: float) -> Schema:
         return CandidatesEvent(rows=len(run.rows), seconds=seconds)
     side = list(run.searches)[-1]
     search = run.searches[side]
+    certificate = search.sketch_certificate()
     return ProgressEvent(
         direction=side,
         rescored_rows=search.rescored,
-        sampled_rows=int(search.scored.sum()) - search.rescored,
-        recall_lower_bound=search.sketch_certificate().recall_lower_bound,
+        sampled_rows=search.sampled,
+        recall_lower_bound=certificate.recall_lower_bound,
+        rows_to_certify=certificate.open_rows,
         results=[ResultSchema.from_result(result) for result in run.best(side)],
         seconds=seconds,
     )

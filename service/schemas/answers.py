@@ -258,6 +258,14 @@ class QueryResponse(Schema):
     )
     shares: list[ShareSchema] = Field(description="One a direction.")
     partial: bool = Field(description="The deadline passed before the search had ended.")
+    rows_to_certify: int | None = Field(
+        default=None,
+        description="Further rows whose exact scores would certify what was asked for, about; null "
+        "where it was certified, or no number of rows is known to.",
+    )
+    seconds_to_certify: float | None = Field(
+        default=None, description="What these would take at the speed of this answer."
+    )
     rescored_rows: int
     sampled_rows: int
     rows: int = Field(description="That the filters leave of the index; all of it without them.")
@@ -313,6 +321,9 @@ class ProgressEvent(Schema):
     sampled_rows: int
     recall_lower_bound: float | None = Field(
         description="Of the sketch certificate, were the search to end here; null if it has none."
+    )
+    rows_to_certify: int | None = Field(
+        default=None, description="Further rows that it takes, about; null if that is not known."
     )
     results: list[ResultSchema]
     seconds: float

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from service.search.query import Condition, Query, Term
+from service.search.query import PATIENCE, Condition, Query, Term
 
 
 class Schema(BaseModel):
@@ -126,7 +126,17 @@ class QueryRequest(Schema):
         description="The certificate at which the search stops: sketch, about this answer; or "
         "calibration, about queries like those that the index was calibrated with (fewer rows).",
     )
-    budget: int = Field(default=1000, ge=1, description="Most rows to rescore exactly.")
+    budget: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default=1000,
+        description="Most rows to rescore exactly. auto: as many as the certificate takes, within "
+        "the service's limit; give a deadline with it.",
+    )
+    patience: int | None = Field(
+        default=PATIENCE,
+        ge=0,
+        description="Where the budget cannot buy the certificate, the search ends once so many "
+        "rows were rescored without a change of the results; null spends the budget.",
+    )
     deadline: float | None = Field(
         default=None,
         gt=0,
@@ -164,9 +174,10 @@ class QueryRequest(Schema):
             raise ValueError(f"give either a batch or {' and '.join(alone)}, not both")
         return self
 
-    def to_query(self) -> Query:
-        """The engine's form of the request."""
+    def to_query(self, largest_budget: int) -> Query:
+        """The engine's form of the request; "auto" is the largest budget."""
         fields = self.model_dump(exclude={"index", "batch", "filters"})
+        fields["budget"] = largest_budget if self.budget == "auto" else self.budget
         fields["prompt"] = self.prompt or ""
         fields["batch"] = tuple(Term(**term.model_dump()) for term in self.batch or ())
         fields["filters"] = {

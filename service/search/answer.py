@@ -1,5 +1,6 @@
 """What is answered: training examples, certificates, and what it took."""
 
+import time
 from dataclasses import dataclass, field
 
 from index.certificates.statement import Certificate, Share
@@ -170,6 +171,18 @@ class Answer:
         return [certificate for _, certificate in self.sided_certificates]
 
     @property
+    def rows_to_certify(self) -> int | None:
+        """Further rows whose exact scores would certify what was asked for; None if not known."""
+        found = [c.open_rows for c in self.certificates if c.open_rows is not None]
+        return sum(found) if found else None
+
+    @property
+    def seconds_to_certify(self) -> float | None:
+        """What these would take at the speed of this answer; None if not known."""
+        rows, spent = self.rows_to_certify, self.seconds.get("rescore", 0.0)
+        return None if rows is None or not self.rescored_rows else rows * spent / self.rescored_rows
+
+    @property
     def prompt(self) -> str:
         """Of the first term."""
         return self.terms[0].prompt
@@ -193,3 +206,17 @@ class Answer:
     def completion_tokens(self) -> int:
         """Of the first term."""
         return self.terms[0].completion_tokens
+
+
+class Clock:
+    """Wall-clock seconds of the stages of an answer."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def stop(self, stage: str) -> None:
+        """Add the time since the last stop to ``stage``."""
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now

@@ -91,30 +91,14 @@ class Looks:
                 checks.append(check_calibration(exact, drawn.values, scales, self._shard.looks))
         return max(checks, key=lambda check: check.mean_square / check.limit, default=None)
 
-    def first(
-        self, count: int, without: Bool[np.ndarray, "row"]
-    ) -> tuple[Int[np.ndarray, "first"], list[float]]:
-        """The best rows by all of their codes, among more by each look before.
-
-        Returns:
-            The rows; and the value after each look that the others did not reach, at one or more.
-        """
+    def first(self, count: int, without: Bool[np.ndarray, "row"]) -> Int[np.ndarray, "first"]:
+        """The best rows by all of their codes, among more by each look before."""
         looks = self._shard.looks
-        rows, floors = self._shard.best(count * WIDER ** (looks - 1), without), []
-        for look in range(looks):
+        rows = self._shard.best(count * WIDER ** (looks - 1), without)
+        for look in range(1, looks):
             values = self.at(rows, look).values
-            chosen = best_rows(values, count * WIDER ** (looks - 1 - look))
-            rows = rows[chosen]
-            floors.append(float(values[chosen].min(initial=math.inf)))
-        return rows, floors
-
-    def at_least(
-        self, rows: Int[np.ndarray, "asked"], floors: Sequence[float]
-    ) -> Bool[np.ndarray, "asked"]:
-        """Which rows' estimates reach a value after every look."""
-        pairs = zip(self.each(rows), floors, strict=True)
-        reached: np.ndarray = np.all([near.values >= floor for near, floor in pairs], axis=0)
-        return reached
+            rows = rows[best_rows(values, count * WIDER ** (looks - 1 - look))]
+        return rows
 
     def depths(
         self,

@@ -18,6 +18,9 @@ Direction = Literal["proponents", "opponents", "both"]
 
 Side = Literal["proponents", "opponents"]
 
+PATIENCE = 128
+"""Rows that are rescored in vain before a search that cannot be certified ends, if left out."""
+
 Value = str | int | float | bool
 
 
@@ -107,9 +110,12 @@ class Query:
             for fewer rows. Without a calibration, or with codes that have no law, the other one.
         budget: most rows to rescore exactly because of their proxies; the sampled rows of the two
             checks below come on top.
+        patience: where the budget cannot buy the certificate, the search ends as soon as so many
+            rows were rescored in vain, i.e. without a change of the top k; None spends the budget.
         calibration_rows: rows drawn uniformly to check the sketch's noise for this query; without
             them a "gaussian" sketch certificate states no bound.
-        audit_rows: rows drawn uniformly among those not rescored, for the audit certificate.
+        audit_rows: rows for the audit certificate, drawn uniformly among those not rescored: first
+            what is left of the rows above, then as many more as are wanting.
         documents: also score the whole documents that the answer's examples are parts of; needs the
             exact score of all their rows.
         tail: assumed law of the sketch's noise.
@@ -135,6 +141,7 @@ class Query:
     confidence: float = 0.95
     until: Until = "sketch"
     budget: int = 1000
+    patience: int | None = PATIENCE
     calibration_rows: int = 64
     audit_rows: int = 64
     documents: bool = False

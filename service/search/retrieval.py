@@ -29,13 +29,12 @@ from index.codes.vectors import LOW_RANK
 from service.errors import UnknownEstimator
 from service.models import BadQuery
 from service.scoring.rows import GradientScorer, RowScoring, Scoring, Target
-from service.search.answer import Answer, MeasuredTerm
+from service.search.answer import Answer, Clock, MeasuredTerm
 from service.search.opening import OpenIndex
 from service.search.proposing import estimate_rows, order_rows
 from service.search.proxies import Proxies
 from service.search.query import Query, Ranking, Term
 from service.search.run import Run
-from service.search.search import Clock
 from service.search.shards import Shard
 
 CERTAIN, IMPOSSIBLE = -1e-6, -200.0

@@ -21,11 +21,11 @@ from service.scoring.effect import (
     removal_of,
 )
 from service.scoring.rows import Scoring, Target
-from service.search.answer import Answer, DocumentScore, MeasuredTerm, Result
+from service.search.answer import Answer, Clock, DocumentScore, MeasuredTerm, Result
 from service.search.explaining import cluster, token_texts
 from service.search.opening import OpenIndex
 from service.search.query import Query, Side
-from service.search.search import Clock, Search, Steps
+from service.search.search import Search, Steps
 from service.search.shards import Shard
 from service.tracing.served import told_of_layers
 

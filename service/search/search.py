@@ -1,7 +1,6 @@
 """One query's search: adaptive exact rescoring of the best proxies, then the certificates."""
 
 import math
-import time
 from collections.abc import Generator, Sequence
 from typing import Literal, Protocol, TypeAlias, TypeVar
 
@@ -26,6 +25,7 @@ from index.certificates.sketch import (
     with_open_rows,
 )
 from index.certificates.statement import Certificate, Share, allowed_misses, no_share
+from service.search.answer import Clock
 from service.search.looks import Looks
 from service.search.query import Query, Ranking
 from service.search.shards import Found, Shard
@@ -88,15 +88,15 @@ class Search:
         self.ended = False
         self.stage: Literal["calibrate", "rescore", "audit"] = "calibrate"
         self._found = Found()
+        self._drawn = Found()
         self._looks = Looks(shard)
         self._sample = self._audited = np.empty(0, dtype=np.int64)
         self._before_audit = self.scored
-        self._begun = [math.inf] * shard.looks
         self._seed = seed
         self._calibration = calibration
         self._levels = plan_levels(query.k, query.recall, query.confidence, query.tail, shard.looks)
 
-    def run(self, scorer: RowScores, clock: "Clock") -> list[Certificate]:
+    def run(self, scorer: RowScores, clock: Clock) -> list[Certificate]:
         """Go through all ``steps``, with exact scores from ``scorer``."""
         steps = self.steps(clock)
         try:
@@ -107,8 +107,12 @@ class Search:
             certificates: list[Certificate] = ended.value
             return certificates
 
-    def steps(self, clock: "Clock") -> Steps[list[Certificate]]:
+    def steps(self, clock: Clock) -> Steps[list[Certificate]]:
         """Check the noise, rescore until certified or out of budget, audit.
+
+        Which rows are rescored because of their proxies does not depend on what the random ones
+        turned out to be, but for the check of the noise. So those of them that are left over are
+        random among all rows that are, and the audit begins with them.
 
         Yields rows and is sent their exact scores: of all of them, or only of the first ones after
         ``end``.
@@ -116,13 +120,12 @@ class Search:
         Returns:
             The certificates "sketch", "audit" and, if there is a calibration, "calibration".
         """
-        everything = np.arange(len(self.shard))
-        self._sample = draw_sample(everything, self.query.calibration_rows, self._seed)
-        yield from self._rescore(self._sample)
+        yield from self._draw()
         self.stage = "rescore"
         clock.stop("calibrate")
         yield from self._adapt()
         clock.stop("rescore")
+        self._reveal_if_whole()
         before = [self.sketch_certificate()]
         after = [] if self._calibration is None else [self._calibration_certificate()]
         audit = yield from self._audit_certificate()
@@ -132,6 +135,12 @@ class Search:
     def end(self) -> None:
         """Ask for no more rows: certify what was found so far."""
         self.ended = True
+
+    @property
+    def sampled(self) -> int:
+        """Rows scored so far that are not rescored because of their proxies."""
+        drawn = self._drawn.rows
+        return int(self.scored.sum()) + int((~self.scored[drawn]).sum()) - self.rescored
 
     def best(self, k: int) -> Int[np.ndarray, "best"]:
         """The best k exactly scored rows by ranking value; ties go to the lower row."""
@@ -146,27 +155,74 @@ class Search:
         values = self._found.best(self.query.k)[1]
         return float(values[-1]) if len(values) == self.query.k else -math.inf
 
+    def _draw(self) -> Steps[None]:
+        """Have the random rows scored that the noise is checked on; the search does not see them.
+
+        If it is ended on the way, what it has of them serves no audit.
+        """
+        everything = np.arange(len(self.shard))
+        sample = draw_sample(everything, self.query.calibration_rows, self._seed)
+        rows = sample[~self.shard.failed[sample]]
+        if self.ended or not len(rows):
+            return
+        scores = yield rows
+        done = rows[: len(scores)]
+        self._drawn.add(done, scores, self.shard.at(done).divisors)
+        self._sample = sample if len(done) == len(rows) else self._sample
+        self._reveal_if_whole()
+
     def _rescore(self, rows: Int[np.ndarray, "row"]) -> Steps[int]:
         """Have rows scored that are not yet; how many were."""
-        fresh = rows[~self.scored[rows]]
-        if self.ended or not len(fresh):
+        if self.ended:
             return 0
-        scores = yield fresh
-        done = fresh[: len(scores)]
+        fresh = rows[~self.scored[rows]]
+        drawn = np.isin(fresh, self._drawn.rows)
+        self._reveal(fresh[drawn])
+        if drawn.all():
+            return len(fresh)
+        scores = yield fresh[~drawn]
+        done = fresh[~drawn][: len(scores)]
         self._found.add(done, scores, self.shard.at(done).divisors)
         self.scored[done] = True
-        return len(done)
+        return int(drawn.sum()) + len(done)
+
+    def _reveal(self, rows: Int[np.ndarray, "drawn"]) -> None:
+        """Let the search see scores of random rows."""
+        fresh = rows[~self.scored[rows]]
+        self._found.add(fresh, self._drawn.scores_of(fresh), self.shard.at(fresh).divisors)
+        self.scored[fresh] = True
+
+    def _reveal_if_whole(self) -> None:
+        """Where every row was scored for some reason, none is left to be estimated or audited."""
+        seen = self.scored | self.shard.failed
+        seen[self._drawn.rows] = True
+        if seen.all():
+            self._reveal(self._drawn.rows)
 
     def _adapt(self) -> Steps[None]:
-        """Rescore the best proxies, then deeper and deeper until certified or out of budget."""
+        """Rescore the best proxies, then deeper and deeper until certified or out of budget.
+
+        Or until rows enough were scored in vain, where the budget cannot buy the certificate.
+        """
         query = self.query
-        rows, self._begun = self._looks.first(max(32, 2 * query.k), self.scored)
-        chunk = len(rows)
+        rows = self._looks.first(max(32, 2 * query.k), self.scored)
+        chunk, unchanged = len(rows), 0
         while len(rows) and self.rescored < query.budget and not self.ended:
             rows = rows[: query.budget - self.rescored]
-            self.rescored += yield from self._rescore(rows)
+            best = self.best(query.k)
+            done = yield from self._rescore(rows)
+            self.rescored += done
+            same = np.array_equal(np.sort(best), np.sort(self.best(query.k)))
+            unchanged = unchanged + done if same else 0
+            if query.patience is not None and unchanged >= query.patience and self._hopeless():
+                break
             chunk = min(2 * chunk, 256)
             rows = self._next_rows(chunk)
+
+    def _hopeless(self) -> bool:
+        """Whether the certificate takes more rows than are left of the budget, by what is known."""
+        left = self.query.budget - self.rescored
+        return not self._by_calibration() and self._open_rows(left + 1) > left
 
     def _next_rows(self, count: int) -> Int[np.ndarray, "next"]:
         """The shallowest unscored rows that the certificate asked for may need; none if it holds.
@@ -231,14 +287,15 @@ class Search:
 
     def _unscorable(self) -> int:
         failed = self.shard.failed
-        lost = self._found.rows[np.isnan(self._found.scores)]
-        return int(failed.sum()) + int((~failed[lost]).sum())
+        seen = (self._found, self._drawn)
+        lost = np.concatenate([found.rows[np.isnan(found.scores)] for found in seen])
+        return int(failed.sum()) + len(np.unique(lost[~failed[lost]]))
 
     def sketch_certificate(self) -> Certificate:
         """What the sketch's law says of the rows that are unscored at this moment."""
         query, shard = self.query, self.shard
-        sampled = self._sample[self.scored[self._sample] & ~shard.failed[self._sample]]
-        check = self._looks.check(sampled, self._found.values_of(sampled))
+        sampled = self._drawn.rows
+        check = self._looks.check(sampled, self._drawn.values_of(sampled))
         inflations = self._inflations()
         reached = self._reached(self.scored) / inflations[0]
         tail = query.tail
@@ -256,16 +313,26 @@ class Search:
             lawful=shard.lawful,
         )
         found = certify_sketch(evidence, query.k, query.recall, query.confidence, tail)
-        return self._with_open_rows(found, inflations)
+        count = self._open_rows(COUNTED) if found.status == "not certified" else 0
+        return with_open_rows(found, count, COUNTED) if count else found
 
-    def _with_open_rows(self, found: Certificate, inflations: Sequence[float]) -> Certificate:
-        threshold, goal = self._threshold(), inflations[0] * self._levels[-1].z
-        misses = allowed_misses(self.query.k, self.query.recall)
-        reachable = self._looks.deepest(inflations) > goal and self._unscorable() <= misses
-        if found.status != "not certified" or threshold == -math.inf or not reachable:
-            return found
-        rows = self._looks.contenders(threshold, goal, inflations, self.scored, COUNTED)
-        return with_open_rows(found, len(rows), COUNTED) if len(rows) else found
+    def _open_rows(self, most: int) -> int:
+        """Unscored rows within the least depth that suffices by now, counted up to ``most``.
+
+        0 also where no depth is known to suffice.
+        """
+        query, inflations = self.query, self._inflations()
+        top, threshold = self._found_top(inflations), self._threshold()
+        misses = allowed_misses(query.k, query.recall) - self._unscorable()
+        goals = (
+            inflations[0] * level.z
+            for level in self._levels
+            if fewest_misses(top, level.z, [level], query.k, query.tail) <= misses
+        )
+        goal = next(goals, math.inf)
+        if threshold == -math.inf or goal >= self._looks.deepest(inflations):
+            return 0
+        return len(self._looks.contenders(threshold, goal, inflations, self.scored, most))
 
     def _reached(self, scored: Bool[np.ndarray, "row"], *, slack: bool = False) -> float:
         """The depth above which no row lies that was not ``scored``; inf if there is none."""
@@ -300,12 +367,16 @@ class Search:
         population = np.flatnonzero(~self.scored)
         unscorable = int(np.isnan(self._found.scores).sum())
         self._before_audit = self.scored.copy()
-        sample = draw_sample(population, query.audit_rows, self._seed + 1)
+        left = self._sample[~self.scored[self._sample]]
+        others = np.setdiff1d(population, left, assume_unique=True)
+        sample = draw_sample(others, max(0, query.audit_rows - len(left)), self._seed + 1)
         self.stage = "audit"
         scorable = sample[~self.shard.failed[sample]]
         done = yield from self._rescore(scorable)
         if done < len(scorable):  # ended on the way: what was drawn and not looked at is left out
             sample = sample[:0]
+        self._reveal(self._drawn.rows)
+        sample = np.concatenate([left, sample])
         self._audited = sample
         above, merged = count_above(self._found.values_of(sample), threshold)
         audit = AuditSample(
@@ -326,55 +397,21 @@ class Search:
         live = int((~self._before_audit & ~shard.failed).sum())
         if self.ended and live:
             return no_share("the deadline ended the search")
-        untouched = self._untouched()
-        sample = np.concatenate([self._audited[~shard.failed[self._audited]], untouched])
+        sample = self._audited[~shard.failed[self._audited]]
         guesses = np.maximum(shard.at(sample).scores(), 0)
         drawn, positive = _positive(self._found.scores_of(sample)), _positive(self._found.scores)
         evidence = ShareEvidence(
             shown=_positive(self._found.scores_of(self.best(query.k))),
             known=float(positive.sum() - drawn.sum()),
-            others=live + len(untouched),
-            guessed=shard.guessed(self._before_audit)
-            + float(guesses[len(sample) - len(untouched) :].sum()),
+            others=live,
+            guessed=shard.guessed(self._before_audit),
             sample=drawn,
             guesses=guesses,
             influence=f"{'negative' if query.direction == 'opponents' else 'positive'} influence",
         )
         return estimate_share(evidence, query.confidence)
 
-    def _untouched(self) -> Int[np.ndarray, "row"]:
-        """Rows of the first sample that would not have been scored because of their proxies.
-
-        Among the rows left out they are as random as those of the audit: their proxies lie below
-        those that were begun with, and no less deep than the shallowest row that was unscored then.
-        """
-        threshold, slack = self._threshold(), self._by_calibration()
-        if threshold == -math.inf:  # not k rows were scored: none was left out
-            return self._sample[:0]
-        reached = self._reached(self._before_audit, slack=slack)
-        rows = self._sample[~self.shard.failed[self._sample]]
-        if slack:
-            depths = self.shard.at(rows).with_slack().depths(threshold)
-        else:
-            depths = self._looks.depths(rows, threshold, self._inflations())
-        found: np.ndarray = rows[(depths >= reached) & ~self._looks.at_least(rows, self._begun)]
-        return found
-
 
 def _positive(scores: Float[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
     positive: np.ndarray = np.maximum(np.nan_to_num(scores), 0)
     return positive
-
-
-class Clock:
-    """Wall-clock seconds of the stages of an answer."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def stop(self, stage: str) -> None:
-        """Book the time since the last stop under ``stage``."""
-        now = time.perf_counter()
-        self.seconds[stage] = now - self._last
-        self._last = now

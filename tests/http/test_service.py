@@ -204,6 +204,20 @@ def test_everything_scored_is_called_exhaustive(client: Client) -> None:
     assert body["rescored_rows"] + body["sampled_rows"] == ROWS
 
 
+def test_a_budget_of_its_own_certifies_whatever_it_takes(client: Client) -> None:
+    asked = {**ASKED, "k": 2, "recall": 1.0, "calibration_rows": 4, "audit_rows": 0, "seed": 5}
+    short = client.query(**asked, budget=2).json()
+    if short["rows_to_certify"] is not None:
+        assert short["rows_to_certify"] >= 1
+        assert short["seconds_to_certify"] > 0
+    whole = client.query(**asked, budget="auto").json()
+    assert whole["certificates"][0]["status"] in ("certified", "exhaustive")
+    assert whole["rows_to_certify"] is None
+    assert whole["seconds_to_certify"] is None
+    spent = client.query(**asked, budget=4, patience=None).json()
+    assert spent["rescored_rows"] == 4
+
+
 def test_the_same_seed_gives_the_same_answer(client: Client) -> None:
     asked = {**ASKED, "k": 2, "budget": 3, "calibration_rows": 3, "audit_rows": 3, "seed": 11}
     first, second = client.query(**asked).json(), client.query(**asked).json()
@@ -342,6 +356,8 @@ def test_startup_fails_with_the_reason(workspace: Workspace, tmp_path: Path) -> 
         ({"k": None}, 422, "k: "),
         ({"k": 5, "budget": 4}, 422, "at least k = 5, got 4"),
         ({"budget": 10**9}, 422, "1,000,000,000 rows"),
+        ({"budget": "all"}, 422, "budget"),
+        ({"patience": -1}, 422, "patience: "),
         ({"calibration_rows": -1}, 422, "calibration_rows: "),
         ({"calibration_rows": 10_001}, 422, "calibration_rows is 10,001 rows"),
         ({"audit_rows": 10_001}, 422, "audit_rows is 10,001 rows"),

@@ -33,9 +33,10 @@ from index.certificates.sketch import (
 )
 from index.certificates.statement import allowed_misses
 from scripts.bench.certificates.worlds import Known
+from service.search.answer import Clock
 from service.search.proxies import Proxies
 from service.search.query import Query
-from service.search.search import Clock, Search
+from service.search.search import Search
 from service.search.shards import DenseShard
 
 FAIR = CalibrationCheck(rows=64, mean_square=1.0, limit=1.6)

@@ -22,13 +22,14 @@ from index.errors import IndexCorrupt
 from scripts.bench.certificates.trials import Fixed
 from scripts.bench.certificates.worlds import Known
 from service.models import BadQuery
+from service.search.answer import Clock
 from service.search.calibrating import calibrate_index
 from service.search.calibration import FILE_NAME
 from service.search.opening import open_index
 from service.search.proxies import Proxies, RankedProxies
 from service.search.query import Query
 from service.search.retrieval import Retriever
-from service.search.search import Clock, Search
+from service.search.search import Search
 from service.search.shards import DenseShard
 from tests.index.test_certificates import most_alarms
 from tests.index_fixtures import sentences

@@ -22,10 +22,11 @@ from index.certificates.sketch import (
 from index.certificates.statement import Certificate
 from scripts.bench.certificates.worlds import HOSTILE, Known, World, unchanged
 from service.search import looks as looks_module
+from service.search.answer import Clock
 from service.search.looks import Looks
 from service.search.proxies import Proxies
 from service.search.query import Query
-from service.search.search import Clock, Search
+from service.search.search import Search
 from service.search.shards import DenseShard
 from tests.index.test_certificates import hard_data, most_alarms
 

@@ -15,11 +15,11 @@ from index.certificates.statement import Certificate
 from index.errors import IndexMismatch
 from scripts.bench.certificates.worlds import Known
 from service.models import BadQuery, LoadedModel, load_model
-from service.search.answer import Answer
+from service.search.answer import Answer, Clock
 from service.search.opening import OpenIndex, open_index
 from service.search.query import Query
 from service.search.retrieval import Retriever
-from service.search.search import Clock, Search
+from service.search.search import Search
 from service.search.shards import DenseShard
 from tests import dense_reference as dense
 from tests.index_fixtures import CONTEXT, save, sentences
@@ -270,7 +270,7 @@ def test_low_rank_codes_find_the_best_and_claim_no_law(workshop, truth, tmp_path
         proxies = retriever.proxies(directions, "normalised").values
         values = ranking_values(retriever.index, truth[prompt], "normalised")
         cosines.append(np.corrcoef(proxies, values)[0, 1])
-        small = retriever.answer(small_query(number, 0))
+        small = retriever.answer(small_query(number, 0, audit_rows=32))
         recalls.append(true_recall([r.row for r in small.results], values, 10))
         certificate = by_type(small)["sketch"]
         assert (certificate.status, certificate.recall_lower_bound) == ("refused", None)

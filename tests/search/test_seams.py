@@ -246,7 +246,7 @@ def test_any_proposer_under_the_same_exact_scores(retriever, monkeypatch):
     few = replace(ASKED, k=3, budget=32, calibration_rows=0, audit_rows=0)
     answer = retriever.answer(replace(few, proposer="toy"))
     assert all(result.row >= 120 - 32 for result in answer.results)
-    everything = replace(ASKED, k=3)
+    everything = replace(ASKED, k=3, audit_rows=120)
     usual = [(r.row, r.score) for r in retriever.answer(everything).results]
     other = [
         (r.row, r.score) for r in retriever.answer(replace(everything, proposer="toy")).results

@@ -8,11 +8,12 @@ import pytest
 from scripts.bench.certificates.shares import answers, summarise
 from scripts.bench.certificates.worlds import Known
 from service.scoring.exhaustive import exact_scores
+from service.search.answer import Clock
 from service.search.opening import open_index
 from service.search.proxies import Proxies, RankedProxies
 from service.search.query import Condition, Query
 from service.search.retrieval import Retriever
-from service.search.search import Clock, Search
+from service.search.search import Search
 from service.search.shards import DenseShard
 
 pytest_plugins = ["tests.index_fixtures"]
@@ -152,15 +153,15 @@ def test_rows_without_a_score_carry_nothing():
     assert sampled.low < exact.estimate < sampled.high
 
 
-def test_rows_of_the_first_sample_count_unless_their_proxies_would_have_had_them_scored():
+def test_rows_of_the_first_sample_are_audited_unless_their_proxies_had_them_rescored():
     scores, proxies = world(np.random.default_rng(3))
     search = searched(scores, proxies, Query(k=10, budget=200))
-    shallow = proxies.values[search._sample] >= np.sort(proxies.values)[-100]
-    assert shallow.any()
-    counted = search._untouched()
-    assert not np.isin(search._sample[shallow], counted).any()
-    assert search.share().sampled == 64 + len(counted)
-    assert 40 < len(counted) < 64
+    left = search._sample[~search._before_audit[search._sample]]
+    assert 40 < len(left) < 64
+    assert set(left) <= set(search._audited)
+    assert not search._before_audit[search._audited].any()
+    assert len(set(search._audited)) == search.share().sampled == 64
+    assert int(search.scored.sum()) == search.rescored + 64
 
 
 @pytest.mark.parametrize("ranking", ["score", "normalised"])

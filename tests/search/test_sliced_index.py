@@ -16,12 +16,13 @@ from index.editing import delete_rows
 from scripts.bench.certificates.worlds import Known
 from service.indexing.encoding import encode_further
 from service.scoring.exhaustive import exact_scores
+from service.search.answer import Clock
 from service.search.opening import open_index
 from service.search.proposing import estimate_rows
 from service.search.proxies import Proxies
 from service.search.query import Condition, Query
 from service.search.retrieval import Retriever
-from service.search.search import Clock, Search
+from service.search.search import Search
 from service.search.shards import DenseShard
 from tests.rankings import assert_best_first
 

@@ -23,11 +23,12 @@ from service.coding import further_bytes, later_looks
 from service.indexing.sketching import ShardJob
 from service.models import load_model
 from service.scoring.exhaustive import exact_scores
+from service.search.answer import Clock
 from service.search.opening import OpenIndex, open_index
 from service.search.proposing import CodedShard, estimate_rows
 from service.search.query import Query
 from service.search.retrieval import Retriever
-from service.search.search import Clock, Search
+from service.search.search import Search
 from service.versions import revision
 
 BATCHES = 12

@@ -17,10 +17,11 @@ from scripts.bench.one_index import built
 from scripts.bench.record import write_record
 from scripts.console import one_sentence_errors, print_json, show_progress, stderr
 from service.scoring.exhaustive import exact_scores
+from service.search.answer import Clock
 from service.search.proxies import Proxies
 from service.search.query import Query, Ranking, Side
 from service.search.retrieval import Retriever
-from service.search.search import Clock, Search
+from service.search.search import Search
 from service.search.shards import DenseShard
 from service.versions import revision
 

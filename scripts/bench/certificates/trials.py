@@ -12,9 +12,10 @@ from index.certificates.calibration import effort_needed, tolerance_limit
 from index.certificates.statement import Certificate, allowed_misses
 from scripts.bench.certificates.data import NOISE_QUERIES, Estimates, Redraws
 from scripts.bench.certificates.worlds import Change, Known, World, plain
+from service.search.answer import Clock
 from service.search.proxies import Proxies, RankedProxies
 from service.search.query import Query, Until
-from service.search.search import Clock, Search
+from service.search.search import Search
 from service.search.shards import DenseShard
 
 CONFIDENCE, RECALL, SHARE = 0.95, 0.9, 0.95
