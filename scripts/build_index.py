@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from scripts.console import (
     stderr,
 )
 from service.indexing.building import BuildOptions, Mode, Worker, build_index, build_share
+from service.indexing.plan import planned_slices
 from service.indexing.prediction import peak_memory, predict_build
 from service.models import load_model
 from service.search.calibrating import calibrate_index
@@ -67,8 +69,9 @@ def main(
     slices: Annotated[
         int | None,
         typer.Option(
-            help="Independent codes of each row; the first is scanned, the others are read for "
-            "contenders. 1 for a new index; more than an index has are added to it."
+            help="Codes of each row; the first is scanned, the others lie on disk and are read for "
+            "contenders, which saves exact scores. 16 for a new index with one-bit codes, which "
+            "then takes 32 KB an example; 1 takes 2 KB. More than an index has are added to it."
         ),
     ] = None,
     append: Annotated[
@@ -133,6 +136,7 @@ def main(
     )
     if dry_run:
         loading = time.perf_counter() - start
+        chosen = replace(chosen, slices=planned_slices(out, slices, codes))
         with tempfile.TemporaryDirectory() as scratch:
             prediction = predict_build(loaded, factors, source, chosen, Path(scratch))
         show_prediction(prediction, loading)

@@ -8,13 +8,11 @@ from pathlib import Path
 NAMES = ("etymon", "torch", "transformers", "numpy", "faiss-cpu", "faiss-gpu")
 
 
-def revision() -> str:
-    """The repository's revision, ending in -dirty if files differ from it; else "unknown"."""
+def revision(folder: Path = Path(__file__).parent) -> str:
+    """The revision of a folder's repository, with -dirty if files differ; else "unknown"."""
     arguments = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        done = subprocess.run(
-            arguments, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, check=False)
     except OSError:  # no git on this machine
         return "unknown"
     return done.stdout.strip() or "unknown"

@@ -138,7 +138,9 @@ class Workshop:
         progress: Progress = no_progress,
         **options: object,
     ) -> Manifest:
-        """Build an index in ``folder``; ``options`` change the usual ones."""
+        """Build an index in ``folder``, of one slice if it is new; ``options`` change the usual."""
+        begun = any((folder / name).is_file() for name in ("manifest.json", "slices.json"))
+        options = {"slices": None if begun else 1, **options}
         return build_index(
             folder,
             loaded or self.loaded,

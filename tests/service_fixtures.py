@@ -117,7 +117,7 @@ def make_workspace(folder: Path) -> Workspace:
     fitted = fit_estimator("ekfac", loaded.model, loaded.coverage.layers, sequences)
     facts = {"model_sha256": loaded.model_sha256, "layer_patterns": '["*"]'}
     workspace.factors.write_bytes(serialise_factors("ekfac", fitted, facts))
-    options = BuildOptions(dimensions=512, rank=8, rows_per_shard=7, seed=1)
+    options = BuildOptions(dimensions=512, rank=8, rows_per_shard=7, seed=1, slices=1)
     build_index(workspace.index, loaded, workspace.factors, source, options)
     return workspace
 

@@ -124,7 +124,7 @@ def built(subject: Subject, out: Path, dimensions: int) -> Any:
             "build",
             *shared,
             *("--id-column", "id", "--factors", str(factors), "--out", str(folder)),
-            *("--dimensions", str(dimensions)),
+            *("--dimensions", str(dimensions), "--slices", "1"),
         )
     return open_index(folder, load_model(str(subject.model)))
 

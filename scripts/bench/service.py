@@ -69,6 +69,13 @@ def main(
     overload_seconds: Annotated[float, typer.Option(min=1, help="Of offering too much.")] = 60.0,
     soaked: Annotated[int, typer.Option(min=100, help="Queries while memory is watched.")] = 10_000,
     fuzz_examples: Annotated[int, typer.Option(min=1, help="Cases for each operation.")] = 200,
+    before: Annotated[
+        Path | None,
+        typer.Option(
+            help="A checkout of an earlier revision where `make demo` ran: its service is measured "
+            "beside this one's, on its own index, with the same queries."
+        ),
+    ] = None,
     record: Annotated[bool, typer.Option(help="Write docs/benchmarks/service_*.json.")] = True,
 ) -> None:
     """Load a service with the demo's queries, as people and scripts would, and then far beyond.
@@ -89,6 +96,11 @@ def main(
     commits = dict.fromkeys(wanted, revision())
     report: dict[str, Any] = {"questions": len(questions), "commits": commits}
     if "latency" in wanted:
+        if before is not None:
+            parts_of = (str(before / "runs/demo/model"), str(before / "runs/demo/index"))
+            with serving(*parts_of, TOGETHER, before) as service:
+                rows = latencies(service, questions, each)
+            report["before"] = {"commit": revision(before), "latency": rows}
         with serving(model, index, TOGETHER) as service:
             report["latency"] = latencies(service, questions, each)
         with serving(model, index, 1) as service:
@@ -113,9 +125,10 @@ def main(
 
 
 @contextmanager
-def serving(model: str, index: str, together: int) -> Iterator[Service]:
-    """A service that is ready; ends with the block."""
-    command = [sys.executable, "-m", "scripts.serve", "--model", model, "--index"]
+def serving(model: str, index: str, together: int, checkout: Path = Path()) -> Iterator[Service]:
+    """A service that is ready, by the code of a checkout; ends with the block."""
+    command = [sys.executable, "-m", "scripts.serve", "--model", str(Path(model).resolve())]
+    command.append("--index")
     jobs = tempfile.TemporaryDirectory()
     settings = {
         "ETYMON_MAX_TOGETHER": str(together),
@@ -123,7 +136,8 @@ def serving(model: str, index: str, together: int) -> Iterator[Service]:
         "ETYMON_JOBS_PATH": f"{jobs.name}/jobs.sqlite",
     }
     process = subprocess.Popen(
-        [*command, f"default={index}", "--port", "0"],
+        [*command, f"default={Path(index).resolve()}", "--port", "0"],
+        cwd=checkout,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env={**os.environ, **settings},
@@ -267,7 +281,8 @@ def show(report: dict[str, Any]) -> None:
         table = Table(title="demo index, closed loop")
         for column in ("clients", "answers a second", "p50 ms", "p95 ms", "p99 ms"):
             table.add_column(column, justify="right")
-        for row in report["latency"]:
+        earlier = report.get("before", {"latency": []})["latency"]
+        for row in [*earlier, *report["latency"]]:
             times = [f"{row[f'p{q}_ms']:,.0f}" for q in (50, 95, 99)]
             table.add_row(str(row["concurrency"]), f"{row['throughput']:.2f}", *times)
         stderr.print(table)

@@ -96,7 +96,6 @@ class Demo:
             "build",
             *("--model", self.model, "--data", self._corpus, "--factors", self._factors),
             *("--id-column", "id", "--document-column", "document", "--out", self.index),
-            *("--dimensions", "65536"),
         )
         report["queries"] = self._ask()
         report["audit"] = self._audit()

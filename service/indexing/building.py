@@ -64,8 +64,8 @@ class BuildOptions:
         token_budget: padded tokens in a batch.
         seed: of the sketch; None draws one. Keep it from whoever writes corpus or queries.
         slices: of every row's sketch; searches scan the first and read the others for
-            contenders. None takes as many as the index has, one for a new one; more than it has
-            are added to all of its rows.
+            contenders. None takes as many as the index has, sixteen for a new one with one-bit
+            codes; more than it has are added to all of its rows.
     """
 
     max_tokens: int | None = None

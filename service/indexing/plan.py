@@ -11,7 +11,8 @@ from index.parts import find_manifest, part_folder
 
 PLAN_NAME = "plan.json"
 SLICES_NAME = "slices.json"
-MOST_SLICES = 256
+MOST_SLICES, USUAL_SLICES = 256, 16
+"""At most; and of a new index with one-bit codes if nobody says how many."""
 DRAWN = "sixteen of one wide sketch"
 """How further slices are; those of other versions cannot stand beside them."""
 RECORD_NAME = "corpus.json"
@@ -67,14 +68,23 @@ def settle_plan(folder: Path, plan: Mapping[str, Any], *, append: bool) -> tuple
 
 
 def settle_slices(folder: Path, wanted: int | None, codes: str) -> int:
-    """How many slices the rows of an index are to have; kept for builds that go on later.
+    """``planned_slices``, kept for builds that go on later.
 
     A file beside the parts holds the number where it is more than one, from before the first
     gradient on.
+    """
+    slices = planned_slices(folder, wanted, codes)
+    if slices > 1:
+        write_sealed(folder / SLICES_NAME, {"slices": slices, "drawn": DRAWN})
+    return slices
+
+
+def planned_slices(folder: Path, wanted: int | None, codes: str) -> int:
+    """How many slices the rows of an index are to have.
 
     Args:
         folder: of the index.
-        wanted: None takes as many as it has or was to have, one if it is new.
+        wanted: None takes as many as it has or was to have, the usual number if it is new.
         codes: kind of code.
 
     Raises:
@@ -84,6 +94,7 @@ def settle_slices(folder: Path, wanted: int | None, codes: str) -> int:
     """
     path, manifest = folder / SLICES_NAME, find_manifest(folder)
     known = 1 if manifest is None else manifest.sketch.slices
+    usual = USUAL_SLICES if manifest is None and codes == "one-bit" else known
     if path.is_file():
         begun = _read(path)
         if begun.get("drawn") != DRAWN:
@@ -91,8 +102,8 @@ def settle_slices(folder: Path, wanted: int | None, codes: str) -> int:
                 f"The further slices of {folder} were begun by another version, which drew them in "
                 f"another way; build the index in another folder."
             )
-        known = max(known, int(begun["slices"]))
-    slices = known if wanted is None else wanted
+        known = usual = max(known, int(begun["slices"]))
+    slices = usual if wanted is None else wanted
     if not 1 <= slices <= MOST_SLICES:
         raise ValueError(f"An index has from 1 to {MOST_SLICES} slices, {slices} were asked for.")
     if slices > 1 and codes != "one-bit":
@@ -102,8 +113,6 @@ def settle_slices(folder: Path, wanted: int | None, codes: str) -> int:
             f"{folder} has {known} slices or was begun with as many, {slices} were asked for; "
             f"slices can only be added. Leave --slices out, or choose another folder."
         )
-    if slices > 1:
-        write_sealed(path, {"slices": slices, "drawn": DRAWN})
     return slices
 
 

@@ -14,7 +14,7 @@ import pytest
 from index.codes.signs import encode_signs, estimate_signs, estimate_slices, sign_bytes
 from index.editing import delete_rows, merge_indexes
 from index.errors import DiskFull, IndexCorrupt, IndexMismatch
-from index.files import sha256_of
+from index.files import read_sealed, sha256_of, write_sealed
 from index.manifest import FILE_NAME, Manifest
 from index.slices import SliceStore
 from service.search.opening import open_index
@@ -279,3 +279,26 @@ def test_indexes_of_different_slices_are_not_merged(workshop, tmp_path):
     second.build(tmp_path / "two")
     with pytest.raises(IndexMismatch, match="slices is 2"):
         merge_indexes(tmp_path / "merged", [tmp_path / "one", tmp_path / "two"])
+
+
+def test_a_new_index_has_sixteen_slices_and_an_old_one_keeps_what_it_has(workshop, tmp_path):
+    few = replace(workshop.source, limit=16)
+    workshop.build(tmp_path / "new", slices=None, source=few, dimensions=256)
+    assert Manifest.read(tmp_path / "new").sketch.slices == 16
+    workshop.build(tmp_path / "old", source=few, dimensions=256)
+    workshop.build(tmp_path / "old", slices=None, source=few, dimensions=256)
+    assert Manifest.read(tmp_path / "old").sketch.slices == 1
+    workshop.build(tmp_path / "half", slices=None, source=few, dimensions=256, codes="half")
+    assert Manifest.read(tmp_path / "half").sketch.slices == 1
+
+
+def test_slices_that_were_drawn_otherwise_are_refused(workshop, sliced, tmp_path):
+    shutil.copytree(sliced, tmp_path / "earlier")
+    manifest = read_sealed(sliced / FILE_NAME, "")
+    del manifest["sketch"]["further_rank"]
+    write_sealed(tmp_path / "earlier" / FILE_NAME, manifest)
+    with pytest.raises(IndexCorrupt, match="drawn in a way"):
+        open_index(tmp_path / "earlier", workshop.loaded)
+    write_sealed(tmp_path / "earlier" / "slices.json", {"slices": SLICES})
+    with pytest.raises((IndexMismatch, IndexCorrupt), match=r"drawn in a way|begun by another"):
+        workshop.build(tmp_path / "earlier")

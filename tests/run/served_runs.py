@@ -109,7 +109,9 @@ def build(index: Path, model: Path, rows: list[dict[str, str]]) -> None:
     known = {"model_sha256": loaded.model_sha256, "layer_patterns": '["*"]'}
     factors = index.with_suffix(".safetensors")
     factors.write_bytes(serialise_factors("ekfac", fitted, known))
-    build_index(index, loaded, factors, source, BuildOptions(dimensions=256, rank=8, seed=1))
+    build_index(
+        index, loaded, factors, source, BuildOptions(dimensions=256, rank=8, seed=1, slices=1)
+    )
 
 
 def _record(first: Path, last: Path, run: Path) -> None:

@@ -293,7 +293,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
         loaded=load_model(str(first)),
         corpus=corpus,
         factors=root,
-        options=BuildOptions(dimensions=1024, rank=16, rows_per_shard=32, seed=11),
+        options=BuildOptions(dimensions=1024, rank=16, rows_per_shard=32, seed=11, slices=1),
     )
     read = list(read_examples(before.source, before.loaded, CONTEXT))
     train(model, root / "run", [e.tokens for e in read], {e.tokens: e.id for e in read}, first)

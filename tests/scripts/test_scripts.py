@@ -189,10 +189,11 @@ def test_slices_are_added_to_a_finished_index_and_never_taken_away(
         *("--dimensions", 512, "--rank", 8, "--rows-per-shard", 7),
     )
     before = json_line(built.indexed.stdout)["bytes_per_row"]
-    result = invoke(build_index, *command, "--slices", 4)
+    assert before == 16 * (512 // 8 + 8)
+    result = invoke(build_index, *command, "--slices", 20)
     assert result.code == 0, result.stderr
-    assert json_line(result.stdout)["bytes_per_row"] == before + 3 * (512 // 8 + 8)
-    assert Manifest.read(tmp_path / "index").sketch.slices == 4
+    assert json_line(result.stdout)["bytes_per_row"] == before + 4 * (512 // 8 + 8)
+    assert Manifest.read(tmp_path / "index").sketch.slices == 20
     assert "can only be added" in sentence(invoke(build_index, *command, "--slices", 2))
 
 

@@ -184,7 +184,12 @@ class Ground:
     def _open(self, codes: str, dimensions: int) -> OpenIndex:
         folder = self.folder / f"index-{codes}-{dimensions}"
         options = BuildOptions(
-            dimensions=dimensions, codes=codes, damping=DAMPING, seed=1, token_budget=TOKEN_BUDGET
+            dimensions=dimensions,
+            codes=codes,
+            damping=DAMPING,
+            seed=1,
+            token_budget=TOKEN_BUDGET,
+            slices=1,
         )
         if not (folder / "manifest.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)

@@ -214,6 +214,7 @@ class Measurement:
             damping=DAMPING,
             seed=SKETCH_SEED,
             token_budget=self._budget,
+            slices=1,
         )
         build_index(folder, self._loaded, self._factors, self._source, chosen, show_progress)
         return open_index(folder, self._loaded)
