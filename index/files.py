@@ -83,9 +83,13 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of killed writers; only while nobody else writes in ``folder``."""
-    for path in folder.rglob(".*.tmp"):
-        path.unlink(missing_ok=True)
+    """Remove the temporary files of killed writers; only while nobody else writes in ``folder``.
+
+    Also in folders that it has links to.
+    """
+    for root in (folder, *(path for path in folder.iterdir() if path.is_symlink())):
+        for path in root.rglob(".*.tmp"):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

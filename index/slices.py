@@ -1,4 +1,4 @@
-"""Further slices of an index' codes: row by row, in files beside a shard's, read for few rows."""
+"""Further slices of an index' codes: row by row, in a folder of their own, read for few rows."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from safetensors.numpy import save
 
-from index.errors import IndexCorrupt
+from index.errors import IndexCorrupt, IndexMismatch, IndexMissing
 from index.files import sha256_of, write_whole
 from index.manifest import PartRecord, ShardRecord, SlicesRecord
 from index.mapped import map_tensors
@@ -17,9 +17,51 @@ from index.parts import part_folder
 Codes = UInt8[np.ndarray, "row slice byte"]
 
 
+FOLDER = "slices"
+"""Of all further slices in an index, or a link to where they are, e.g. on a slower disk."""
+
+
 def slices_path(part: Path, shard: int, first: int) -> Path:
     """Where shard ``shard`` of a part keeps its slices from number ``first`` on."""
-    return part / "slices" / f"{shard:05d}-{first:03d}.safetensors"
+    return part.parent.parent / FOLDER / part.name / f"{shard:05d}-{first:03d}.safetensors"
+
+
+def link_slices(index: Path, target: Path | None) -> None:
+    """Have the further slices of an index lie in another folder, from its first one on.
+
+    Args:
+        index: folder of the index.
+        target: empty or not there; None leaves them where they are, or are to be.
+
+    Raises:
+        IndexMismatch: the index has slices elsewhere, or ``target`` holds something else.
+        IndexMissing: they lie in a folder that is not there.
+    """
+    place = index / FOLDER
+    check_link(index)
+    if target is None or (place.is_symlink() and place.resolve() == target.resolve()):
+        return
+    if place.exists():
+        raise IndexMismatch(
+            f"The further slices of {index} lie in {place.resolve()} and stay there; leave "
+            f"--refine-dir out."
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise IndexMismatch(
+            f"{target} is no empty folder; choose one for the further slices of {index} alone."
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(target.resolve(), target_is_directory=True)
+
+
+def check_link(index: Path) -> None:
+    """Raise IndexMissing if the further slices lie in a folder that is not there."""
+    place = index / FOLDER
+    if place.is_symlink() and not place.exists():
+        raise IndexMissing(
+            f"The further slices of {index} lie in {place.readlink()}, which is not there; mount "
+            f"its disk, or have the link {place} lead to where they are now."
+        )
 
 
 def write_slices(part: Path, shard: int, first: int, codes: Codes) -> SlicesRecord:

@@ -74,6 +74,13 @@ def main(
             "then takes 32 KB an example; 1 takes 2 KB. More than an index has are added to it."
         ),
     ] = None,
+    refine_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where all codes but the scanned ones are to lie, e.g. on a slower disk; an empty "
+            "folder, which the index then has a link to."
+        ),
+    ] = None,
     append: Annotated[
         bool, typer.Option("--append", help="Add the corpus to the index that is there.")
     ] = False,
@@ -143,10 +150,14 @@ def main(
         return
     mode: Mode = "supersede" if supersede else "append" if append else "new"
     if shard_id is None and num_shards is None:
-        manifest = build_index(out, loaded, factors, source, chosen, show_progress, mode)
+        manifest = build_index(
+            out, loaded, factors, source, chosen, show_progress, mode, refine_dir
+        )
     else:
         worker = Worker(number=shard_id or 0, count=num_shards or 1)
-        share = build_share(out, loaded, factors, source, chosen, worker, show_progress, mode)
+        share = build_share(
+            out, loaded, factors, source, chosen, worker, show_progress, mode, refine_dir
+        )
         if share is None:
             stderr.print("This share is done; other workers' shards are not.", highlight=False)
             print_json({"out": str(out), "complete": False})

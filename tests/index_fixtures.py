@@ -136,6 +136,7 @@ class Workshop:
         loaded: LoadedModel | None = None,
         mode: Mode = "new",
         progress: Progress = no_progress,
+        refine: Path | None = None,
         **options: object,
     ) -> Manifest:
         """Build an index in ``folder``, of one slice if it is new; ``options`` change the usual."""
@@ -149,6 +150,7 @@ class Workshop:
             replace(self.options, **options),
             progress,
             mode,
+            refine,
         )
 
 

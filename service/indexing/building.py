@@ -32,6 +32,7 @@ from index.parts import (
     supersede,
 )
 from index.shards import find_receipt
+from index.slices import link_slices
 from service.coding import FACTORS_NAME, code_blocks, coded_index, further_bytes
 from service.indexing.corpus import CorpusSource, fingerprint_source
 from service.indexing.noise import measure_noise
@@ -111,6 +112,7 @@ def build_index(
     options: BuildOptions,
     progress: Progress = no_progress,
     mode: Mode = "new",
+    refine: Path | None = None,
 ) -> Manifest:
     """Build, or finish building, the index of a corpus in ``folder``.
 
@@ -127,6 +129,7 @@ def build_index(
         progress: shows the steps.
         mode: "append" adds the corpus to the index that is there, as a further part; "supersede"
             also deletes rows there that have the id of an appended row.
+        refine: where further slices are to lie; None: in the folder, or where they are.
 
     Raises:
         IndexMismatch: the factors belong to another model, or the folder holds a build with
@@ -138,6 +141,7 @@ def build_index(
     """
     build = _Build(folder, loaded, factors, source, options, mode)
     with exclusive(folder):
+        link_slices(folder, refine)
         remove_leftovers(folder)
         part, corpus = build.read(progress)
         build.run_shards(part, corpus, Worker(), progress)
@@ -155,6 +159,7 @@ def build_share(
     worker: Worker,
     progress: Progress = no_progress,
     mode: Mode = "new",
+    refine: Path | None = None,
 ) -> Manifest | None:
     """One worker's share of ``build_index``; all workers get the same arguments and one folder.
 
@@ -170,6 +175,7 @@ def build_share(
     build = _Build(folder, loaded, factors, source, options, mode)
     with exclusive(folder, f".worker-{worker.number}-of-{worker.count}.lock"):
         with exclusive(folder, wait=True):
+            link_slices(folder, refine)
             part, corpus = build.read(progress)
         build.run_shards(part, corpus, worker, progress)
         with exclusive(folder, wait=True):

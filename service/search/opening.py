@@ -23,7 +23,7 @@ from index.files import sha256_of
 from index.manifest import Manifest, ShardRecord
 from index.parts import example_files, kept_rows, part_folder
 from index.shards import read_shard
-from index.slices import SliceStore, check_slices
+from index.slices import SliceStore, check_link, check_slices
 from service.coding import FACTORS_NAME, OPERATORS_NAME, code_blocks
 from service.device_search import make_search_index
 from service.models import LoadedModel
@@ -114,6 +114,7 @@ def open_index(
     with loaded.turn:
         loaded = replace(loaded, coverage=find_layers(loaded.model, wanted))
     _check_model(manifest, loaded)
+    check_link(folder)
     for record in manifest.files:
         _check_file(folder / record.path, record.sha256)
     _, fitted, _ = load_factors(folder / FACTORS_NAME)

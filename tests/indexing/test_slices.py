@@ -13,7 +13,7 @@ import pytest
 
 from index.codes.signs import encode_signs, estimate_signs, estimate_slices, sign_bytes
 from index.editing import delete_rows, merge_indexes
-from index.errors import DiskFull, IndexCorrupt, IndexMismatch
+from index.errors import DiskFull, IndexCorrupt, IndexMismatch, IndexMissing
 from index.files import read_sealed, sha256_of, write_sealed
 from index.manifest import FILE_NAME, Manifest
 from index.slices import SliceStore
@@ -192,7 +192,7 @@ def test_a_disk_full_at_every_write_of_an_extension_is_resumable(workshop, tmp_p
 
 def test_a_damaged_file_of_slices_is_found_and_mended(workshop, sliced, tmp_path):
     workshop.build(tmp_path, slices=SLICES)
-    path = tmp_path / "parts/000/slices/00001-001.safetensors"
+    path = tmp_path / "slices/000/00001-001.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -302,3 +302,45 @@ def test_slices_that_were_drawn_otherwise_are_refused(workshop, sliced, tmp_path
     write_sealed(tmp_path / "earlier" / "slices.json", {"slices": SLICES})
     with pytest.raises((IndexMismatch, IndexCorrupt), match=r"drawn in a way|begun by another"):
         workshop.build(tmp_path / "earlier")
+
+
+# --- slices that lie elsewhere ------------------------------------------------------------------
+
+
+def test_further_slices_may_lie_in_another_folder(workshop, sliced, tmp_path):
+    first, second = halves(workshop, tmp_path)
+    index, elsewhere = tmp_path / "index", tmp_path / "disk" / "codes"
+    first.build(index, slices=SLICES, refine=elsewhere)
+    second.build(index, mode="append")
+    assert {path.name for path in elsewhere.iterdir()} == {"000", "001"}
+    rows = np.arange(120)
+    wanted = SliceStore(sliced, Manifest.read(sliced).parts).read(rows, SLICES - 1)
+    found = SliceStore(index, Manifest.read(index).parts).read(rows, SLICES - 1)
+    np.testing.assert_array_equal(found, wanted)
+    (elsewhere / "001" / ".00000.safetensors.1.tmp").write_bytes(b"left by a killed writer")
+    second.build(index, mode="append", refine=elsewhere)
+    assert not list(elsewhere.rglob(".*.tmp"))
+    assert open_index(index, workshop.loaded).slices is not None
+    merge_indexes(tmp_path / "merged", [index])
+    assert not (tmp_path / "merged" / "slices").is_symlink()
+
+
+def test_a_disk_that_is_not_there_is_named(workshop, tmp_path):
+    workshop.build(tmp_path / "index", slices=2, refine=tmp_path / "disk")
+    (tmp_path / "disk").rename(tmp_path / "gone")
+    with pytest.raises(IndexMissing, match="mount its disk"):
+        open_index(tmp_path / "index", workshop.loaded)
+    with pytest.raises(IndexMissing, match="mount its disk"):
+        workshop.build(tmp_path / "index")
+
+
+def test_slices_are_not_put_among_other_files_nor_moved(workshop, tmp_path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.tex").write_text("mine")
+    with pytest.raises(IndexMismatch, match="no empty folder"):
+        workshop.build(tmp_path / "index", slices=2, refine=taken)
+    workshop.build(tmp_path / "index", slices=2)
+    with pytest.raises(IndexMismatch, match="stay there"):
+        workshop.build(tmp_path / "index", slices=3, refine=tmp_path / "disk")
+    assert not (tmp_path / "disk").exists()
