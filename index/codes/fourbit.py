@@ -6,8 +6,8 @@ dimensions on, depending on the query (tests/index/test_onebit.py). This one cal
 (``faiss::accumulate_to_mem``, fast_scan.h) on ``PIECE`` bytes of codes at a time, with tables whose
 sums cannot overflow, and adds the pieces up in 32 bits.
 
-What the sixteen values of four bits stand for is the subclass' business: signs of four dimensions,
-or the place and sign of the largest of eight.
+What the sixteen values of four bits stand for is the subclass' business, e.g. signs of four
+dimensions.
 """
 
 import threading

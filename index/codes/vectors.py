@@ -8,7 +8,6 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from index.codes.biorthogonal import BiorthogonalIndex
 from index.codes.flat import FlatIndex, float16, float32
 from index.codes.lowrank import Block, LowRankIndex
 from index.codes.onebit import OneBitIndex
@@ -53,12 +52,10 @@ class VectorIndex(Protocol):
 
 CODES: dict[str, Callable[[int, int | None], VectorIndex]] = {
     "one-bit": OneBitIndex,
-    "biorthogonal": BiorthogonalIndex,
     "flat": partial(FlatIndex, float32),
     "half": partial(FlatIndex, float16),
 }
-"""Kinds of code: one bit a dimension (RaBitQ), half a bit (the largest of eight), float32 (the
-exact reference), float16."""
+"""Kinds of code: one bit a dimension (RaBitQ), float32 (the exact reference), float16."""
 
 LOW_RANK = "low-rank"
 """A further kind of code, of vectors that consist of blocks."""
@@ -66,14 +63,10 @@ LOW_RANK = "low-rank"
 KINDS = (*CODES, LOW_RANK)
 """All kinds of code."""
 
-DISTORTIONS = {"one-bit": math.pi / 2 - 1, "biorthogonal": 1.5154, "flat": 0.0, "half": 0.0}
+DISTORTIONS = {"one-bit": math.pi / 2 - 1, "flat": 0.0, "half": 0.0}
+"""Squared length of a code's error at right angles to a unit vector with normal coordinates."""
 LAWFUL = tuple(DISTORTIONS)
 """Kinds of code whose errors are those of a random sketch, so that its law bounds them."""
-"""Squared length of a code's error at right angles to a unit vector with normal coordinates.
-
-pi / 2 - 1 for signs (RaBitQ). For the largest of n = 8, n / m^2 - 1 with m = 1.78337 the mean of
-the largest of n absolute values of normal numbers.
-"""
 
 
 def make_index(

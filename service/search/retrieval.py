@@ -231,7 +231,7 @@ class Retriever:
             left = "the rows of the index" if kept is None else "the rows that the filters leave"
             raise BadQuery(f"k must be from 1 to {rows:,}, {left}; got {query.k}.")
         codes = self.index.manifest.codes
-        if query.tail == "hoeffding" and codes in ("biorthogonal", LOW_RANK):
+        if query.tail == "hoeffding" and codes == LOW_RANK:
             raise BadQuery(
                 f"Hoeffding's tail is known for signs of a sketch; this index has {codes} codes."
             )

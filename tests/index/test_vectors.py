@@ -34,18 +34,7 @@ def signs(codes: np.ndarray, dimensions: int) -> np.ndarray:
     return bits.astype(np.int8) * 2 - 1
 
 
-def largest(codes: np.ndarray, dimensions: int) -> np.ndarray:
-    """-1, 0 and +1 in biorthogonal codes: lower half of a byte first; place, then sign."""
-    size = 2 * (codes.shape[1] - 4)
-    halves = np.stack([codes[:, :-4] & 15, codes[:, :-4] >> 4], axis=2).reshape(len(codes), size)
-    rows = np.zeros((*halves.shape, 8), dtype=np.int8)
-    np.put_along_axis(
-        rows, (halves & 7)[..., None].astype(int), 1 - 2 * (halves >> 3)[..., None], 2
-    )
-    return rows.reshape(len(codes), 8 * size)[:, :dimensions]
-
-
-FEW = {"one-bit": 4, "biorthogonal": 8}
+FEW = 4
 """Coordinates that four bits stand for."""
 
 
@@ -56,38 +45,34 @@ def brute_force(kind: str, codes: np.ndarray, queries: np.ndarray) -> np.ndarray
         return wide @ codes.view("<f4").astype(np.float64).T
     if kind == "half":
         return wide @ codes.view("<f2").astype(np.float64).T
-    assert kind in FEW, f"add the brute force of the new kind of code '{kind}' here"
+    assert kind == "one-bit", f"add the brute force of the new kind of code '{kind}' here"
     factors = codes[:, -4:].copy().view("<f4").astype(np.float64)
-    decode = signs if kind == "one-bit" else largest
-    return wide @ (decode(codes, queries.shape[1]) * factors).T
+    return wide @ (signs(codes, queries.shape[1]) * factors).T
 
 
-def by_word(kind: str, query: np.ndarray) -> np.ndarray:
-    few = FEW[kind]
-    return np.pad(query.astype(np.float64), (0, -len(query) % (2 * few))).reshape(-1, few)
+def by_word(query: np.ndarray) -> np.ndarray:
+    return np.pad(query.astype(np.float64), (0, -len(query) % (2 * FEW))).reshape(-1, FEW)
 
 
-def reaches(kind: str, query: np.ndarray) -> np.ndarray:
+def reaches(query: np.ndarray) -> np.ndarray:
     """The largest value of each table."""
-    size = np.abs(by_word(kind, query))
-    return size.sum(1) if kind == "one-bit" else size.max(1)
+    return np.abs(by_word(query)).sum(1)
 
 
-def table_step(kind: str, query: np.ndarray) -> float:
+def table_step(query: np.ndarray) -> float:
     """Step of the tables: 8 bits an entry, 16 bits a sum over a piece."""
-    reach, size = reaches(kind, query), 2 * PIECE
+    reach, size = reaches(query), 2 * PIECE
     starts = range(0, len(reach), size)
     sums = [2 * reach[g : g + size].sum() / (65535 - size) for g in starts]
     span = 2 * reach.max()
     return span / (span / max(span / 255, *sums) // 4 * 4)
 
 
-def brute_force_of_tables(kind: str, codes: np.ndarray, query: np.ndarray) -> np.ndarray:
+def brute_force_of_tables(codes: np.ndarray, query: np.ndarray) -> np.ndarray:
     """What codes give for a query that is rounded as the tables round it, in float64."""
-    padded, step = by_word(kind, query), table_step(kind, query)
-    reach = reaches(kind, query)
-    decode = signs if kind == "one-bit" else largest
-    words = decode(codes, padded.size).reshape(len(codes), *padded.shape)
+    padded, step = by_word(query), table_step(query)
+    reach = reaches(query)
+    words = signs(codes, padded.size).reshape(len(codes), *padded.shape)
     entries = np.rint(((words * padded).sum(2) + reach) / step)
     assert entries.max(initial=0) <= 255
     factors = codes[:, -4:].copy().view("<f4").astype(np.float64).reshape(-1)
@@ -98,15 +83,14 @@ def tolerance(kind: str, query: np.ndarray) -> float:
     """What the inner product of a unit row may be off by, for a query of normal coordinates.
 
     float32 sums for flat and half. Tables are each off by at most half a step, uniformly, and a row
-    weighs each by its factor: at most 1.5 sqrt(pi / (2 k)) for signs here, 1.5 * 8 / (1.783 sqrt k)
-    for the largest of eight. Six standard deviations, or all of it if there are few tables.
+    weighs each by its factor: at most 1.5 sqrt(pi / (2 k)) here. Six standard deviations, or all of
+    it if there are few tables.
     """
-    if kind not in FEW:
+    if kind != "one-bit":
         return 2e-6 * float(np.linalg.norm(query))
-    tables = len(by_word(kind, query))
-    error = table_step(kind, query) * min(6 * math.sqrt(tables / 12), tables / 2)
-    weight = math.sqrt(math.pi / 2) if kind == "one-bit" else 8 / 1.783
-    return error * 1.5 * weight / math.sqrt(len(query))
+    tables = len(by_word(query))
+    error = table_step(query) * min(6 * math.sqrt(tables / 12), tables / 2)
+    return error * 1.5 * math.sqrt(math.pi / (2 * len(query)))
 
 
 @pytest.mark.parametrize("dimensions", [8, 12, 64, 100, 1000, 1024, 3000, 16384, 65536])
@@ -125,15 +109,15 @@ def test_inner_products_equal_brute_force_over_the_codes(kind, dimensions, rows)
     expected = brute_force(kind, codes, queries)
     for query, values, truth in zip(queries[:3], found[:3], expected[:3], strict=True):
         np.testing.assert_allclose(values, truth, rtol=0, atol=tolerance(kind, query))
-    if kind not in FEW:
+    if kind != "one-bit":
         np.testing.assert_allclose(found[3:], expected[3:], rtol=0, atol=2e-6 * dimensions**0.5)
         return
     # Coordinates of equal size are exact.
     np.testing.assert_allclose(found[3], expected[3], rtol=0, atol=1e-5 * dimensions**0.5)
     for query, values in zip(queries, found, strict=True):
         # At most an entry or two lies so near a half that float32 rounds it the other way.
-        slack = 3 * table_step(kind, query) + 1e-6 * np.abs(query).sum()
-        reference = brute_force_of_tables(kind, codes, query)
+        slack = 3 * table_step(query) + 1e-6 * np.abs(query).sum()
+        reference = brute_force_of_tables(codes, query)
         weight = codes[:, -4:].copy().view("<f4").max() if rows else 0
         np.testing.assert_allclose(values, reference, rtol=0, atol=slack * weight)
 
@@ -156,8 +140,7 @@ def test_the_top_rows_are_those_of_brute_force_but_for_rounding(kind, dimensions
         threshold = np.sort(truth)[::-1][len(rows) - 1]
         assert truth[rows].min() >= threshold - 2 * tolerance(kind, query)
     first = top_rows(index, queries[:1], 3)[0][0]
-    if dimensions > 12 or kind != "biorthogonal":  # two words tell few rows apart
-        assert first.tolist() == [3, 100, 200]
+    assert first.tolist() == [3, 100, 200]
 
 
 def test_there_are_no_top_rows_of_nothing():
@@ -177,7 +160,7 @@ def test_threads_and_batches_do_not_change_the_numbers(kind, dimensions):
         other, _ = filled(kind, x, threads)
         np.testing.assert_array_equal(other.scan(queries), one)
     singly = np.stack([index.inner_products(query) for query in queries])
-    if kind in FEW:
+    if kind == "one-bit":
         np.testing.assert_array_equal(singly, one)
     else:  # FAISS multiplies batches in another order
         np.testing.assert_allclose(singly, one, rtol=0, atol=1e-6)
@@ -245,28 +228,6 @@ def test_the_noise_of_each_kind_is_its_distortion(kind):
     nearer = x[:50] + 0.3 * unit_rows(50, 4096, seed=2)
     slopes = (index.scan(nearer)[:, :50].diagonal()) / (nearer * x[:50]).sum(1)
     assert np.mean(slopes) == pytest.approx(1, abs=0.005)
-
-
-def test_biorthogonal_codes_are_the_largest_of_eight():
-    x = unit_rows(50, 64)
-    x[7] = 0
-    index, codes = filled("biorthogonal", x)
-    found = largest(codes, 64).reshape(50, 8, 8)
-    eights = np.abs(x.reshape(50, 8, 8))
-    for row in range(50):
-        for group in range(8):
-            (place,) = np.flatnonzero(found[row, group])
-            assert eights[row, group, place] == eights[row, group].max()
-            if row != 7:
-                assert found[row, group, place] == np.sign(x[row, 8 * group + place])
-    np.testing.assert_allclose(
-        codes[:, -4:].copy().view("<f4")[:, 0],
-        np.where(np.arange(50) == 7, 0, 1 / np.maximum(eights.max(2).sum(1), 1e-9)),
-        rtol=1e-5,
-    )
-    np.testing.assert_array_equal(
-        index.decode(codes), found.reshape(50, 64) * codes[:, -4:].copy().view("<f4")
-    )
 
 
 @pytest.mark.parametrize("kind", CODES)

@@ -55,7 +55,7 @@ def test_an_index_scans_with_it_what_it_scans_without(kernel, monkeypatch):
             index.add(index.pack(part), len(part))
         found.append(index.scan(queries))
     np.testing.assert_allclose(found[0], found[1], atol=2e-3 * np.std(found[1]))
-    assert not DeviceIndex("biorthogonal", 200, "cpu").has_kernel
+    assert not DeviceIndex("half", 200, "cpu").has_kernel
 
 
 def test_a_kernel_that_fails_or_errs_is_not_used(kernel, monkeypatch):
