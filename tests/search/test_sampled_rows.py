@@ -146,3 +146,12 @@ def test_patience_never_ends_a_search_that_the_budget_can_certify():
         whole = searched(truth, proxies, replace(asked, patience=None))
         assert search.certificates[0].status in ("certified", "exhaustive")
         assert search.rescored == whole.rescored
+    certified = 0
+    for seed in range(5, 13):
+        truth, proxies = world(seed, 1.5)
+        asked = Query(k=K, budget=600, patience=100)
+        whole = searched(truth, proxies, replace(asked, patience=None))
+        if whole.certificates[0].status == "certified":
+            certified += 1
+            assert searched(truth, proxies, asked).rescored == whole.rescored
+    assert certified > 1
