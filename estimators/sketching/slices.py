@@ -17,6 +17,9 @@ TOGETHER = 16
 """Further slices that are cut from one sketch."""
 WIDER = 4
 """Rank of its first stage over that of the slice that is scanned: the root of ``TOGETHER``."""
+A_BUCKET = 16
+"""Entries of the first stage for each coordinate, at most: more layers get a smaller rank. Their
+errors average out, and a row's entries stay below 17 MB at 16,384 dimensions."""
 
 Sliced = list[tuple[Float[Tensor, "row dimension"], Float[Tensor, "row"]]]
 """Of each slice the rows' sketches, in a unit of its own, and their norms, see ``Sketch``."""
@@ -34,6 +37,7 @@ class SketchSlices:
         whitening: of each layer, by name.
         plan: of the first slice.
         count: of slices.
+        rank: of the wide sketches' first stage; None takes ``further_rank``.
     """
 
     def __init__(
@@ -42,12 +46,13 @@ class SketchSlices:
         whitening: Mapping[str, LayerWhitening],
         plan: SketchPlan,
         count: int,
+        rank: int | None = None,
     ) -> None:
         self._count = count
         self.first = Sketch(layers, whitening, plan)
-        rank = further_rank(plan)
+        self.rank = further_rank(plan, len(layers)) if rank is None else rank
         self._wide = [
-            Sketch(layers, whitening, plan.further(number, TOGETHER, rank))
+            Sketch(layers, whitening, plan.further(number, TOGETHER, self.rank))
             for number in range(math.ceil((count - 1) / TOGETHER))
         ]
 
@@ -85,9 +90,10 @@ class SketchSlices:
         return math.sqrt(variance) / count
 
 
-def further_rank(plan: SketchPlan) -> int:
-    """Rank of the first stage of further slices."""
-    return WIDER * plan.rank
+def further_rank(plan: SketchPlan, layers: int) -> int:
+    """Rank of the first stage of further slices, for so many layers."""
+    most = math.isqrt(A_BUCKET * TOGETHER * plan.dimensions // max(1, layers))
+    return min(WIDER * plan.rank, max(plan.rank, most))
 
 
 def _cut(found: Sequence[tuple[Tensor, Tensor]]) -> Sliced:

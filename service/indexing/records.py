@@ -6,7 +6,7 @@ from pathlib import Path
 
 from estimators.model.layers import Coverage
 from estimators.model.selection import LayerSelection
-from estimators.sketching.slices import SketchSlices, further_rank
+from estimators.sketching.slices import SketchSlices
 from index.files import sha256_of
 from index.manifest import EstimatorRecord, LookRecord, NoiseRecord, SketchRecord, SkippedRecord
 from service.coding import later_looks
@@ -55,7 +55,7 @@ def sketch_record(
         dimensions=sketch.plan.dimensions,
         rank=sketch.plan.rank,
         entries=sketch.entries,
-        further_rank=further_rank(sketch.plan) if len(sketches) > 1 else 0,
+        further_rank=sketches.rank if len(sketches) > 1 else 0,
         components=components,
         noise=noise[0],
         later=[LookRecord(slices=slices, noise=error) for slices, error in looks],

@@ -168,7 +168,8 @@ def _sketches(manifest: Manifest, loaded: LoadedModel, fitted: Factors) -> Sketc
         rank=manifest.sketch.rank,
         folded=manifest.codes != LOW_RANK,
     )
-    return SketchSlices(layers, whitening, plan, manifest.sketch.slices)
+    rank = manifest.sketch.further_rank or None
+    return SketchSlices(layers, whitening, plan, manifest.sketch.slices, rank)
 
 
 def _grounds_sha256(manifest: Manifest) -> str:

@@ -168,4 +168,11 @@ def test_wide_sketches_share_neither_frames_nor_folds(layers):
     plan = SketchPlan(seed=2, dimensions=64, rank=4)
     seeds = {plan.further(n, TOGETHER, 16).seed for n in range(16)} | {plan.seed}
     assert len(seeds) == 17
-    assert further_rank(plan) == WIDER * 4
+
+
+def test_many_layers_get_a_smaller_rank_but_none_below_the_first_slices():
+    plan = SketchPlan(seed=2, dimensions=16384, rank=64)
+    assert [further_rank(plan, layers) for layers in (1, 16, 64)] == [WIDER * 64] * 3
+    assert further_rank(plan, 210) == 141
+    assert 210 * further_rank(plan, 210) ** 2 <= 16 * TOGETHER * 16384
+    assert further_rank(plan, 100_000) == 64
