@@ -63,13 +63,13 @@ class TiledFold:
     """
 
     def __init__(self, entries: int, seed: int, dimensions: int, slices: int) -> None:
-        buckets = dimensions * slices
-        self._times = max(1, math.ceil(entries / buckets))
-        self.padded = self._times * buckets
+        buckets = self._buckets = dimensions * slices
+        times = max(1, math.ceil(entries / buckets))
+        self.padded = times * buckets
         tile = math.gcd(TILE, buckets)
         generator = np.random.Generator(np.random.Philox(key=[seed, 2**32]))
-        order = generator.permutation(self.padded // tile).reshape(self._times, -1)
-        signs = _signs(generator, self.padded).reshape(self._times, -1, tile)
+        order = generator.permutation(self.padded // tile).reshape(times, -1)
+        signs = _signs(generator, self.padded).reshape(times, -1, tile)
         self._near = Near()
         self._near.add("order", torch.from_numpy(order))
         self._near.add("signs", torch.from_numpy(signs))
@@ -81,19 +81,29 @@ class TiledFold:
     def __call__(self, blocks: Float[Tensor, "batch entry"]) -> Float[Tensor, "batch dimension"]:
         """The folded and rotated rows, slice after slice; a CPU takes them one by one."""
         at_once = 1 if blocks.device.type == "cpu" else max(1, len(blocks))
-        return torch.cat([self._folded(rows) for rows in torch.split(blocks, at_once)])
+        result = blocks.new_empty(len(blocks), self._buckets)
+        pairs = zip(torch.split(blocks, at_once), torch.split(result, at_once), strict=True)
+        for rows, into in pairs:
+            self._rotate(self._folded(rows), into)
+        return result
 
-    def _folded(self, blocks: Float[Tensor, "row entry"]) -> Float[Tensor, "row dimension"]:
-        names = ("order", "signs", "runs", "first", "second")
-        order, signs, runs, first, second = (self._near(name, blocks) for name in names)
-        padded = nn.functional.pad(blocks, (0, self.padded - blocks.shape[1]))
+    def _folded(self, blocks: Float[Tensor, "row entry"]) -> Float[Tensor, "row bucket"]:
+        order, signs = self._near("order", blocks), self._near("signs", blocks)
+        missing = self.padded - blocks.shape[1]
+        padded = nn.functional.pad(blocks, (0, missing)) if missing else blocks
         tiles = padded.view(len(blocks), -1, signs.shape[-1])
         buckets = blocks.new_zeros(len(blocks), *signs.shape[1:])
         for places, factors in zip(order, signs, strict=True):
             buckets.addcmul_(tiles.index_select(1, places), factors)
-        mixed = runs @ buckets.view(len(blocks), len(runs), -1)
-        rotated = first @ mixed.view(-1, len(first), len(second)) @ second
-        return rotated.reshape(len(blocks), -1)
+        return buckets.view(len(blocks), -1)
+
+    def _rotate(
+        self, buckets: Float[Tensor, "row bucket"], into: Float[Tensor, "row bucket"]
+    ) -> None:
+        runs, first, second = (self._near(name, buckets) for name in ("runs", "first", "second"))
+        mixed = runs @ buckets.view(len(buckets), len(runs), -1)
+        squares = mixed.view(-1, len(first), len(second))
+        torch.matmul(first @ squares, second, out=into.view(squares.shape))
 
 
 def hadamard(power: int) -> Float[Tensor, "n n"]:

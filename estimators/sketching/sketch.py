@@ -95,6 +95,7 @@ class Sketch:
         for number, layer in enumerate(layers):
             start = self._add_layer(number, layer, start)
         self._entries = start
+        self._kept = torch.empty(0, 0)
         self._fold = _fold(start, plan) if plan.folded else None
 
     def _add_layer(self, number: int, layer: LinearLayer, start: int) -> int:
@@ -210,9 +211,12 @@ class Sketch:
 
     def _fill(self, blocks: Tensor, layer: LinearLayer, a: Tensor, d: Tensor) -> None:
         left, right = (self._near(f"{layer.name} train {s}", a) for s in ("left", "right"))
-        inputs = apply_layer(left.T, a, layer.has_bias)
-        projected = torch.bmm(inputs.transpose(1, 2), d @ right.T)
-        blocks[:, self._slices[layer.name]] = projected.flatten(1).to(blocks)
+        inputs = apply_layer(left.T, a, layer.has_bias).transpose(1, 2)
+        place, gradients = blocks[:, self._slices[layer.name]], d @ right.T
+        if self.plan.slices > 1 and inputs.dtype == blocks.dtype:
+            torch.bmm(inputs, gradients, out=place.view(len(place), len(left), len(right)))
+        else:
+            place.copy_(torch.bmm(inputs, gradients).flatten(1))
 
     def _fill_terms(self, blocks: Tensor, layer: VocabularyLayer, terms: VocabularyTerms) -> None:
         right = self._near(f"{layer.name} train right", terms.empty(0))
@@ -243,6 +247,18 @@ class Sketch:
             block = self._near(f"{name} query left", rotated) @ rotated @ right.T
         blocks[:, self._slices[name]] = block.flatten(1).to(blocks)
 
+    def _blocks(self, rows: int, device: torch.device) -> Float[Tensor, "row padded"]:
+        """Zeros for the entries of so many rows.
+
+        Many of a wide sketch, in memory that is used again: to have it anew for each batch takes
+        longer than to fill it.
+        """
+        if self._fold is None or self.plan.slices == 1:
+            return torch.zeros(rows, self._entries, device=device)
+        if self._kept.device != device or len(self._kept) < rows:
+            self._kept = torch.zeros(rows, self._fold.padded, device=device)
+        return self._kept[:rows].zero_()
+
     def _folded(self, blocks: Float[Tensor, "row entry"]) -> Float[Tensor, "row dimension"]:
         return blocks if self._fold is None else self._fold(blocks)
 
@@ -269,7 +285,7 @@ def training_sketches(
 ) -> list[tuple[Float[Tensor, "batch dimension"], Float[Tensor, "batch"]]]:
     """``Sketch.training`` of several sketches of the same layers, by one pass through the model."""
     rows, device = len(batch.rows), batch.input_ids.device
-    blocks = [torch.zeros(rows, sketch.entries, device=device) for sketch in sketches]
+    blocks = [sketch._blocks(rows, device) for sketch in sketches]
 
     def visit(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
         a, d = widen(a), widen(d)
@@ -293,7 +309,7 @@ def query_sketches(
 ) -> list[tuple[Float[Tensor, "query dimension"], Float[Tensor, "query"]]]:
     """``Sketch.query`` of several sketches of the same layers, whose gradients are rotated once."""
     count, device = next((len(g), g.device) for g in directions.values())
-    blocks = [torch.zeros(count, sketch.entries, device=device) for sketch in sketches]
+    blocks = [sketch._blocks(count, device) for sketch in sketches]
     square = torch.zeros(count, dtype=torch.float64, device=device)
     for name, gradient in directions.items():
         rotated = sketches[0]._rotated(name, gradient)

@@ -99,7 +99,7 @@ def main(
         if before is not None:
             parts_of = (str(before / "runs/demo/model"), str(before / "runs/demo/index"))
             with serving(*parts_of, TOGETHER, before) as service:
-                rows = latencies(service, questions, each)
+                rows = latencies(service, questions, each, (1, TOGETHER))
             report["before"] = {"commit": revision(before), "latency": rows}
         with serving(model, index, TOGETHER) as service:
             report["latency"] = latencies(service, questions, each)
@@ -207,12 +207,15 @@ def throughput(measured: tuple[list[Reply], float]) -> float:
 
 
 def latencies(
-    service: Service, questions: Sequence[dict[str, Any]], each: int
+    service: Service,
+    questions: Sequence[dict[str, Any]],
+    each: int,
+    concurrencies: Sequence[int] = CONCURRENCIES,
 ) -> list[dict[str, Any]]:
     """Throughput and quantiles of the time to the answer, by concurrency."""
     asyncio.run(closed_loop(service, questions, 1, 8))  # what is computed only once
     rows = []
-    for concurrency in CONCURRENCIES:
+    for concurrency in concurrencies:
         measured = asyncio.run(closed_loop(service, questions, concurrency, each))
         times = [1000 * reply.seconds for reply in measured[0]]
         rows.append(
