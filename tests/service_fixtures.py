@@ -157,7 +157,8 @@ def rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {name: rounded(part) for name, part in value.items() if name != "seconds"}
+        measured = ("seconds", "seconds_to_certify")
+        return {name: rounded(part) for name, part in value.items() if name not in measured}
     return [rounded(part) for part in value] if isinstance(value, list) else value
 
 

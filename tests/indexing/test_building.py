@@ -149,29 +149,34 @@ def test_without_a_seed_one_is_drawn_and_kept(workshop, tmp_path):
 # --- interruption and repair ------------------------------------------------------------------
 
 
-def test_a_killed_build_resumes_and_ends_identical(workshop, built, nursery, tmp_path):
+@pytest.mark.parametrize("slices", [1, 3])
+def test_a_killed_build_resumes_and_ends_identical(workshop, built, nursery, tmp_path, slices):
+    folder, whole = tmp_path / "killed", built
+    if slices > 1:
+        whole = tmp_path / "whole"
+        workshop.build(whole, slices=slices)
     given = {
-        "folder": str(tmp_path),
+        "folder": str(folder),
         "model": str(workshop.model_folder),
         "factors": str(workshop.factors),
         "corpus": str(workshop.corpus),
-        "options": asdict(workshop.options),
+        "options": {**asdict(workshop.options), "slices": slices},
     }
     with nursery.start(BUILDER, "halted", json.dumps(given), quiet=True) as child:
         assert child.stdout.readline() == "one shard\n"
         child.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
-    before = inodes(tmp_path)
+    before = inodes(folder)
     assert sorted(before) == ["00000.json", "00000.safetensors"]
     with pytest.raises(IndexMissing, match="No complete index"):
-        open_index(tmp_path, workshop.loaded)
+        open_index(folder, workshop.loaded)
     # what a kill in the middle of a write leaves: a temporary file, and codes without a receipt
-    (tmp_path / PART / "shards" / ".00001.safetensors.1.tmp").write_bytes(b"half a sh")
-    codes_path(tmp_path / PART, 1).write_bytes(codes_path(built / PART, 1).read_bytes()[:-5])
-    workshop.build(tmp_path)
-    assert_same_files(tmp_path, built)
-    assert not {"00000.json", "00000.safetensors"} & rewritten(tmp_path, before)
-    open_index(tmp_path, workshop.loaded)
+    (folder / PART / "shards" / ".00001.safetensors.1.tmp").write_bytes(b"half a sh")
+    codes_path(folder / PART, 1).write_bytes(codes_path(whole / PART, 1).read_bytes()[:-5])
+    workshop.build(folder)
+    assert_same_files(folder, whole)
+    assert not {"00000.json", "00000.safetensors"} & rewritten(folder, before)
+    open_index(folder, workshop.loaded)
 
 
 def test_a_disk_full_at_every_write_is_resumable(workshop, tmp_path, monkeypatch):

@@ -286,7 +286,7 @@ def test_a_damaged_index_is_not_merged(halves, tmp_path):
 
 
 def share(workshop, folder, worker, source):
-    options = replace(workshop.options, rows_per_shard=10)
+    options = replace(workshop.options, rows_per_shard=10, slices=1)
     return build_share(folder, workshop.loaded, workshop.factors, source, options, worker)
 
 
@@ -297,6 +297,16 @@ def test_shares_built_in_any_order_end_like_one_build(workshop, whole, tmp_path,
     assert results[:2] == [None, None]
     assert results[2] == Manifest.read(whole)
     assert_same_files(tmp_path, whole)
+
+
+def test_shares_of_several_slices_end_like_one_build(workshop, whole, tmp_path):
+    source = CorpusSource(data=str(whole.parent / "a.jsonl"), id_column="id")
+    workshop.build(tmp_path / "once", source=source, rows_per_shard=10, slices=3)
+    options = replace(workshop.options, rows_per_shard=10, slices=3)
+    for number in (1, 0):
+        worker = Worker(number=number, count=2)
+        build_share(tmp_path / "shared", workshop.loaded, workshop.factors, source, options, worker)
+    assert_same_files(tmp_path / "shared", tmp_path / "once")
 
 
 def test_a_share_is_only_its_own_shards(workshop, whole, tmp_path):
@@ -320,7 +330,7 @@ def test_two_workers_at_the_same_time_share_a_folder(workshop, whole, nursery, t
         "model": str(workshop.model_folder),
         "factors": str(workshop.factors),
         "corpus": str(whole.parent / "a.jsonl"),
-        "options": {**vars(workshop.options), "rows_per_shard": 10},
+        "options": {**vars(workshop.options), "rows_per_shard": 10, "slices": 1},
     }
     with nursery.start(BUILDER, "share", json.dumps(given), quiet=True) as other:
         assert other.stdout.readline() == "ready\n"
