@@ -24,7 +24,7 @@ TABLES = ("README.md", MEASURED, "docs/pretrained.md")
 """Documents whose tables are of measurements."""
 
 NOT_RECORDED = {
-    "README.md": ("log p = -5.204 nats over 3 tokens",),
+    "README.md": ("log p = -5.306 nats over 3 tokens",),
     "docs/measured.md": ("15.0 minutes, 1.9 GB",),
     "docs/pretrained.md": (
         "24 minutes, 10.9 GB",
