@@ -229,8 +229,9 @@ def build() -> list[str]:
     first, second = ratios(record, "etymon", "build", 2).split(" and ")
     fit, kronfluence_fit = (ratios(beside, name, "fit", 1) for name in ("etymon", "kronfluence"))
     return [
-        f"{first} (layers of GPT-2-small's shapes) and {second} (the demo's model), with "
-        f"{record['machine']['instructions']} alone. On {day(beside)}, on another processor: "
+        f"{first} (layers of GPT-2-small's shapes) and {second} (the demo's model) for one slice, "
+        f"{ratios(record, 'etymon, 16 slices', 'build', 2)} for the usual sixteen. On "
+        f"{day(beside)}, on another processor and for one slice: "
         f"{ratios(beside, 'etymon', 'build', 2)}, Bergson {ratios(beside, 'bergson', 'build', 2)}",
         f"{ratios(record, 'etymon', 'fit', 1)}. On {day(beside)}: {fit}, kronfluence "
         f"{kronfluence_fit}",
@@ -256,6 +257,9 @@ def search() -> list[str]:
 def service() -> list[str]:
     record = newest("service", lambda r: "latency" in r)
     alone, eight = (one(record["latency"], concurrency=count) for count in (1, 8))
+    earlier, earlier_eight = (
+        one(record["before"]["latency"], concurrency=count) for count in (1, 8)
+    )
     flood, soak, fuzz = (
         newest("service", lambda r, part=part: part in r)[part]
         for part in ("overload", "soak", "fuzz")
@@ -264,9 +268,12 @@ def service() -> list[str]:
     tenth = soak["queries"] // 10
     return [
         "k = 10, default budget of 1,000 rows, one client",
-        f"p50 {alone['p50_ms'] / 1000:.1f} s, p95 {alone['p95_ms'] / 1000:.1f} s",
+        f"p50 {alone['p50_ms'] / 1000:.1f} s, p95 {alone['p95_ms'] / 1000:.1f} s; of the revision "
+        f"before, with 8 KB an example in one slice, {earlier['p50_ms'] / 1000:.1f} and "
+        f"{earlier['p95_ms'] / 1000:.1f} s",
         f"8 clients | {eight['throughput']:.2f} answers a second, {record['batching_gain']:.2f} "
-        f"times what one at a time gives; p95 {eight['p95_ms'] / 1000:.0f} s",
+        f"times what one at a time gives; p95 {eight['p95_ms'] / 1000:.0f} s; before, "
+        f"{earlier_eight['throughput']:.2f} a second and {earlier_eight['p95_ms'] / 1000:.0f} s",
         f"{flood['offered']} offered, {flood['accepted']} answered, {flood['refused']} refused "
         f"(99 % within {flood['refusal_p99_ms']:.0f} ms), {flood['lost']} lost, {flood['late']} "
         f"past their deadline of {flood['deadline_seconds']:.0f} s",
