@@ -310,6 +310,8 @@ def canned_answer(request: QueryRequest) -> QueryResponse:
         certificates=[c for side in sides for c in canned_certificates(request, side)],
         shares=[canned_share(side) for side in sides],
         partial=request.deadline is not None,
+        rows_to_certify=None if request.deadline is None else 2300,
+        seconds_to_certify=None if request.deadline is None else 4.2,
         rescored_rows=32,
         sampled_rows=128,
         rows=ROWS,

@@ -142,6 +142,16 @@ def test_a_question_is_answered(open_page: Open, service: CannedService) -> None
     assert len(service.asked) == 1
 
 
+def test_an_answer_that_is_not_certified_says_what_it_takes(open_page: Open) -> None:
+    driver = open_page()
+    driver.open_options()
+    driver.page.fill("[name=deadline]", "2")
+    driver.ask("The capital of Nepal is")
+    expect(driver.page.locator(".tools")).to_contain_text(
+        "Certifying it takes about 2,300 more rows, 4.20 s."
+    )
+
+
 def test_what_is_asked_by_default_is_what_the_service_takes_by_default(
     open_page: Open, service: CannedService
 ) -> None:

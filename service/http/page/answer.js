@@ -153,14 +153,23 @@ export function boundOf(bound, target, ofQueries = false) {
   };
 }
 
-/** How the answer was found, in one sentence. */
+/** What certifying an answer would take, where that is known; stored answers may not have it. */
+function wantingOf(answer) {
+  const seconds = answer.seconds_to_certify ?? null;
+  if (seconds === null) return "";
+  const rows = counted(answer.rows_to_certify, "more row");
+  return ` Certifying it takes about ${rows}, ${duration(seconds)}.`;
+}
+
+/** How the answer was found, in a sentence, and what certifying it would take. */
 export function effortOf(answer) {
   const seconds = Object.values(answer.seconds).reduce((sum, part) => sum + part, 0);
   return (
     `${count(answer.rescored_rows)} of ${counted(answer.rows, "row")} rescored and ` +
     `${count(answer.sampled_rows)} sampled, in ${duration(seconds)}; index ` +
     `\u201c${answer.index}\u201d, estimator ${estimatorText(answer.estimator, answer.parameters)}, ` +
-    `ranked by ${answer.ranking === "score" ? "score" : "normalised score"}, seed ${answer.seed}.`
+    `ranked by ${answer.ranking === "score" ? "score" : "normalised score"}, seed ${answer.seed}.` +
+    wantingOf(answer)
   );
 }
 
