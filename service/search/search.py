@@ -285,9 +285,10 @@ class Search:
         """
         return self._looks.inflations(*self._found.best(max(self.query.k, FEWEST_NEIGHBOURS)))
 
-    def _unscorable(self) -> int:
+    def _unscorable(self, *, drawn: bool = False) -> int:
+        """Rows that gave no finite score; with random ones that the search has not seen."""
         failed = self.shard.failed
-        seen = (self._found, self._drawn)
+        seen = (self._found, self._drawn) if drawn else (self._found,)
         lost = np.concatenate([found.rows[np.isnan(found.scores)] for found in seen])
         return int(failed.sum()) + len(np.unique(lost[~failed[lost]]))
 
@@ -308,7 +309,7 @@ class Search:
             inflation=inflations[0],
             rows=len(shard),
             rescored=int(self.scored.sum()),
-            unscorable=self._unscorable(),
+            unscorable=self._unscorable(drawn=True),
             check=check,
             lawful=shard.lawful,
         )
@@ -349,14 +350,14 @@ class Search:
     def _calibration_certificate(self) -> Certificate:
         query, calibration = self.query, self._calibration
         assert calibration is not None
-        misses = allowed_misses(query.k, query.recall) - self._unscorable()
+        misses = allowed_misses(query.k, query.recall) - self._unscorable(drawn=True)
         stale = calibration.stale(query)
         needed = [] if stale else calibration.needed(query.k, query.ranking, misses)
         evidence = CalibrationEvidence(
             needed=needed,
             reached=self._reached(self.scored, slack=True),
             unit=self.shard.unit,
-            unscorable=self._unscorable(),
+            unscorable=self._unscorable(drawn=True),
             stale=stale,
         )
         return certify_calibration(evidence, query.k, query.recall, query.confidence)

@@ -46,9 +46,11 @@ def test_which_rows_are_rescored_does_not_depend_on_the_random_ones():
     assert len(drawn) > 30
     other = truth.copy()
     other[drawn] += np.linspace(-0.3, 0.3, len(drawn))  # small enough for the noise's check
+    other[drawn[:3]] = np.nan
     again = searched(other, proxies, asked)
     np.testing.assert_array_equal(search._before_audit, again._before_audit)
     assert search.rescored == again.rescored
+    assert again.certificates[0].observed["unscorable_rows"] == 3
 
 
 def test_a_random_row_that_is_wanted_is_not_scored_twice():
