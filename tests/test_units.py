@@ -26,7 +26,7 @@ SEEN = sorted(
 
 MEASURED = (
     # log-probabilities, their sums and differences
-    r"log p = -5\.204 nats over 3 tokens",
+    r"log p = -5\.306 nats over 3 tokens",
     r"log p\(\w+ \| prompt\), (in )?nats",
     r"f\(q\) = log p\(completion \| prompt\)`, in nats",
     r"nats; the sum over terms of weight times log p",
