@@ -19,7 +19,7 @@ def sign_bytes(dimensions: int) -> int:
 
 
 def encode_signs(
-    rows: Float[np.ndarray, "row dimension"], scales: Float[np.ndarray, "row"] | None = None
+    rows: Float[np.ndarray, "row dimension"], lengths: Float[np.ndarray, "row"] | None = None
 ) -> UInt8[np.ndarray, "row byte"]:
     """Codes of rows, each by itself: bits in order of dimension, factor ``|x|^2 / |x|_1``.
 
@@ -28,7 +28,7 @@ def encode_signs(
 
     Args:
         rows: to be encoded.
-        scales: what their estimates are to be multiplied by; 1 each if left out.
+        lengths: that they are to have, whatever they have; their own if left out.
 
     Raises:
         ValueError: a row has a NaN or infinite entry.
@@ -37,8 +37,9 @@ def encode_signs(
     absolute, square = np.abs(x).sum(1), np.einsum("rd,rd->r", x, x)
     if not np.isfinite(square).all():
         raise ValueError("Cannot encode rows with NaN or infinite entries; leave them out.")
+    if lengths is not None:
+        square = np.sqrt(square) * lengths.astype(np.float32)
     factors = np.divide(square, absolute, out=np.zeros_like(absolute), where=absolute > 0)
-    factors = factors if scales is None else factors * scales.astype(np.float32)
     return with_factors(np.packbits(x > 0, axis=1, bitorder="little"), factors, rows.shape[1])
 
 

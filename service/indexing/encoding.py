@@ -112,11 +112,9 @@ def encode_further(
     """
     codes = []
     for x, norm in sketched:
-        length = np.sqrt(np.einsum("rd,rd->r", x, x)) * norms
-        usable = np.isfinite(norm) & np.isfinite(length) & (length > 0)
+        usable = np.isfinite(norm) & (norms > 0)
         x[~usable] = 0
-        scales = np.divide(norm, length, out=np.zeros_like(norm), where=usable)
-        codes.append(encode_signs(x, scales))
+        codes.append(encode_signs(x, np.divide(norm, norms, out=0 * norms, where=usable)))
     return np.stack(codes, axis=1)
 
 

@@ -8,25 +8,13 @@ import torch
 
 from estimators.model.layers import find_layers
 from estimators.model.tokens import collate
+from estimators.operators.identity import Identity
 from estimators.sketching.folding import TILE, TiledFold, hadamard
 from estimators.sketching.sketch import Sketch, SketchPlan
 from estimators.sketching.slices import TOGETHER, WIDER, SketchSlices, further_rank
-from estimators.sketching.whitening import LayerWhitening
 
 DRAWS = 150
 ROWS = 12
-
-
-def whitened(layers) -> dict[str, LayerWhitening]:
-    return {
-        layer.name: LayerWhitening(
-            left_basis=None,
-            right_basis=None,
-            left_scale=torch.ones(layer.in_features),
-            right_scale=torch.ones(layer.out_features),
-        )
-        for layer in layers
-    }
 
 
 def pairs(layers) -> dict[str, torch.Tensor]:
@@ -89,7 +77,7 @@ def test_wide_sketches_are_unbiased(layers, rank):
     estimates = []
     for seed in range(DRAWS):
         plan = SketchPlan(seed=seed, dimensions=32, rank=rank, slices=8)
-        x = Sketch(layers, whitened(layers), plan).query(gradients)[0]
+        x = Sketch(layers, Identity().whitening(layers, 0.1), plan).query(gradients)[0]
         estimates.append(x @ x.T)
     found = torch.stack(estimates)
     error = (found.mean(0) - exact).abs() / (found.std(0) / DRAWS**0.5)
@@ -112,7 +100,7 @@ def test_the_mean_over_slices_errs_as_predicted(layers, used):
     errors = []
     for seed in range(60):
         plan = SketchPlan(seed=seed, dimensions=32, rank=1000, slices=16)
-        sketch = Sketch(layers, whitened(layers), plan)
+        sketch = Sketch(layers, Identity().whitening(layers, 0.1), plan)
         x = sketch.query(gradients)[0].view(ROWS, 16, -1)[:, :used].flatten(1)
         x = x / x.norm(dim=1, keepdim=True)
         errors.append((x @ x.T)[others] - exact)
@@ -121,7 +109,9 @@ def test_the_mean_over_slices_errs_as_predicted(layers, used):
 
 
 def test_noise_of_several_wide_sketches_adds_up(layers):
-    slices = SketchSlices(layers, whitened(layers), SketchPlan(seed=0, dimensions=64, rank=4), 40)
+    slices = SketchSlices(
+        layers, Identity().whitening(layers, 0.1), SketchPlan(seed=0, dimensions=64, rank=4), 40
+    )
     assert slices.predicted_noise(1) == slices.first.predicted_noise()
     falling = [slices.predicted_noise(count) for count in (1, 4, 16, 17, 33, 40)]
     assert falling == sorted(falling, reverse=True)
@@ -133,7 +123,7 @@ def test_noise_of_several_wide_sketches_adds_up(layers):
 
 def test_a_slice_does_not_depend_on_how_many_there_are(gpt2, layers, sequences):
     plan, batch = SketchPlan(seed=2, dimensions=64, rank=4), collate(sequences)
-    model, white = gpt2.float(), whitened(layers)
+    model, white = gpt2.float(), Identity().whitening(layers, 0.1)
     many = SketchSlices(layers, white, plan, 2 + 2 * TOGETHER)
     trained = many.training(model, batch)
     assert len(trained) == len(many) == 2 + 2 * TOGETHER
@@ -158,8 +148,10 @@ def test_a_slice_does_not_depend_on_how_many_there_are(gpt2, layers, sequences):
 
 def test_the_first_slice_is_the_sketch_that_an_index_of_one_has(gpt2, layers, sequences):
     plan, batch = SketchPlan(seed=2, dimensions=64, rank=4), collate(sequences)
-    alone = Sketch(layers, whitened(layers), plan).training(gpt2.float(), batch)
-    first = SketchSlices(layers, whitened(layers), plan, 5).training(gpt2.float(), batch)[0]
+    alone = Sketch(layers, Identity().whitening(layers, 0.1), plan).training(gpt2.float(), batch)
+    first = SketchSlices(layers, Identity().whitening(layers, 0.1), plan, 5).training(
+        gpt2.float(), batch
+    )[0]
     assert torch.equal(alone[0], first[0])
     assert torch.equal(alone[1], first[1])
 

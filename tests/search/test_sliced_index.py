@@ -189,7 +189,7 @@ def test_redrawn_slices_of_real_gradients_keep_the_stated_confidence(retriever, 
         sketches = SketchSlices(layers, whitening, plan, SLICES)
         trained = [(x.numpy(), norm.numpy()) for x, norm in sketches.training(model, batch)]
         psi = sketches.query(stacked)
-        first = encode_signs(trained[0][0], 1 / np.linalg.norm(trained[0][0], axis=1))
+        first = encode_signs(trained[0][0], np.ones(ROWS))
         codes = [first, *encode_further(trained[1:], index.norms).swapaxes(0, 1)]
         cosines = [
             estimate_signs(code, (y / y.norm(dim=1, keepdim=True)).numpy())
