@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from estimators.model.gradients import Gradients
 from estimators.model.layers import LinearLayer
-from estimators.model.tokens import Sequence1D
+from estimators.model.tokens import Sequence1D, Spans
 
 
 class Unavailable(ValueError):  # noqa: N818 - named for what is wrong
@@ -59,9 +59,18 @@ class Examples(Protocol):
         """What the model read."""
         ...
 
+    def counted(self, row: int) -> Spans | None:
+        """Which of these tokens its trainer's loss counted; None for all but the first."""
+        ...
+
     def texts(self) -> list[str]:
         """What a person reads, of all rows in order."""
         ...
+
+
+def training_sequence(examples: Examples, row: int) -> Sequence1D:
+    """A training example as its trainer saw it: what the model reads, and what of it counts."""
+    return Sequence1D(tokens=examples.tokens(row), counted=examples.counted(row))
 
 
 class Cache(Protocol):

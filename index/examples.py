@@ -24,6 +24,8 @@ SCHEMA = pa.schema(
         ("metadata", pa.string()),
     ]
 )
+COUNTED = pa.field("counted", pa.list_(pa.int32()))
+"""Ends of the stretches of tokens that count, one after another; only in files that need it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,8 @@ class Example:
         document: the document it is a part of; its own id unless the corpus says otherwise.
         text: what ``tokens`` encode.
         tokens: token ids.
+        counted: stretches of tokens whose loss the trainer counted, each from its first to before
+            its second number; None for all but the first token, which nothing precedes.
         metadata: the corpus' further columns, JSON values.
     """
 
@@ -42,6 +46,7 @@ class Example:
     document: str
     text: str
     tokens: tuple[int, ...]
+    counted: tuple[tuple[int, int], ...] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
@@ -64,10 +69,14 @@ def serialise_examples(examples: Sequence[Example]) -> bytes:
         [list(e.tokens) for e in examples],
         [json.dumps(e.metadata, ensure_ascii=False, sort_keys=True) for e in examples],
     ]
-    arrays = [pa.array(c, type=f.type) for c, f in zip(columns, SCHEMA, strict=True)]
+    schema = SCHEMA
+    if any(e.counted is not None for e in examples):
+        schema = schema.append(COUNTED)
+        columns.append([e.counted and list(itertools.chain(*e.counted)) for e in examples])
+    arrays = [pa.array(c, type=f.type) for c, f in zip(columns, schema, strict=True)]
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
     return bytes(sink.getvalue())
 
 
@@ -93,7 +102,9 @@ class ExampleStore:
                 raise IndexCorrupt(
                     f"{path} is missing or not an Arrow file ({error}); run the build again."
                 ) from error
-        self._table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+        self._table = (
+            pa.concat_tables(tables, promote_options="default") if tables else SCHEMA.empty_table()
+        )
         self._stored: np.ndarray | None = None if keep is None else np.flatnonzero(keep)
 
     def __len__(self) -> int:
@@ -108,6 +119,7 @@ class ExampleStore:
             document=values["document"],
             text=values["text"],
             tokens=tuple(values["tokens"]),
+            counted=_pairs(values.get(COUNTED.name)),
             metadata=json.loads(values["metadata"]),
         )
 
@@ -152,6 +164,12 @@ class ExampleStore:
         """Token ids of one row."""
         return tuple(self._table.column("tokens")[self._stored_row(row)].as_py())
 
+    def counted(self, row: int) -> tuple[tuple[int, int], ...] | None:
+        """Stretches of tokens of one row that count; None for all but the first token."""
+        if COUNTED.name not in self._table.column_names:
+            return None
+        return _pairs(self._table.column(COUNTED.name)[self._stored_row(row)].as_py())
+
     def token_bytes(self) -> Iterator[bytes]:
         """Token ids of every row in order, as 32-bit integers in little-endian order."""
         column = self._table.column("tokens")
@@ -194,3 +212,9 @@ class ExampleStore:
             return stored
         rows: np.ndarray = np.flatnonzero(np.isin(self._stored, stored))
         return rows
+
+
+def _pairs(ends: Sequence[int] | None) -> tuple[tuple[int, int], ...] | None:
+    if ends is None:
+        return None
+    return tuple(zip(ends[::2], ends[1::2], strict=True))

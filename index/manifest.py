@@ -146,6 +146,30 @@ class LossRecord(Record):
     unknown: int = 0
 
 
+class ReadingRecord(Record):
+    """How the rows of a corpus were read, where they are no plain texts.
+
+    Attributes:
+        format: what a row is: "text", "messages", "prompt-completion" or "tokens".
+        columns: names of columns, by role, that are not the usual ones.
+        append_eos: whether texts and completions end with the tokenizer's end of text.
+        overlap: tokens that a window repeats of the one before, as context that does not count.
+        truncate: whether rows that are too long were cut off.
+        counted_tokens: of all rows, those whose loss counts.
+        merged_rows: whose prompt and completion share a token, which counts.
+        truncated_rows: that were cut off.
+    """
+
+    format: str
+    columns: dict[str, str] = {}
+    append_eos: bool = False
+    overlap: int = 0
+    truncate: bool = False
+    counted_tokens: int
+    merged_rows: int = 0
+    truncated_rows: int = 0
+
+
 class DataRecord(Record):
     """A corpus: where it came from and what it holds.
 
@@ -154,13 +178,14 @@ class DataRecord(Record):
         sha256: over the ids and tokens of all rows in order.
         documents: number of different ones, each counted where its rows are consecutive.
         rows: windows counted singly.
-        empty_rows: rows without a token to predict, hence no gradient: kept, scored 0, never found.
+        empty_rows: rows of which no token counts, hence no gradient: kept, scored 0, never found.
         null_rows: rows whose text was null or NaN; kept as empty.
         replaced_rows: rows whose text holds U+FFFD, the mark of bytes that are not UTF-8.
-        duplicate_rows: rows with the same tokens as an earlier one; kept.
+        duplicate_rows: rows with the same tokens, counted alike, as an earlier one; kept.
         tokens: of all rows.
         max_tokens: longest window.
         loss: of the model on some of the rows; None in indexes that are older than this record.
+        reading: how rows were read; None for plain texts.
     """
 
     source: str
@@ -174,6 +199,11 @@ class DataRecord(Record):
     tokens: int
     max_tokens: int
     loss: LossRecord | None = None
+    reading: ReadingRecord | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_reading(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return left_out_if_empty(dump(self), "reading")
 
 
 class FailedRow(Record):

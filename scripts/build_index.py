@@ -47,6 +47,11 @@ def main(
     document_column: options.DocumentColumn = None,
     metadata_column: options.MetadataColumn = None,
     limit: options.Limit = None,
+    row_format: options.RowFormat = None,
+    column: options.Column = None,
+    append_eos: options.AppendEos = False,
+    overlap: options.Overlap = 0,
+    truncate: options.Truncate = False,
     max_tokens: Annotated[
         int | None, typer.Option(help="Cut longer texts into windows of so many tokens.")
     ] = None,
@@ -128,7 +133,18 @@ def main(
     for note in loaded.notes:
         print_plain(note)
     source = options.corpus_source(
-        data, split, text_column, id_column, document_column, metadata_column, limit
+        data,
+        split=split,
+        text_column=text_column,
+        id_column=id_column,
+        document_column=document_column,
+        metadata_column=metadata_column,
+        limit=limit,
+        row_format=row_format,
+        column=column,
+        append_eos=append_eos,
+        overlap=overlap,
+        truncate=truncate,
     )
     chosen = BuildOptions(
         max_tokens=max_tokens,

@@ -48,6 +48,11 @@ def main(
     split: options.Split = "train",
     text_column: options.TextColumn = "text",
     limit: options.Limit = None,
+    row_format: options.RowFormat = None,
+    column: options.Column = None,
+    append_eos: options.AppendEos = False,
+    overlap: options.Overlap = 0,
+    truncate: options.Truncate = False,
     max_tokens: Annotated[
         int | None, typer.Option(help="Cut longer texts into windows of so many tokens.")
     ] = None,
@@ -83,7 +88,20 @@ def main(
         gradient_checkpointing=gradient_checkpointing,
     )
     show_model(loaded)
-    source = options.corpus_source(data, split, text_column, None, None, [], limit)
+    source = options.corpus_source(
+        data,
+        split=split,
+        text_column=text_column,
+        id_column=None,
+        document_column=None,
+        metadata_column=[],
+        limit=limit,
+        row_format=row_format,
+        column=column,
+        append_eos=append_eos,
+        overlap=overlap,
+        truncate=truncate,
+    )
     chosen = FitOptions(
         estimator=estimator,
         examples=examples,

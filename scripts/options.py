@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 if TYPE_CHECKING:  # they import torch or datasets, which take seconds
     from service.checkpoints import ModelSource
-    from service.indexing.corpus import CorpusSource
+    from service.corpus.source import CorpusSource, Format
 
 Model = Annotated[
     str,
@@ -94,6 +94,42 @@ MetadataColumn = Annotated[
     list[str] | None,
     typer.Option(help="Column to keep beside the text; may be repeated. All others by default."),
 ]
+RowFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        help="What a row is: text; messages (a conversation, of which the assistant's turns "
+        "count); prompt-completion (the completion counts); tokens (input_ids, with labels -100 "
+        "where a token does not count). Told by the columns if not given.",
+    ),
+]
+Column = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="ROLE=NAME where a column has not its usual name, e.g. messages=conversations; a dot "
+        "leads into a nested column. May be repeated. Roles: text, messages, tools, prompt, "
+        "completion, input_ids, labels, attention_mask, position_ids, seq_lengths."
+    ),
+]
+AppendEos = Annotated[
+    bool,
+    typer.Option("--append-eos", help="End each text and completion with the end-of-text token."),
+]
+Overlap = Annotated[
+    int,
+    typer.Option(
+        help="Tokens that a window repeats of the one before; they are its context and do not "
+        "count twice."
+    ),
+]
+Truncate = Annotated[
+    bool,
+    typer.Option(
+        "--truncate",
+        help="Cut rows off after --max-tokens, as trainers do, instead of reading what follows as "
+        "further windows.",
+    ),
+]
 Limit = Annotated[int | None, typer.Option(help="Read only this many rows.")]
 TokenBudget = Annotated[
     int,
@@ -129,15 +165,25 @@ def model_source(
 
 def corpus_source(
     data: str,
+    *,
     split: str,
     text_column: str,
     id_column: str | None,
     document_column: str | None,
     metadata_column: list[str] | None,
     limit: int | None,
+    row_format: str | None,
+    column: list[str] | None,
+    append_eos: bool,
+    overlap: int,
+    truncate: bool,
 ) -> "CorpusSource":
-    """The corpus that the options name."""
-    from service.indexing.corpus import CorpusSource
+    """The corpus that the options name.
+
+    Raises:
+        ValueError: a column is not named as ROLE=NAME, or options exclude each other.
+    """
+    from service.corpus.source import CorpusSource
 
     return CorpusSource(
         data=data,
@@ -147,7 +193,24 @@ def corpus_source(
         document_column=document_column,
         metadata_columns=tuple(metadata_column) if metadata_column else None,
         limit=limit,
+        format=cast("Format | None", row_format),
+        columns=_named_columns(column or []),
+        append_eos=append_eos,
+        overlap=overlap,
+        truncate=truncate,
     )
+
+
+def _named_columns(given: list[str]) -> dict[str, str]:
+    found = {}
+    for one in given:
+        role, equals, name = one.partition("=")
+        if not (role and equals and name):
+            raise ValueError(
+                f"A column is named as ROLE=NAME, e.g. messages=conversations; got '{one}'."
+            )
+        found[role] = name
+    return found
 
 
 def read_queries(path: Path, limit: int | None = None) -> list[tuple[str, str | None]]:

@@ -71,6 +71,12 @@ class LoadedModel:
         """Where the weights are."""
         return next(self.model.parameters()).device
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the embeddings know, those that no text has included."""
+        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        return int(getattr(embeddings, "num_embeddings", len(embeddings.weight)))
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as the model reads a training example, special tokens included."""
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]

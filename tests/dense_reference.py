@@ -67,6 +67,9 @@ def loss(model: nn.Module, sequence: Sequence1D, labels: Sequence[int] | None = 
     logs = log_probabilities(model, sequence)
     total = torch.zeros((), dtype=torch.float64)
     for target in range(sequence.first_target, len(sequence.tokens)):
+        spans = sequence.counted
+        if spans is not None and not any(start <= target < stop for start, stop in spans):
+            continue
         total = total - logs[target - 1, int(labels[target - 1])]
     return total
 

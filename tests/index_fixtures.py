@@ -23,8 +23,9 @@ from estimators.model.tokens import Sequence1D
 from estimators.storage import serialise_factors
 from index.files import write_whole
 from index.manifest import Manifest
+from service.corpus.reading import read_examples
+from service.corpus.source import CorpusSource
 from service.indexing.building import BuildOptions, Mode, build_index
-from service.indexing.corpus import CorpusSource, read_examples
 from service.models import LoadedModel, load_model
 
 CONTEXT = 32

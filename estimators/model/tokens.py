@@ -2,11 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+Spans: TypeAlias = tuple[tuple[int, int], ...]
+"""Stretches of tokens, each from its first to before its second number; ascending, apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,12 +21,15 @@ class Sequence1D:
         tokens: token ids.
         first_target: index of the first token whose log-likelihood counts; at least 1, since
             nothing precedes token 0. A training example has 1, a query the length of its prompt.
+        counted: those of them that count; None for all. A trainer counts an assistant's turns, or
+            the completion of a prompt.
         row: the example's row number; sampled labels are drawn per row, so that batching cannot
             change them.
     """
 
     tokens: tuple[int, ...]
     first_target: int = 1
+    counted: Spans | None = None
     row: int = 0
 
     def __post_init__(self) -> None:
@@ -35,7 +42,17 @@ class Sequence1D:
     @property
     def targets(self) -> int:
         """How many tokens count; 0 for a sequence that is too short to predict anything."""
-        return max(0, len(self.tokens) - self.first_target)
+        return sum(stop - start for start, stop in self.target_spans)
+
+    @property
+    def target_spans(self) -> Spans:
+        """The tokens that count, of which token 0 is none."""
+        length = len(self.tokens)
+        cut = [
+            (max(start, self.first_target), min(stop, length))
+            for start, stop in (((0, length),) if self.counted is None else self.counted)
+        ]
+        return tuple((start, stop) for start, stop in cut if start < stop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +105,8 @@ def collate(sequences: Sequence[Sequence1D]) -> TokenBatch:
     for i, sequence in enumerate(sequences):
         length = len(sequence.tokens)
         ids[i, :length] = torch.tensor(sequence.tokens, dtype=torch.long)
-        mask[i, sequence.first_target : length] = True
+        for start, stop in sequence.target_spans:
+            mask[i, start:stop] = True
     return TokenBatch(
         input_ids=ids, target_mask=mask, rows=tuple(sequence.row for sequence in sequences)
     )

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from estimators.model.tokens import Sequence1D
 from scripts.bench.record import write_record
 from scripts.console import one_sentence_errors, print_json, show_progress, stderr
 from service.checkpoints import ModelSource, UnusableModel
@@ -67,7 +68,7 @@ def _measure(found: dict[str, tuple[Path, Path]], model: str, tokenizer: str) ->
     sample = TextSample()
     with corpus.open(encoding="utf-8") as file:
         for line in file:
-            sample.add(loaded.encode(json.loads(line)["text"]))
+            sample.add(Sequence1D(tokens=tuple(loaded.encode(json.loads(line)["text"]))))
     loss = measure_loss(loaded, sample)
     assert loss is not None
     share = loss.mean / loss.uniform

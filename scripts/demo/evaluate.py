@@ -12,6 +12,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from estimators.grounds import training_sequence
 from estimators.model.tokens import Sequence1D
 from estimators.scorers.bm25 import BM25
 from index.codes.vectors import best_rows
@@ -212,7 +213,7 @@ def _gains(
     def gain(number: int, rows: np.ndarray) -> float:
         key = (number, *sorted(int(row) for row in rows[:DEPTH]))
         if key not in known:
-            examples = [Sequence1D(tokens=retriever.index.examples.tokens(r)) for r in key[1:]]
+            examples = [training_sequence(retriever.index.examples, r) for r in key[1:]]
             known[key] = patch.gain(asked[number].sequence, examples)
         return known[key]
 

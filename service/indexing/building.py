@@ -34,7 +34,7 @@ from index.parts import (
 from index.shards import find_receipt
 from index.slices import link_slices
 from service.coding import FACTORS_NAME, code_blocks, coded_index, further_bytes
-from service.indexing.corpus import CorpusSource, fingerprint_source
+from service.corpus.source import CorpusSource, fingerprint_source
 from service.indexing.noise import measure_noise
 from service.indexing.plan import settle_plan, settle_slices
 from service.indexing.plausibility import tell_loss

@@ -26,7 +26,8 @@ from estimators.registry import factors_class
 from estimators.storage import fingerprint_tensors, serialise_factors
 from index.errors import DiskFull, IndexMismatch
 from index.files import exclusive, write_whole
-from service.indexing.corpus import CorpusSource, read_examples
+from service.corpus.reading import read_examples
+from service.corpus.source import CorpusSource
 from service.indexing.plausibility import TextSample, measure_loss, tell_loss
 from service.models import LoadedModel
 
@@ -94,7 +95,7 @@ def fit_factors(
     sequences = draw_sequences(loaded, source, options)
     sample = TextSample()
     for sequence in sequences:
-        sample.add(sequence.tokens)
+        sample.add(sequence)
     tell_loss(measure_loss(loaded, sample))
     facts = {
         "model_sha256": loaded.model_sha256,
@@ -139,11 +140,15 @@ def draw_sequences(
     everything = list(read_examples(source, loaded, options.max_tokens or loaded.context))
     generator = np.random.default_rng(options.seed)
     chosen = np.sort(generator.permutation(len(everything))[: options.examples])
-    drawn = [Sequence1D(tokens=everything[i].tokens, row=int(i)) for i in chosen]
-    if all(len(sequence.tokens) < 2 for sequence in drawn):
+    drawn = [
+        Sequence1D(tokens=everything[i].tokens, counted=everything[i].counted, row=int(i))
+        for i in chosen
+    ]
+    if not any(sequence.targets for sequence in drawn):
         raise ValueError(
             f"There is nothing to fit on: of {len(everything)} examples {len(drawn)} were drawn, "
-            f"none of which has two tokens. Fit on more examples, or take the empty ones out."
+            f"none of which has two tokens of which the second counts. Fit on more examples, or "
+            f"take the empty ones out."
         )
     return drawn
 
@@ -157,7 +162,8 @@ def _belongs(
     """Everything that the bits of the sums depend on but the number of threads."""
     digest = hashlib.sha256()
     for sequence in sequences:
-        digest.update(f"{sequence.row}:{sequence.tokens}".encode())
+        counted = "" if sequence.counted is None else f":{sequence.counted}"
+        digest.update(f"{sequence.row}:{sequence.tokens}{counted}".encode())
     chosen = {key: str(value) for key, value in asdict(options).items()}
     return {
         **chosen,

@@ -9,6 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from estimators.chosen import DirectionsOf
+from estimators.grounds import training_sequence
 from estimators.model.tokens import Sequence1D
 from estimators.sketching.slices import SketchSlices
 from index.codes.signs import estimate_signs
@@ -80,7 +81,7 @@ def measure_noise(
         for number in range(len(sketches))
     ]
     query_norms = torch.cat([parts[0][1] for parts in sketched]).cpu().numpy()
-    drawn = [Sequence1D(tokens=examples.tokens(int(row))) for row in rows]
+    drawn = [training_sequence(examples, int(row)) for row in rows]
     job = ShardJob(
         part=Path(), loaded=loaded, sketches=sketches, codes=codes, token_budget=token_budget
     )

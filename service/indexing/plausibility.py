@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 import numpy as np
@@ -38,16 +38,24 @@ class TextSample:
         self._seen = 0
         self._generator = np.random.default_rng(0)
 
-    def add(self, tokens: Sequence[int]) -> None:
-        """Offer a text; one without a token to predict is passed over."""
-        if len(tokens) < 2:
+    def add(self, text: Sequence1D) -> None:
+        """Offer a text; one without a token to predict is passed over.
+
+        Where nothing counts in its beginning, all of that does: a long question before a short
+        answer is a text that the model should know, too.
+        """
+        if not text.targets:
             return
         self._seen += 1
         place = len(self.texts)
         if place == TEXTS:
             place = int(self._generator.integers(self._seen))
         if place < TEXTS:
-            self.texts[place : place + 1] = [Sequence1D(tokens=tuple(tokens[:TOKENS]))]
+            beginning = replace(text, tokens=text.tokens[:TOKENS])
+            counts = beginning.targets > 0
+            self.texts[place : place + 1] = [
+                beginning if counts else replace(beginning, counted=None)
+            ]
 
 
 @torch.no_grad()

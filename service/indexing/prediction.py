@@ -20,8 +20,9 @@ from estimators.sketching.slices import SketchSlices
 from estimators.storage import load_factors, serialise_factors
 from index.examples import Example, ExampleStore, examples_path, serialise_examples, write_examples
 from service.coding import coded_index, further_bytes
+from service.corpus.reading import read_examples
+from service.corpus.source import CorpusSource
 from service.indexing.building import BuildOptions, check_factors
-from service.indexing.corpus import CorpusSource, read_examples
 from service.indexing.fitting import FitOptions, draw_sequences
 from service.indexing.noise import ROWS, measure_noise
 from service.indexing.reading import chunks

@@ -9,12 +9,14 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from estimators.model.progress import Progress
+from estimators.model.tokens import Sequence1D
 from index.errors import DuplicateIds
 from index.examples import Example, ExampleStore, examples_path, write_examples
 from index.files import read_sealed, sha256_of, write_sealed
 from index.ids import HashColumn, first_repeated
-from index.manifest import CorpusRecord, DataRecord, FileRecord, LossRecord
-from service.indexing.corpus import CorpusSource, Dirt, describe, read_examples
+from index.manifest import CorpusRecord, DataRecord, FileRecord, LossRecord, ReadingRecord
+from service.corpus.reading import Dirt, read_examples
+from service.corpus.source import CorpusSource, describe
 from service.indexing.plan import RECORD_NAME
 from service.indexing.plausibility import TextSample, measure_loss
 from service.models import LoadedModel
@@ -94,21 +96,25 @@ class _Tally:
     empty_rows: int = 0
     documents: int = 0
     tokens: int = 0
+    counted: int = 0
 
     def __post_init__(self) -> None:
         self._digest = hashlib.sha256()
         self._document: str | None = None
 
     def add(self, example: Example) -> None:
-        self._digest.update(json.dumps([example.id, example.tokens]).encode())
+        content = [example.tokens] if example.counted is None else [example.tokens, example.counted]
+        sequence = Sequence1D(tokens=example.tokens, counted=example.counted)
+        self._digest.update(json.dumps([example.id, *content]).encode())
         self.ids.append(example.id.encode())
-        self.contents.append(json.dumps(example.tokens).encode())
+        self.contents.append(json.dumps(content if len(content) > 1 else content[0]).encode())
         self.rows += 1
-        self.empty_rows += len(example.tokens) < 2
+        self.empty_rows += sequence.targets == 0
         self.documents += example.document != self._document
         self._document = example.document
         self.tokens += len(example.tokens)
-        self.sample.add(example.tokens)
+        self.counted += sequence.targets
+        self.sample.add(sequence)
 
     def record(self, loss: LossRecord | None) -> DataRecord:
         return DataRecord(
@@ -123,6 +129,24 @@ class _Tally:
             tokens=self.tokens,
             max_tokens=self.max_tokens,
             loss=loss,
+            reading=self._reading(),
+        )
+
+    def _reading(self) -> ReadingRecord | None:
+        """How rows were read; None for texts read in the usual way."""
+        facts = self.source.facts
+        found = self.dirt.format or "text"
+        if found == "text" and not {"append_eos", "overlap", "truncate"} & set(facts):
+            return None
+        return ReadingRecord(
+            format=found,
+            columns=dict(self.source.columns),
+            append_eos=self.source.append_eos,
+            overlap=self.source.overlap,
+            truncate=self.source.truncate,
+            counted_tokens=self.counted,
+            merged_rows=self.dirt.merged_rows,
+            truncated_rows=self.dirt.truncated_rows,
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from estimators.grounds import training_sequence
 from estimators.model.tokens import Sequence1D
 from estimators.sketching.slices import SketchSlices
 from index.examples import ExampleStore
@@ -64,7 +65,7 @@ class ShardJob:
 
     def _sequences(self, file: FileRecord) -> list[Sequence1D]:
         examples = ExampleStore([self.part / file.path])
-        return [Sequence1D(tokens=examples.tokens(row)) for row in range(len(examples))]
+        return [training_sequence(examples, row) for row in range(len(examples))]
 
     def _write_slices(
         self, number: int, first: int, codes: UInt8[np.ndarray, "row slice byte"]

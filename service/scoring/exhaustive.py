@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from estimators.chosen import DirectionsOf
-from estimators.grounds import Questions
+from estimators.grounds import Questions, training_sequence
 from estimators.model.progress import Progress, no_progress
 from estimators.model.tokens import Sequence1D, collate, plan_batches
 from estimators.rescoring import query_gradients, score_batch_for_queries
@@ -50,7 +50,7 @@ def exact_scores(
     if not estimators:
         return {}
     chosen = list(range(len(examples))) if rows is None else list(rows)
-    sequences = [Sequence1D(tokens=examples.tokens(row)) for row in chosen]
+    sequences = [training_sequence(examples, row) for row in chosen]
     lengths = [len(sequence.tokens) for sequence in sequences]
     batches = list(plan_batches(lengths, token_budget))
     names = list(estimators)

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from estimators.chosen import RowEstimator
-from estimators.grounds import Questions
+from estimators.grounds import Questions, training_sequence
 from estimators.model.gradients import Gradients
-from estimators.model.tokens import Sequence1D, TokenBatch, collate, plan_batches
+from estimators.model.tokens import TokenBatch, collate, plan_batches
 from estimators.rescoring import ScoreParts, score_batch, score_batch_for_queries
 from index.examples import ExampleStore
 from service.models import LoadedModel
@@ -86,7 +86,7 @@ class GradientScorer:
         for number, place in enumerate(places_of):
             table[number, place] = True
         scores = np.full(table.shape, np.nan)
-        sequences = [Sequence1D(tokens=self._examples.tokens(int(row))) for row in union]
+        sequences = [training_sequence(self._examples, int(row)) for row in union]
         lengths = np.array([len(sequence.tokens) for sequence in sequences])
         shared = table.sum(0) > 1  # each query's own rows, then those that several want
         for members in [np.flatnonzero(row & ~shared) for row in table] + [np.flatnonzero(shared)]:
@@ -109,7 +109,7 @@ class GradientScorer:
 
     def parts(self, directions: Gradients, rows: Sequence[int]) -> list[ScoreParts]:
         """The exact score of each row, split over layers and over the row's own positions."""
-        sequences = [Sequence1D(tokens=self._examples.tokens(row)) for row in rows]
+        sequences = [training_sequence(self._examples, row) for row in rows]
         lengths = [len(sequence.tokens) for sequence in sequences]
         layers = self._loaded.coverage.layers
         found: dict[int, ScoreParts] = {}

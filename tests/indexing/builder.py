@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from service.corpus.source import CorpusSource
 from service.indexing.building import BuildOptions, Worker, build_index, build_share
-from service.indexing.corpus import CorpusSource
 from service.models import load_model
 
 T = TypeVar("T")

@@ -22,7 +22,8 @@ from index.errors import DiskFull, DuplicateIds, IndexCorrupt, IndexMismatch, In
 from index.examples import ExampleStore
 from index.manifest import FILE_NAME, Manifest
 from index.shards import codes_path, read_shard, receipt_path
-from service.indexing.corpus import CorpusSource, read_examples
+from service.corpus.reading import read_examples
+from service.corpus.source import CorpusSource
 from service.indexing.plan import PLAN_NAME
 from service.models import load_model
 from service.search.opening import open_index

@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerFast
 
 from estimators.model.progress import no_progress
 from index.examples import Example
-from service.indexing import corpus
-from service.indexing.corpus import CorpusSource, Dirt, fingerprint_source, read_examples
+from service.corpus import reading
+from service.corpus.reading import Dirt, read_examples
+from service.corpus.source import CorpusSource, fingerprint_source
 from service.indexing.fitting import FitOptions, draw_sequences
 from service.indexing.reading import read_corpus
 
@@ -211,10 +212,10 @@ REFUSED = {
     "conversations": without_text(
         "conversations", "a.jsonl", lines({"conversations": [{"from": "human", "value": "x"}]})
     ),
-    "messages": without_text(
-        "id, messages", "a.jsonl", lines({"id": 1, "messages": [{"role": "user", "content": "x"}]})
+    "dialogue": without_text(
+        "dialogue, id", "a.jsonl", lines({"id": 1, "dialogue": [{"role": "user", "content": "x"}]})
     ),
-    "input_ids": without_text("input_ids", "a.jsonl", lines({"input_ids": [1, 2, 3]})),
+    "tokens": without_text("tokens", "a.jsonl", lines({"tokens": [1, 2, 3]})),
     "an object instead of an array": without_text(
         "data, version", "a.json", json.dumps({"data": [{"text": "a"}], "version": 1}), SINGLE
     ),
@@ -313,7 +314,7 @@ def test_cases_of_corpora_are_refused_in_one_sentence(
     case: Refused, loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if case.name:
-        monkeypatch.setattr(corpus, "load_dataset", unreachable)
+        monkeypatch.setattr(reading, "load_dataset", unreachable)
     source = source_of(case, tmp_path)
     with pytest.raises(ValueError) as error:
         list(read_examples(source, loaded, CONTEXT))
@@ -339,7 +340,7 @@ def fit(_: Path, source: CorpusSource, loaded: Any) -> Any:
 
 
 @pytest.mark.parametrize("step", [read, fit], ids=["build", "fit"])
-@pytest.mark.parametrize("name", ["empty jsonl", "a bit of each", "a model", "messages"])
+@pytest.mark.parametrize("name", ["empty jsonl", "a bit of each", "a model", "dialogue"])
 def test_cases_are_refused_before_fit_and_build_begin(
     step: Callable[..., Any], name: str, loaded: Any, tmp_path: Path
 ) -> None:
@@ -466,5 +467,11 @@ def test_some_rows_without_anything_to_learn_are_kept_and_counted(
     found = list(read_examples(CorpusSource(data=str(tmp_path / "a.jsonl")), loaded, CONTEXT, dirt))
     assert [len(example.tokens) for example in found] == [0, 0, 1, 3, 6]
     assert dirt == Dirt(
-        rows=5, null_rows=1, replaced_rows=1, empty_rows=1, short_rows=1, learnable_rows=2
+        rows=5,
+        null_rows=1,
+        replaced_rows=1,
+        empty_rows=1,
+        short_rows=1,
+        learnable_rows=2,
+        format="text",
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from index.manifest import Manifest
-from service.indexing.corpus import CorpusSource
+from service.corpus.source import CorpusSource
 from service.search.opening import open_index
 from service.search.query import Query
 from service.search.retrieval import Retriever

@@ -14,8 +14,8 @@ from estimators.model.selection import LayerSelection
 from index.errors import DiskFull, IndexBusy, IndexMismatch
 from index.files import exclusive, write_whole
 from scripts import fit_estimator
+from service.corpus.source import CorpusSource
 from service.indexing import fitting
-from service.indexing.corpus import CorpusSource
 from service.indexing.fitting import FitOptions, fit_factors
 from service.models import LoadedModel, load_model
 from tests.commands import Nursery

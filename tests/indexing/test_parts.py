@@ -15,8 +15,8 @@ from index.files import exclusive
 from index.ids import HashColumn, first_repeated
 from index.manifest import FILE_NAME, Manifest
 from index.shards import codes_path, receipt_path
+from service.corpus.source import CorpusSource
 from service.indexing.building import Worker, build_share
-from service.indexing.corpus import CorpusSource
 from service.indexing.plan import PLAN_NAME
 from service.search.opening import open_index
 from service.search.query import Query

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from estimators.curvature.fitting import fit_estimator
 from estimators.model.tokens import Sequence1D
 from estimators.storage import serialise_factors
+from service.corpus.reading import read_examples
+from service.corpus.source import CorpusSource
 from service.indexing.building import BuildOptions, build_index
-from service.indexing.corpus import CorpusSource, read_examples
 from service.models import load_model
 from service.run.folder import RecordedRun
 from service.run.loading import load_first_model

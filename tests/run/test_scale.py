@@ -20,8 +20,8 @@ from index.errors import IndexCorrupt
 from index.examples import ExampleStore
 from scripts import query, serve_mcp
 from scripts.run import learn_scale as command
+from service.corpus.reading import read_examples
 from service.indexing.building import BuildOptions
-from service.indexing.corpus import read_examples
 from service.models import load_model
 from service.run.errors import RunMismatch
 from service.run.folder import RecordedRun

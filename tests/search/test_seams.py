@@ -13,7 +13,14 @@ import torch
 
 from estimators import registry
 from estimators.chosen import settle_values
-from estimators.grounds import DAMPING, Grounds, Parameter, Questions, Unavailable
+from estimators.grounds import (
+    DAMPING,
+    Grounds,
+    Parameter,
+    Questions,
+    Unavailable,
+    training_sequence,
+)
 from estimators.model.capture import visit_gradients
 from estimators.model.gradients import sum_over_tokens
 from estimators.model.layers import at_checkpoint
@@ -44,7 +51,7 @@ def retriever(workshop, built) -> Retriever:
 @pytest.fixture
 def gradients(workshop, retriever) -> list[dense.Gradient]:
     examples = retriever.index.examples
-    sequences = [Sequence1D(tokens=examples.tokens(row)) for row in range(len(examples))]
+    sequences = [training_sequence(examples, row) for row in range(len(examples))]
     layers = workshop.loaded.coverage.layers
     return dense.example_gradients(workshop.loaded.model, layers, sequences)
 
@@ -101,7 +108,7 @@ class SecondMoment:
         type(self).passes += 1
         sums = {x.name: torch.zeros(x.in_features, x.out_features) for x in grounds.layers}
         for row in range(rows):
-            batch = collate([Sequence1D(tokens=grounds.examples.tokens(row))])
+            batch = collate([training_sequence(grounds.examples, row)])
 
             def visit(layer, a, d):
                 sums[layer.name] += sum_over_tokens(a, d)[0].square()
@@ -121,7 +128,7 @@ def test_an_operator_that_passes_over_training_data_and_keeps_what_it_fitted(
     query = replace(ASKED, estimator="toy", parameters={"damping": 0.5}, ranking="score")
     found = scores_by_row(retriever, query)
     examples = retriever.index.examples
-    sequences = [Sequence1D(tokens=examples.tokens(row)) for row in range(len(examples))]
+    sequences = [training_sequence(examples, row) for row in range(len(examples))]
     layers = workshop.loaded.coverage.layers
     rows = dense.example_gradients(workshop.loaded.model, layers, sequences)
     f = query_gradient(retriever)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from estimators.contracts import Factors
-from estimators.grounds import Questions
+from estimators.grounds import Questions, training_sequence
 from estimators.model.tokens import Sequence1D, collate, plan_batches
 from estimators.registry import rebuild_factors
 from estimators.rescoring import query_gradients
@@ -25,8 +25,8 @@ from index.manifest import NoiseRecord
 from scripts.bench.corpora import Subject, trained
 from scripts.console import show_progress, stderr
 from scripts.demo.steps import Steps
+from service.corpus.source import CorpusSource
 from service.indexing.building import BuildOptions, build_index
-from service.indexing.corpus import CorpusSource
 from service.indexing.noise import noise_record
 from service.models import LoadedModel, load_model
 from service.scoring.exhaustive import exact_scores
@@ -84,9 +84,7 @@ class Ground:
         self.index = self._open("one-bit", 16384)
         self.asked = [self.loaded.encode_query(*query) for query in self.subject.queries]
         self.rows = len(self.index.examples)
-        self.sequences = [
-            Sequence1D(tokens=self.index.examples.tokens(row)) for row in range(self.rows)
-        ]
+        self.sequences = [training_sequence(self.index.examples, row) for row in range(self.rows)]
         self.norms = self.index.norms.astype(np.float64)
 
     @property

@@ -11,7 +11,8 @@ import typer
 from jaxtyping import Float
 from rich.table import Table
 
-from estimators.model.tokens import Sequence1D, plan_batches
+from estimators.grounds import training_sequence
+from estimators.model.tokens import plan_batches
 from scripts import options
 from scripts.bench.certificates.worlds import Known
 from scripts.bench.corpora import TEXTS, Subject, factbook, trained
@@ -112,7 +113,7 @@ def built(subject: Subject, out: Path, dimensions: int, slices: int) -> OpenInde
 def build_ratios(index: OpenIndex, counts: list[int], token_budget: int) -> dict[int, float]:
     """Time of sketching and encoding rows, by slices, over a forward and backward pass of them."""
     order = np.random.default_rng(0).permutation(len(index.examples))
-    sequences = [Sequence1D(tokens=index.examples.tokens(int(row))) for row in order]
+    sequences = [training_sequence(index.examples, int(row)) for row in order]
     sequences = [sequence for sequence in sequences if len(sequence.tokens) > 1][: 16 * BATCHES]
     problem = Problem(
         name="corpus",

@@ -13,6 +13,7 @@ import typer
 from jaxtyping import Float
 from rich.table import Table
 
+from estimators.grounds import training_sequence
 from estimators.model.tokens import Sequence1D
 from estimators.operators.ekfac import EKFac
 from estimators.storage import load_factors
@@ -23,8 +24,8 @@ from scripts.bench.recall.layouts import Proxies, other_layouts
 from scripts.bench.record import write_record
 from scripts.console import one_sentence_errors, print_json, show_progress, stderr
 from scripts.demo.steps import Steps
+from service.corpus.source import CorpusSource
 from service.indexing.building import BuildOptions, build_index
-from service.indexing.corpus import CorpusSource
 from service.models import load_model
 from service.scoring.exhaustive import exact_scores
 from service.search.opening import OpenIndex, open_index
@@ -187,9 +188,7 @@ class Measurement:
             values = np.stack([retriever.proxies(d, "score").values for d in directions])
             ours["score"][name] = stored, values
             ours["normalised"][name] = stored, values / live
-        examples = [
-            Sequence1D(tokens=index.examples.tokens(row)) for row in range(len(index.examples))
-        ]
+        examples = [training_sequence(index.examples, row) for row in range(len(index.examples))]
         truth = exact_scores(
             self._loaded,
             {"own": index.estimators.own.directions},

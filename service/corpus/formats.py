@@ -1,0 +1,313 @@
+"""What a row says: a text, a conversation, a prompt with its completion, or token ids."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from estimators.model.tokens import Spans
+from service.corpus import chat
+from service.corpus.source import CorpusSource, Format
+from service.corpus.sources import is_one_object, kind_of
+from service.models import LoadedModel
+
+UNCOUNTED = -100
+"""The label of a token that does not count."""
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What a row, or one of the documents packed in it, says.
+
+    Attributes:
+        text: for people; None for null.
+        tokens: what the model read.
+        counted: stretches of tokens whose loss the trainer counted; None for all but the first.
+        merged: whether prompt and completion share a token, which then is the completion's.
+    """
+
+    text: str | None
+    tokens: list[int]
+    counted: Spans | None = None
+    merged: bool = False
+
+
+NEEDS: dict[Format, tuple[str, ...]] = {
+    "text": ("text",),
+    "messages": ("messages",),
+    "prompt-completion": ("prompt", "completion"),
+    "tokens": ("input_ids",),
+}
+"""Roles of the columns that a format cannot do without."""
+
+MAY_HAVE: dict[Format, tuple[str, ...]] = {
+    "text": (),
+    "messages": ("tools",),
+    "prompt-completion": ("tools",),
+    "tokens": ("labels", "attention_mask", "position_ids", "seq_lengths"),
+}
+
+
+class RowReader:
+    """Reads the rows of a corpus in one format, that of its first row unless one is named.
+
+    Args:
+        source: the corpus.
+        loaded: the model whose tokenizer and chat template are used.
+    """
+
+    def __init__(self, source: CorpusSource, loaded: LoadedModel) -> None:
+        self._source = source
+        self._loaded = loaded
+        self.format: Format | None = source.format
+        self._readers: dict[Format, Callable[[Row, int], list[Said]]] = {
+            "text": self._text,
+            "messages": self._messages,
+            "prompt-completion": self._completion,
+            "tokens": self._tokens,
+        }
+
+    @property
+    def roles(self) -> set[str]:
+        """Columns that make up the examples."""
+        assert self.format is not None
+        return {self._column_of(role) for role in NEEDS[self.format] + MAY_HAVE[self.format]}
+
+    def read(self, row: Row, number: int) -> list[Said]:
+        """What a row says; several documents where it packs several.
+
+        Raises:
+            ValueError: a column is missing, or what it holds is not what the format wants.
+        """
+        if self.format is None:
+            self.format = self._told_by(row, number)
+        values = [self.column(row, self._column_of(role), number) for role in NEEDS[self.format]]
+        if any(value is None or _is_nan(value) for value in values):
+            return [Said(text=None, tokens=self._loaded.encode(""))]
+        try:
+            return self._readers[self.format](row, number)
+        except _Unreadable as error:
+            hint = self._hint(number)
+            raise ValueError(f"Row {number} of the corpus {error}. {hint}{error.advice}") from error
+
+    def column(self, row: Row, name: str, number: int) -> Any:
+        """The value of a column; a dot leads into a nested one.
+
+        Raises:
+            ValueError: there is no such column.
+        """
+        value: Any = row
+        for step in [name] if name in row else name.split("."):
+            if not isinstance(value, Mapping) or step not in value:
+                raise ValueError(
+                    f"Row {number} of the corpus has no column '{name}'; it has "
+                    f"{', '.join(sorted(row))}. {self._hint(number)}Name a column that it has."
+                )
+            value = value[step]
+        return value
+
+    def _optional(self, row: Row, role: str) -> Any:
+        name = self._column_of(role)
+        try:
+            return self.column(row, name, 0)
+        except ValueError:
+            return None
+
+    def _column_of(self, role: str) -> str:
+        return self._source.column_of(role)
+
+    def _told_by(self, row: Row, number: int) -> Format:
+        """The one format whose columns the row has."""
+        source = self._source
+        named = [f for f, roles in NEEDS.items() if set(roles) & set(source.columns)]
+        named += ["text"] * (source.text_column != "text")
+        if len(set(named)) == 1:
+            return named[0]
+        found = [f for f, roles in NEEDS.items() if all(self._has(row, role) for role in roles)]
+        if len(found) > 1:
+            raise ValueError(
+                f"Row {number} of the corpus can be read as {' or as '.join(found)}; say which "
+                f"with --format. It has the columns {', '.join(sorted(row))}."
+            )
+        return found[0] if found else "text"  # the text is what is told to be missing
+
+    def _has(self, row: Row, role: str) -> bool:
+        name = self._column_of(role)
+        return name in row or ("." in name and self._optional(row, role) is not None)
+
+    def _hint(self, number: int) -> str:
+        """What to say beside a fault of the first row if the whole file was taken for one row."""
+        if number or not is_one_object(self._source.data):
+            return ""
+        return "The file is a single object; give an array of objects, or an object a line. "
+
+    def _text(self, row: Row, number: int) -> list[Said]:
+        name = self._column_of("text")
+        text = self._string(self.column(row, name, number), name)
+        return [Said(text=text, tokens=self._ended(self._loaded.encode(text)))]
+
+    def _messages(self, row: Row, number: int) -> list[Said]:
+        name = self._column_of("messages")
+        messages, tools = self._conversation(row, name, number), self._optional(row, "tools")
+        if not messages:
+            return [Said(text="", tokens=[], counted=())]
+        with _rendering():
+            tokens, spans = chat.assistant_turns(self._loaded.tokenizer, messages, tools)
+            text = chat.render(self._loaded.tokenizer, messages, tools, tokenize=False)
+        return [Said(text=text, tokens=tokens, counted=spans)]
+
+    def _conversation(self, row: Row, name: str, number: int) -> list[chat.Message]:
+        try:
+            return chat.read_messages(self.column(row, name, number))
+        except ValueError as error:
+            raise _Unreadable(f"has a column '{name}' that {error}") from error
+
+    def _completion(self, row: Row, number: int) -> list[Said]:
+        names = [self._column_of(role) for role in ("prompt", "completion")]
+        values = [self.column(row, name, number) for name in names]
+        tokenizer = self._loaded.tokenizer
+        if all(isinstance(value, list) for value in values):
+            prompt, answer = (self._conversation(row, name, number) for name in names)
+            tools = self._optional(row, "tools")
+            with _rendering():
+                before = chat.tokens_of(tokenizer, prompt, tools, asks=True)
+                whole = chat.tokens_of(tokenizer, [*prompt, *answer], tools)
+                text = chat.render(tokenizer, [*prompt, *answer], tools, tokenize=False)
+        else:
+            first, second = (self._string(v, n) for v, n in zip(values, names, strict=True))
+            text = first + second
+            before = self._begun(self._loaded.encode(first))
+            whole = self._ended(self._loaded.encode(text))
+        start = _common(before, whole)
+        return [
+            Said(
+                text=text,
+                tokens=whole,
+                counted=((start, len(whole)),) if start < len(whole) else (),
+                merged=start < len(before),
+            )
+        ]
+
+    def _tokens(self, row: Row, number: int) -> list[Said]:
+        name = self._column_of("input_ids")
+        ids = self._numbers(self.column(row, name, number), name)
+        vocabulary = self._loaded.vocabulary
+        wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
+        if wrong is not None:
+            raise _Unreadable(
+                f"has the token {wrong} in column '{name}', the model has {vocabulary:,}",
+                "Is it another model's?",
+            )
+        labels = self._beside(row, "labels", ids) or ids
+        for token, label in zip(ids, labels, strict=True):
+            if label not in (token, UNCOUNTED):
+                raise _Unreadable(
+                    f"has the label {label} beside the token {token}; a label is its own token or "
+                    f"{UNCOUNTED}",
+                    "The model shifts them itself.",
+                )
+        mask = self._beside(row, "attention_mask", ids) or [1] * len(ids)
+        kept = [i for i, m in enumerate(mask) if m]
+        if kept and kept != list(range(kept[0], kept[-1] + 1)):
+            raise _Unreadable("has an attention mask with a gap, so that its tokens do not adjoin")
+        said = []
+        for start, stop in self._documents(row, ids):
+            own = [i for i in range(start, stop) if mask[i]]
+            tokens = [ids[i] for i in own]
+            counted = [labels[i] != UNCOUNTED for i in own]
+            everything = all(counted[1:])
+            said.append(
+                Said(
+                    text=self._loaded.tokenizer.decode(tokens),
+                    tokens=tokens,
+                    counted=None if everything else chat.spans_of(counted),
+                )
+            )
+        return said
+
+    def _documents(self, row: Row, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Where the documents begin and end that are packed in the row, each read by itself."""
+        lengths, positions = self._optional(row, "seq_lengths"), self._optional(row, "position_ids")
+        if lengths is not None:
+            ends = list(itertools.accumulate(self._numbers(lengths, "seq_lengths")))
+            total = ends[-1] if ends else 0
+            if total != len(ids) or not ends:
+                raise _Unreadable(f"has {len(ids)} tokens, its seq_lengths sum to {total}")
+            return list(zip([0, *ends[:-1]], ends, strict=True))
+        if positions is not None:
+            places = self._beside(row, "position_ids", ids) or []
+            starts = [i for i, place in enumerate(places) if place == 0] or [0]
+            return list(zip(starts, [*starts[1:], len(ids)], strict=True))
+        return [(0, len(ids))]
+
+    def _beside(self, row: Row, role: str, ids: Sequence[int]) -> list[int] | None:
+        """A number for each token, if the row has such."""
+        value = self._optional(row, role)
+        if value is None:
+            return None
+        numbers = self._numbers(value, self._column_of(role))
+        if len(numbers) != len(ids):
+            raise _Unreadable(f"has {len(ids)} tokens and {len(numbers)} {role}")
+        return numbers
+
+    def _numbers(self, value: Any, name: str) -> list[int]:
+        if not isinstance(value, list) or not all(type(v) is int for v in value):
+            raise _Unreadable(
+                f"has {kind_of(value)} in column '{name}', expected a list of whole numbers"
+            )
+        return value
+
+    def _string(self, value: Any, name: str) -> str:
+        if isinstance(value, str):
+            return value
+        nested = isinstance(value, list | dict)
+        advice = "Write a row's text into a column of its own" if nested else "Remove the row"
+        raise _Unreadable(
+            f"has {kind_of(value)} in column '{name}', expected text",
+            f"{advice} or name another column.",
+        )
+
+    def _ended(self, tokens: list[int]) -> list[int]:
+        """With the end of a text, if that is asked for and not there."""
+        if not self._source.append_eos or not tokens:
+            return tokens
+        end = self._loaded.tokenizer.eos_token_id
+        if end is None:
+            raise ValueError("The tokenizer has no end of text to append; leave --append-eos out.")
+        return tokens if tokens[-1] == end else [*tokens, end]
+
+    def _begun(self, tokens: list[int]) -> list[int]:
+        """A prompt's tokens without the end that some tokenizers append to every text."""
+        end = self._loaded.tokenizer.eos_token_id
+        return tokens[:-1] if tokens and tokens[-1] == end else tokens
+
+
+class _Unreadable(ValueError):  # noqa: N818 - named for what is wrong
+    """What is wrong with a row, in words that follow 'Row 3 of the corpus'."""
+
+    def __init__(self, what: str, advice: str = "Correct the row or remove it.") -> None:
+        super().__init__(what)
+        self.advice = advice
+
+
+@contextmanager
+def _rendering() -> Iterator[None]:
+    """Says of a row what could not be rendered."""
+    try:
+        yield
+    except ValueError as error:
+        raise _Unreadable(f"cannot be used: {error}", "") from error
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    return sum(1 for _ in pairs)
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)

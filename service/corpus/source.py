@@ -1,0 +1,112 @@
+"""Where training examples are, and how they are to be read."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from index.files import sha256_of
+from service.corpus.sources import corpus_file, suffix_of
+
+Format = Literal["text", "messages", "prompt-completion", "tokens"]
+"""What a row is: a text, a conversation, a prompt with its completion, or token ids."""
+
+ROLES: dict[str, str] = {
+    "text": "text",
+    "messages": "messages",
+    "tools": "tools",
+    "prompt": "prompt",
+    "completion": "completion",
+    "input_ids": "input_ids",
+    "labels": "labels",
+    "attention_mask": "attention_mask",
+    "position_ids": "position_ids",
+    "seq_lengths": "seq_lengths",
+}
+"""What a column can hold that makes up an example, and the column's usual name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSource:
+    """Where the training examples are and which columns hold what.
+
+    Attributes:
+        data: a .jsonl, .json, .parquet, .csv or .txt file (a line an example), a folder of such
+            files, or the name of a data set as ``NAME`` or ``NAME:CONFIGURATION``.
+        split: of a named data set.
+        text_column: the text.
+        id_column: unique ids; None numbers the rows.
+        document_column: the document that a row belongs to; None takes its id.
+        metadata_columns: columns to keep beside the text; None keeps all others.
+        limit: read this many rows only; None reads all.
+        format: what a row is; None tells by the columns of the first one.
+        columns: names of columns by role (``ROLES``) that are not the usual ones; a dot leads into
+            nested columns.
+        append_eos: end each text and each completion with the tokenizer's end of text.
+        overlap: tokens that a window repeats of the one before, as context that does not count.
+        truncate: cut a row that is too long off instead of reading its rest as further windows.
+    """
+
+    data: str
+    split: str = "train"
+    text_column: str = "text"
+    id_column: str | None = None
+    document_column: str | None = None
+    metadata_columns: tuple[str, ...] | None = None
+    limit: int | None = None
+    format: Format | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    append_eos: bool = False
+    overlap: int = 0
+    truncate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.format is not None and self.format not in get_args(Format):
+            known = ", ".join(get_args(Format))
+            raise ValueError(f"A row's format is one of {known}; got '{self.format}'.")
+        for role in self.columns:
+            if role not in ROLES:
+                raise ValueError(
+                    f"No column can be named for '{role}'; what columns hold is one of "
+                    f"{', '.join(ROLES)}."
+                )
+        if self.truncate and self.overlap:
+            raise ValueError("A row that is cut off has no windows to overlap; leave one out.")
+
+    def column_of(self, role: str) -> str:
+        """The name of the column with this role."""
+        usual = self.text_column if role == "text" else ROLES[role]
+        return self.columns.get(role, usual)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that decides how it is read; of what older versions did not know, what is used."""
+        usual = {f.name: f.default for f in fields(self)} | {"columns": {}}
+        recent = ("format", "columns", "append_eos", "overlap", "truncate")
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if key not in recent or value != usual[key]
+        }
+
+
+def fingerprint_source(source: CorpusSource) -> str:
+    """SHA-256 over how the corpus is read and, of a file, its bytes.
+
+    A named data set's content is not hashed here: that would need a download before the first row.
+
+    Raises:
+        ValueError: there is no such file, or it can be seen that it holds no corpus.
+    """
+    facts = {**source.facts, "data": describe(source)}
+    path = corpus_file(source.data)
+    if path is not None:
+        facts["file_sha256"] = sha256_of(path)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def describe(source: CorpusSource) -> str:
+    """The source as one line for the manifest: a file's name or the data set's."""
+    return Path(source.data).name if suffix_of(source.data) else f"{source.data} ({source.split})"
