@@ -3,6 +3,7 @@
 import tempfile
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,11 +16,13 @@ from scripts.console import (
     one_sentence_errors,
     print_json,
     print_plain,
+    show_example,
     show_logs,
     show_prediction,
     show_progress,
     stderr,
 )
+from service.corpus.reading import read_examples
 from service.indexing.building import BuildOptions, Mode, Worker, build_index, build_share
 from service.indexing.plan import planned_slices
 from service.indexing.prediction import peak_memory, predict_build
@@ -109,6 +112,7 @@ def main(
             "one of them to be hard, 200 four."
         ),
     ] = None,
+    show: options.Show = 0,
     dry_run: options.DryRun = False,
     device: options.Device = "cpu",
     dtype: options.DType = "auto",
@@ -157,6 +161,11 @@ def main(
         seed=seed,
         slices=slices,
     )
+    if show:
+        examples = read_examples(source, loaded, max_tokens or loaded.context)
+        for example in islice(examples, show):
+            show_example(loaded.tokenizer, example)
+        return
     if dry_run:
         loading = time.perf_counter() - start
         chosen = replace(chosen, slices=planned_slices(out, slices, codes))

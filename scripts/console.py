@@ -23,8 +23,11 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from scripts.texts import printable
+
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from estimators.model.layers import SkippedModule
+    from index.examples import Example
     from service.indexing.prediction import Prediction
     from service.models import LoadedModel
 
@@ -114,6 +117,24 @@ def show_model(loaded: "LoadedModel") -> None:
         print_plain(
             f"not attributed: {shown} ({kind}, {count}{share:.2%} of the parameters): {reason}"
         )
+
+
+def show_example(tokenizer: Any, example: "Example") -> None:
+    """Print an example token by token: those that count in green, or in ⟦ ⟧ without colours."""
+    from estimators.model.tokens import Sequence1D
+    from service.search.explaining import token_texts
+
+    sequence = Sequence1D(tokens=example.tokens, counted=example.counted)
+    starts, stops = ({ends[i] for ends in sequence.target_spans} for i in (0, 1))
+    marks = not stderr.is_terminal
+    text, counts = Text(), False
+    for place, piece in enumerate([*token_texts(tokenizer, example.tokens), ""]):
+        counts = place in starts or (counts and place not in stops)
+        text.append("⟧" * (marks and place in stops) + "⟦" * (marks and place in starts))
+        text.append(printable(piece, keep="\n"), style="green" if counts else "dim")
+    total = len(example.tokens)
+    print_plain(f"{example.id}: {sequence.targets} of {total} tokens count")
+    stderr.print(text, soft_wrap=True)
 
 
 def print_plain(line: str) -> None:

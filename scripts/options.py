@@ -76,13 +76,14 @@ GradientCheckpointing = Annotated[
     ),
 ]
 Data = Annotated[
-    str,
+    list[str],
     typer.Option(
-        help="Training examples: a .jsonl, .json, .parquet, .csv or .txt file, or the name of a "
-        "data set (NAME or NAME:CONFIGURATION)."
+        help="Training examples: a .jsonl, .json, .parquet, .arrow, .csv or .txt file (also .gz, "
+        ".bz2, .xz, .zst around lines), a pattern such as 'shard-*.jsonl', a folder, also one of "
+        "save_to_disk, or the name of a data set (NAME or NAME:CONFIGURATION). May be repeated."
     ),
 ]
-Split = Annotated[str, typer.Option(help="Split of a named data set.")]
+Split = Annotated[str, typer.Option(help="Split of a named or saved data set.")]
 TextColumn = Annotated[str, typer.Option(help="Column with the text.")]
 IdColumn = Annotated[
     str | None, typer.Option(help="Column with unique ids; rows are numbered without it.")
@@ -139,6 +140,14 @@ TokenBudget = Annotated[
     ),
 ]
 
+Show = Annotated[
+    int,
+    typer.Option(
+        help="Only show so many examples as the model reads them, with the tokens whose loss "
+        "counts in colour; write nothing."
+    ),
+]
+
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Only predict disk, memory and time; write nothing.")
 ]
@@ -164,7 +173,7 @@ def model_source(
 
 
 def corpus_source(
-    data: str,
+    data: list[str],
     *,
     split: str,
     text_column: str,
@@ -186,7 +195,7 @@ def corpus_source(
     from service.corpus.source import CorpusSource
 
     return CorpusSource(
-        data=data,
+        data=data[0] if len(data) == 1 else tuple(data),
         split=split,
         text_column=text_column,
         id_column=id_column,

@@ -11,12 +11,10 @@ def signed(value: float) -> str:
     return f"{value:+.3g}" if abs(value) < 1 else f"{value:+.2f}"
 
 
-def printable(text: str) -> str:
-    """``text`` on one line, without anything that could steer a terminal."""
-    flat = "".join(" " if character.isspace() else character for character in text)
-    return "".join(
-        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in flat
-    )
+def printable(text: str, keep: str = "") -> str:
+    """``text`` on one line, without anything that could steer a terminal but what is to be kept."""
+    flat = "".join(" " if c.isspace() and c not in keep else c for c in text)
+    return "".join(c if c.isprintable() or c in keep else "\N{REPLACEMENT CHARACTER}" for c in flat)
 
 
 def shortened(text: str) -> str:

@@ -16,6 +16,9 @@ from service.models import LoadedModel
 UNCOUNTED = -100
 """The label of a token that does not count."""
 
+SHAREGPT = "conversations"
+"""Where messages are if not in 'messages'."""
+
 Row = Mapping[str, Any]
 
 
@@ -64,6 +67,7 @@ class RowReader:
         self._source = source
         self._loaded = loaded
         self.format: Format | None = source.format
+        self._names: dict[str, str] = {}
         self._readers: dict[Format, Callable[[Row, int], list[Said]]] = {
             "text": self._text,
             "messages": self._messages,
@@ -83,6 +87,8 @@ class RowReader:
         Raises:
             ValueError: a column is missing, or what it holds is not what the format wants.
         """
+        if number == 0 and "messages" not in row and SHAREGPT in row:
+            self._names = {"messages": SHAREGPT, **self._source.columns}
         if self.format is None:
             self.format = self._told_by(row, number)
         values = [self.column(row, self._column_of(role), number) for role in NEEDS[self.format]]
@@ -118,7 +124,7 @@ class RowReader:
             return None
 
     def _column_of(self, role: str) -> str:
-        return self._source.column_of(role)
+        return self._names.get(role) or self._source.column_of(role)
 
     def _told_by(self, row: Row, number: int) -> Format:
         """The one format whose columns the row has."""
@@ -141,7 +147,7 @@ class RowReader:
 
     def _hint(self, number: int) -> str:
         """What to say beside a fault of the first row if the whole file was taken for one row."""
-        if number or not is_one_object(self._source.data):
+        if number or not is_one_object(self._source.name):
             return ""
         return "The file is a single object; give an array of objects, or an object a line. "
 

@@ -1,30 +1,17 @@
 """Reading a corpus: any source that the datasets library loads, cut into windows of tokens."""
 
 import json
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-
-from datasets import load_dataset
 
 from estimators.model.tokens import Sequence1D
 from index.examples import Example
 from service.corpus.formats import RowReader, Said
+from service.corpus.rows import read_rows
 from service.corpus.source import CorpusSource, Format
-from service.corpus.sources import (
-    NO_EXAMPLES,
-    READERS,
-    begins_with_array,
-    check_array,
-    corpus_file,
-    kind_of,
-    refusal,
-    suffix_of,
-    why_unreadable,
-)
+from service.corpus.sources import NO_EXAMPLES, kind_of, refusal
 from service.models import LoadedModel
 
 
@@ -104,7 +91,7 @@ def read_examples(
         )
     dirt = dirt or Dirt()
     reader = RowReader(source, loaded)
-    for number, row in enumerate(_read_rows(source)):
+    for number, row in enumerate(read_rows(source)):
         documents = reader.read(row, number)
         dirt.format = reader.format
         for place, said in enumerate(documents):
@@ -119,7 +106,7 @@ def read_examples(
 def _check_something_to_learn(source: CorpusSource, dirt: Dirt) -> None:
     """Refuse a corpus of no row, or of rows in which no token follows another."""
     if not dirt.rows:
-        raise refusal(source.data, NO_EXAMPLES)
+        raise refusal(source.name, NO_EXAMPLES)
     reasons = {
         f"{dirt.null_rows} without text": dirt.null_rows,
         f"{dirt.empty_rows} of an empty text": dirt.empty_rows,
@@ -130,7 +117,7 @@ def _check_something_to_learn(source: CorpusSource, dirt: Dirt) -> None:
         listing = ", ".join(reason for reason, count in reasons.items() if count)
         why = "no row has two tokens" if not dirt.uncounted_rows else "no token counts"
         raise refusal(
-            source.data,
+            source.name,
             f"there is nothing to learn from in it, because {why} ({listing})",
             f"Is '{source.text_column}' the column of the texts?"
             if not dirt.uncounted_rows
@@ -150,14 +137,18 @@ def _example(
     named = source.id_column
     identifier = _identifier(reader.column(row, named, number), named, number) if named else None
     identifier = (str(number) if identifier is None else identifier) + packed
-    document = source.document_column and reader.column(row, source.document_column, number)
+    document = None
+    if source.document_column:
+        document = reader.column(row, source.document_column, number)
+        if document is not None:
+            document = _identifier(document, source.document_column, number)
     roles = reader.roles | {source.id_column, source.document_column}
     keep = source.metadata_columns
     if keep is None:
         keep = tuple(name for name in row if name not in roles)
     return Example(
         id=identifier,
-        document=identifier if document is None else str(document),
+        document=identifier if document is None else document,
         text=said.text or "",
         tokens=tuple(said.tokens),
         counted=said.counted,
@@ -167,12 +158,12 @@ def _example(
 
 def _identifier(value: Any, column: str, number: int) -> str:
     """An id as it is; one that would have to be changed is refused."""
-    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+    if (isinstance(value, str) and value) or type(value) is int:
         return str(value)
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         raise ValueError(
-            f"Row {number} of the corpus has no id in column '{column}'. Give it one, or name no "
-            f"id column to number the rows."
+            f"Row {number} of the corpus has no id in column '{column}'. Give it one, or leave "
+            f"the column's option out."
         )
     raise ValueError(
         f"Row {number} of the corpus has {kind_of(value)} ({value}) in column '{column}', expected "
@@ -205,47 +196,6 @@ def _windows(
         )
         if source.truncate:
             return
-
-
-def _reader_options(source: CorpusSource, suffix: str) -> dict[str, Any]:
-    """Bytes that are not UTF-8 become U+FFFD; ids of a table keep their leading zeros."""
-    if suffix == ".parquet":
-        return {}
-    options: dict[str, Any] = {"encoding_errors": "replace"}
-    if READERS[suffix] == "json":
-        options["encoding"] = "utf8"  # spelt otherwise than its default, the reader decodes itself
-    if suffix == ".csv":
-        named = (source.id_column, source.document_column)
-        options["converters"] = {column: str for column in named if column}
-    return options
-
-
-def _read_rows(source: CorpusSource) -> Iterator[dict[str, Any]]:
-    path = corpus_file(source.data)
-    # What the library's readers log as errors, they raise as well.
-    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
-    if path and READERS[suffix_of(source.data)] == "json" and begins_with_array(path):
-        check_array(source.data, path)
-    try:
-        rows = _load(source, path)
-        yield from rows if source.limit is None else rows.take(source.limit)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise why_unreadable(source.data, path, error) from error
-
-
-def _load(source: CorpusSource, path: Path | None) -> Any:
-    if path is None:
-        folder = Path(source.data).is_dir()
-        name, _, configuration = (source.data, "", "") if folder else source.data.partition(":")
-        return load_dataset(name, configuration or None, split=source.split, streaming=True)
-    suffix = suffix_of(source.data)
-    return load_dataset(
-        READERS[suffix],
-        data_files=str(path),
-        split="train",
-        streaming=True,
-        **_reader_options(source, suffix),
-    )
 
 
 def _json_value(value: Any) -> Any:

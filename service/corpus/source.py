@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from index.files import sha256_of
-from service.corpus.sources import corpus_file, suffix_of
+from service.corpus.sources import corpus_file, places_of, saved_by_datasets, suffix_of
 
 Format = Literal["text", "messages", "prompt-completion", "tokens"]
 """What a row is: a text, a conversation, a prompt with its completion, or token ids."""
@@ -33,9 +33,12 @@ class CorpusSource:
     """Where the training examples are and which columns hold what.
 
     Attributes:
-        data: a .jsonl, .json, .parquet, .csv or .txt file (a line an example), a folder of such
-            files, or the name of a data set as ``NAME`` or ``NAME:CONFIGURATION``.
-        split: of a named data set.
+        data: a file (.jsonl, .json, .parquet, .arrow, .csv, or .txt with a line an example; all
+            but tables of Arrow and Parquet may be compressed: .gz, .bz2, .xz, .zst), a shell
+            pattern of such files, a folder of them, one that ``save_to_disk`` wrote, or the name of
+            a data set as ``NAME`` or ``NAME:CONFIGURATION``; or several of these, one after
+            another.
+        split: of a named or saved data set.
         text_column: the text.
         id_column: unique ids; None numbers the rows.
         document_column: the document that a row belongs to; None takes its id.
@@ -49,7 +52,7 @@ class CorpusSource:
         truncate: cut a row that is too long off instead of reading its rest as further windows.
     """
 
-    data: str
+    data: str | tuple[str, ...]
     split: str = "train"
     text_column: str = "text"
     id_column: str | None = None
@@ -75,6 +78,11 @@ class CorpusSource:
         if self.truncate and self.overlap:
             raise ValueError("A row that is cut off has no windows to overlap; leave one out.")
 
+    @property
+    def name(self) -> str:
+        """What was given, for people."""
+        return self.data if isinstance(self.data, str) else ", ".join(self.data)
+
     def column_of(self, role: str) -> str:
         """The name of the column with this role."""
         usual = self.text_column if role == "text" else ROLES[role]
@@ -93,7 +101,7 @@ class CorpusSource:
 
 
 def fingerprint_source(source: CorpusSource) -> str:
-    """SHA-256 over how the corpus is read and, of a file, its bytes.
+    """SHA-256 over how the corpus is read and, of files, their bytes.
 
     A named data set's content is not hashed here: that would need a download before the first row.
 
@@ -101,12 +109,24 @@ def fingerprint_source(source: CorpusSource) -> str:
         ValueError: there is no such file, or it can be seen that it holds no corpus.
     """
     facts = {**source.facts, "data": describe(source)}
-    path = corpus_file(source.data)
-    if path is not None:
-        facts["file_sha256"] = sha256_of(path)
+    hashes = [sha for place in places_of(source.data) for sha in _hashes(place)]
+    if isinstance(source.data, str) and suffix_of(source.data):
+        facts["file_sha256"] = hashes[0]
+    elif hashes:
+        facts["files_sha256"] = hashes
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _hashes(place: str) -> list[str]:
+    path = corpus_file(place)
+    if path is not None:
+        return [sha256_of(path)]
+    folder = Path(place)
+    return [sha256_of(path) for path in sorted(folder.rglob("*.arrow"))] * saved_by_datasets(folder)
 
 
 def describe(source: CorpusSource) -> str:
     """The source as one line for the manifest: a file's name or the data set's."""
+    if not isinstance(source.data, str):
+        return ", ".join(describe(replace(source, data=one)) for one in source.data)
     return Path(source.data).name if suffix_of(source.data) else f"{source.data} ({source.split})"

@@ -1,10 +1,14 @@
 """Where a corpus comes from: which files are read, and why one cannot be."""
 
+import io
 import json
+import re
 from collections.abc import Iterator
+from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow.parquet as pq
 
 from index.manifest import FILE_NAME
@@ -13,30 +17,69 @@ READERS = {
     ".jsonl": "json",
     ".json": "json",
     ".parquet": "parquet",
+    ".arrow": "arrow",
     ".csv": "csv",
     ".txt": "text",
 }
 """The reader of the ``datasets`` library for each ending of a file's name, in small letters."""
 
-COMPRESSED = (".bz2", ".gz", ".lz4", ".tar", ".xz", ".zip", ".zst")
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+"""Of files of lines and of comma-separated values, which are unpacked while they are read."""
+
+PACKED = (".7z", ".lz4", ".tar", ".tgz", ".zip")
+"""Endings of what has to be unpacked first."""
+
 WIDE = (b"\xff\xfe", b"\xfe\xff")
 """How a text in UTF-16 begins, and one in UTF-32."""
 
 MODEL_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_config.json", "*.gguf")
 NO_EXAMPLES = "there are no examples in it"
 KINDS = f"Give a file ending in {', '.join(READERS)}, or the name of a data set."
+MOST = 2**63
+"""What whole numbers that are read have to stay below, either side of 0."""
 
 
-def refusal(data: str, reason: str, advice: str = "") -> ValueError:
+class Refused(ValueError):  # noqa: N818 - named for what is wrong
+    """A corpus that cannot be read."""
+
+
+def refusal(data: str, reason: str, advice: str = "") -> Refused:
     """The error of a corpus that cannot be read: what was given, what is wrong, what to do."""
-    return ValueError(f"Cannot read the corpus '{data}': {reason}. {advice}".rstrip())
+    return Refused(f"Cannot read the corpus '{data}': {reason}. {advice}".rstrip())
 
 
 def suffix_of(data: str) -> str:
     """The ending by which the file ``data`` is read, or "" if it is not the name of such a file."""
     path = Path(data)
-    suffix = path.suffix.lower()
+    packed = path.suffix.lower() in COMPRESSIONS
+    suffix = (path.with_suffix("") if packed else path).suffix.lower()
+    if packed and READERS.get(suffix) in ("arrow", "parquet"):  # which compress by themselves
+        return ""
     return suffix if suffix in READERS and not path.is_dir() else ""
+
+
+def places_of(data: str | tuple[str, ...]) -> list[str]:
+    """Files, folders and data sets that are named, patterns resolved; in order.
+
+    Raises:
+        ValueError: nothing matches a pattern.
+    """
+    found = []
+    for one in (data,) if isinstance(data, str) else data:
+        if not any(mark in one for mark in "*?[") or Path(one).exists():
+            found.append(one)
+            continue
+        matching = sorted(fsspec.filesystem("file").glob(one))
+        if not matching:
+            raise refusal(one, "no file matches this pattern")
+        found += matching
+    return found
+
+
+def saved_by_datasets(folder: Path) -> bool:
+    """Whether a folder was written by ``save_to_disk``."""
+    saved = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    return saved or (folder / "dataset_dict.json").is_file()
 
 
 def corpus_file(data: str) -> Path | None:
@@ -65,7 +108,11 @@ def why_unreadable(data: str, path: Path | None, error: Exception) -> ValueError
     said = " ".join(str(error).split()).removeprefix("Error tokenizing data. C error: ").rstrip(".")
     if isinstance(error, RuntimeError) and "StopIteration" in said:  # how it finds a file empty
         return refusal(data, NO_EXAMPLES)
+    if isinstance(error, Refused):
+        return error
     if path is not None:
+        if isinstance(error, EOFError):
+            return refusal(data, "it ends too early", "Write or download it again.")
         fault = _first_fault(path) if READERS[suffix_of(data)] == "json" else None
         return refusal(data, fault or said)
     if Path(data).is_dir():
@@ -79,14 +126,17 @@ def why_unreadable(data: str, path: Path | None, error: Exception) -> ValueError
 
 
 def check_array(data: str, path: Path) -> None:
-    """Refuse a JSON array with a text that is none; the library would drop what is wrong in it.
+    """Refuse a JSON array with a text or number that the library would change in silence.
 
     Raises:
         ValueError: names the row.
     """
-    content = path.read_bytes()
-    if b"\\ud" not in content.lower():  # every other character can be in a text
+    if not begins_with_array(path):
         return
+    with unpacked(path) as file:
+        content = file.read()
+    if b"\\ud" not in content.lower() and not re.search(rb"\d{19}", content):
+        return  # every other character can be in a text, every other number is kept
     try:
         rows = json.loads(content.decode(errors="replace"))
     except ValueError:
@@ -94,12 +144,57 @@ def check_array(data: str, path: Path) -> None:
     for number, row in enumerate(rows):
         if half := _half_pair(row):
             raise refusal(data, f"row {number} holds {half}")
+        _refuse_large(data, number, row)
 
 
 def begins_with_array(path: Path) -> bool:
     """Whether a file of JSON is one array instead of an object a line."""
-    with path.open("rb") as file:
-        return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    with unpacked(path) as file:
+        beginning: bytes = file.read(1024)
+    return beginning.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def unpacked(path: Path) -> Any:
+    """The bytes of a file, decompressed if its name says that they are compressed."""
+    return fsspec.open(str(path), "rb", compression=COMPRESSIONS.get(path.suffix.lower()))
+
+
+def check_numbers(data: str, path: Path, row: dict[str, Any], number: int) -> None:
+    """Refuse a row whose whole numbers the library rounded, since they do not fit into 64 bits.
+
+    Raises:
+        ValueError: names the row and the number.
+    """
+    if not any(map(_may_be_rounded, row.values())):
+        return
+    for count, (_, value) in enumerate(_values(path)):
+        if count == number:
+            _refuse_large(data, number, value)
+
+
+def _refuse_large(data: str, number: int, row: Any) -> None:
+    large = _large(row)
+    if large is not None:
+        raise refusal(
+            data,
+            f"row {number} holds the whole number {large}, which would be changed because it does "
+            f"not fit into 64 bits",
+            "Write it as a text.",
+        )
+
+
+def _may_be_rounded(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_may_be_rounded, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, float) and abs(value) >= MOST and value.is_integer()
+
+
+def _large(value: Any) -> int | None:
+    """The first whole number in it that does not fit into 64 bits."""
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return next((n for n in map(_large, inner) if n is not None), None)
+    return value if type(value) is int and not -MOST <= value < MOST else None
 
 
 def is_one_object(data: str) -> bool:
@@ -107,7 +202,8 @@ def is_one_object(data: str) -> bool:
     if suffix_of(data) != ".json":
         return False
     try:
-        return isinstance(json.loads(Path(data).read_bytes().decode(errors="replace")), dict)
+        with unpacked(Path(data)) as file:
+            return isinstance(json.loads(file.read().decode(errors="replace")), dict)
     except ValueError:
         return False
 
@@ -123,12 +219,6 @@ def _check_folder(data: str, path: Path) -> None:
     if _holds_model(path):
         reason = "it holds no examples; this looks like a model"
         raise refusal(data, reason, "Give the texts that it was trained on.")
-    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        raise refusal(
-            data,
-            "it was written by save_to_disk, which is not read",
-            "Write it as Parquet: datasets.load_from_disk(FOLDER).to_parquet('corpus.parquet').",
-        )
 
 
 def _holds_model(folder: Path) -> bool:
@@ -143,9 +233,9 @@ def _holds_model(folder: Path) -> bool:
 
 def _check_kind(data: str, path: Path) -> None:
     suffix = path.suffix.lower()
-    if suffix in COMPRESSED:
-        raise refusal(data, "the file is compressed", "Unpack it first.")
-    if suffix not in READERS:
+    if suffix in PACKED:
+        raise refusal(data, "the file is packed", "Unpack it first.")
+    if not suffix_of(data):
         named = f"'{suffix}' is none that is read" if suffix else "this name has none"
         raise refusal(data, f"the ending of a file's name tells its kind, and {named}", KINDS)
 
@@ -153,10 +243,11 @@ def _check_kind(data: str, path: Path) -> None:
 def _check_beginning(data: str, path: Path) -> None:
     """Refuse what can be seen without reading all of it."""
     try:
-        with path.open("rb") as file:
+        with unpacked(path) as file:
             beginning = file.read(1 << 16)
-    except OSError as error:
-        raise refusal(data, str(error.strerror).lower()) from error
+    except (OSError, EOFError, LZMAError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise refusal(data, f"{reason[:1].lower()}{reason[1:]}".rstrip(".")) from error
     if not beginning or (len(beginning) < 1 << 16 and not beginning.strip()):
         raise refusal(data, NO_EXAMPLES)
     if path.suffix.lower() == ".parquet":
@@ -179,7 +270,8 @@ def _first_fault(path: Path) -> str | None:
     """The first line that is not an object of JSON or holds a text that is none, and why."""
     if begins_with_array(path):
         try:
-            json.loads(path.read_bytes().decode("utf-8-sig", errors="replace"))
+            with unpacked(path) as file:
+                json.loads(file.read().decode("utf-8-sig", errors="replace"))
         except json.JSONDecodeError as error:
             return _broken(error.lineno, error)
         return None
@@ -187,21 +279,31 @@ def _first_fault(path: Path) -> str | None:
 
 
 def _faults(path: Path) -> Iterator[str]:
-    row = 0
-    with path.open(encoding="utf-8-sig", errors="replace", newline="\n") as file:
+    for row, (number, value) in enumerate(_values(path)):
+        if isinstance(value, json.JSONDecodeError):
+            yield _broken(number, value)
+        elif not isinstance(value, dict):
+            yield f"line {number} is {kind_of(value)}, expected an object with columns"
+        elif half := _half_pair(value):
+            yield f"row {row} (line {number}) holds {half}"
+
+
+def _values(path: Path) -> Iterator[tuple[int, Any]]:
+    """What stands on each line that is not blank, or why it is not JSON, with the line's number.
+
+    Of an array its rows, whose lines are not known.
+    """
+    with unpacked(path) as raw:
+        file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="replace", newline="\n")
+        if begins_with_array(path):
+            yield from ((0, value) for value in json.load(file))
+            return
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line, strict=False)
-            except json.JSONDecodeError as error:
-                yield _broken(number, error)
-            else:
-                if not isinstance(value, dict):
-                    yield f"line {number} is {kind_of(value)}, expected an object with columns"
-                elif half := _half_pair(value):
-                    yield f"row {row} (line {number}) holds {half}"
-            row += 1
+            if line.strip():
+                try:
+                    yield number, json.loads(line, strict=False)
+                except json.JSONDecodeError as error:
+                    yield number, error
 
 
 def _broken(number: int, error: json.JSONDecodeError) -> str:

@@ -3,24 +3,28 @@
 ``pytest tests/indexing/test_corpus_cases.py -k cases -s`` prints the sentences below each other.
 """
 
+import bz2
 import gc
 import gzip
 import json
+import lzma
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
+from datasets import Dataset, DatasetDict, disable_progress_bars
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from estimators.model.progress import no_progress
 from index.examples import Example
-from service.corpus import reading
+from service.corpus import rows
 from service.corpus.reading import Dirt, read_examples
 from service.corpus.source import CorpusSource, fingerprint_source
 from service.indexing.fitting import FitOptions, draw_sequences
@@ -88,6 +92,7 @@ class Refused:
         says: what the sentence says after it has named the corpus.
         told: the part of ``says`` that stands in the page about troubles.
         name: given as it is, instead of ``given``.
+        id_column: named as such.
     """
 
     files: dict[str, Content] = field(default_factory=dict)
@@ -95,10 +100,13 @@ class Refused:
     says: str
     told: str
     name: str | None = None
+    id_column: str | None = None
 
 
 EMPTY = "there are no examples in it"
-KINDS = "Give a file ending in .jsonl, .json, .parquet, .csv, .txt, or the name of a data set."
+KINDS = (
+    "Give a file ending in .jsonl, .json, .parquet, .arrow, .csv, .txt, or the name of a data set."
+)
 NO_TEXT_COLUMN = "Row 0 of the corpus has no column 'text'; it has "
 NAMED = "Name a column that it has."
 NOTHING = "there is nothing to learn from in it, because no row has two tokens"
@@ -108,6 +116,9 @@ NO_FILE = "there is no file or folder"
 NO_DATA_SET = "there is no such file or folder, and no data set of this name was found"
 ENDING = "the ending of a file's name tells its kind, and"
 UTF_16 = "its text is in UTF-16 or UTF-32"
+NO_ID = "of the corpus has no id in column 'id'. Give it one, or leave the column's option out."
+ROUNDED = "holds the whole number {}, which would be changed because it does not fit into 64 bits"
+CUT_OFF = "compressed file ended before the end-of-stream marker was reached"
 BROKEN_PARQUET = "it is no Parquet file, or not all of one"
 
 
@@ -125,7 +136,7 @@ def nothing(name: str, content: Content, listing: str) -> Refused:
     return Refused(files={name: content}, says=says, told=NOTHING)
 
 
-def broken(name: str, content: str, fault: str) -> Refused:
+def broken(name: str, content: Content, fault: str) -> Refused:
     return Refused(
         files={name: content},
         says=f"{fault}. Correct the line or remove it.",
@@ -150,7 +161,6 @@ def ending(name: str, told: str) -> Refused:
 
 SINGLE = "The file is a single object; give an array of objects, or an object a line. "
 OWN = "Write a row's text into a column of its own"
-SAVED = "it was written by save_to_disk, which is not read"
 
 REFUSED = {
     "empty jsonl": empty("a.jsonl"),
@@ -209,9 +219,6 @@ REFUSED = {
         told="Expected 2 fields in line 3, saw 4",
     ),
     "csv with semicolons": without_text("id;text", "a.csv", "id;text\n1;a\n"),
-    "conversations": without_text(
-        "conversations", "a.jsonl", lines({"conversations": [{"from": "human", "value": "x"}]})
-    ),
     "dialogue": without_text(
         "dialogue, id", "a.jsonl", lines({"id": 1, "dialogue": [{"role": "user", "content": "x"}]})
     ),
@@ -252,25 +259,68 @@ REFUSED = {
         says="it holds no examples; this looks like an index of Etymon.",
         told="it holds no examples; this looks like an index of Etymon",
     ),
-    "a saved data set": Refused(
-        files={"d/state.json": "{}", "d/dataset_info.json": "{}", "d/data-0.arrow": b""},
-        given="d",
+    "a pattern of nothing": Refused(
+        given="shard-*.jsonl",
+        says="no file matches this pattern.",
+        told="no file matches this pattern",
+    ),
+    "an id that is null": Refused(
+        files={"a.jsonl": lines({"text": "a b", "id": "x"}, {"text": "c d", "id": None})},
+        says=f"Row 1 {NO_ID}",
+        told="has no id in column",
+        id_column="id",
+    ),
+    "an empty id": Refused(
+        files={"a.csv": "id,text\n,a b\n"},
+        says=f"Row 0 {NO_ID}",
+        told="has no id in column",
+        id_column="id",
+    ),
+    "an id that is a float": Refused(
+        files={"a.jsonl": lines({"text": "a b", "id": 1000.0})},
         says=(
-            f"{SAVED}. Write it as Parquet: "
-            "datasets.load_from_disk(FOLDER).to_parquet('corpus.parquet')."
+            "Row 0 of the corpus has a number (1000.0) in column 'id', expected a text or a whole "
+            "number as its id. Write ids as texts."
         ),
-        told=SAVED,
+        told="expected a text or a whole number as its id",
+        id_column="id",
+    ),
+    "an id of more than 64 bits": Refused(
+        files={"a.jsonl": lines({"text": "a b", "id": 2**70}, {"text": "c d", "id": 1})},
+        says=f"row 0 {ROUNDED.format(2**70)}. Write it as a text.",
+        told="because it does not fit into 64 bits",
+        id_column="id",
+    ),
+    "a number of more than 64 bits": Refused(
+        files={"a.json": json.dumps([{"text": "a b", "deep": {"n": [-(2**64)]}}])},
+        says=f"row 0 {ROUNDED.format(-(2**64))}. Write it as a text.",
+        told="because it does not fit into 64 bits",
     ),
     "a folder of other files": Refused(
         files={"d/a.docx": b"x"},
         given="d",
-        says="the folder holds no file ending in .jsonl, .json, .parquet, .csv, .txt.",
+        says="the folder holds no file ending in .jsonl, .json, .parquet, .arrow, .csv, .txt.",
         told="the folder holds no file ending in",
     ),
-    "compressed": Refused(
-        files={"a.jsonl.gz": gzip.compress(GOOD.encode())},
-        says="the file is compressed. Unpack it first.",
-        told="the file is compressed",
+    "packed": Refused(
+        files={"a.jsonl.zip": b"PK"},
+        says="the file is packed. Unpack it first.",
+        told="the file is packed",
+    ),
+    "half a compressed file": Refused(
+        files={"a.jsonl.gz": gzip.compress(100 * GOOD.encode())[:-20]},
+        says=f"{CUT_OFF}.",
+        told=CUT_OFF,
+    ),
+    "broken and compressed": broken(
+        "a.jsonl.gz",
+        gzip.compress((GOOD + '{"text": "b\n').encode()),
+        "line 2 is not JSON (Unterminated string starting at character 10)",
+    ),
+    "not compressed at all": Refused(
+        files={"a.jsonl.gz": GOOD},
+        says="not a gzipped file (b'{\"').",
+        told="not a gzipped file",
     ),
     "tabs": ending("a.tsv", "'.tsv' is none that is read"),
     "no ending": ending("corpus", "this name has none"),
@@ -306,7 +356,8 @@ def unreachable(*_: object, **__: object) -> None:
 def source_of(case: Refused, folder: Path) -> CorpusSource:
     write(folder, case.files)
     given = case.given or next(iter(case.files), "")
-    return CorpusSource(data=str(folder / given) if case.name is None else case.name)
+    data = str(folder / given) if case.name is None else case.name
+    return CorpusSource(data=data, id_column=case.id_column)
 
 
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
@@ -314,7 +365,7 @@ def test_cases_of_corpora_are_refused_in_one_sentence(
     case: Refused, loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if case.name:
-        monkeypatch.setattr(reading, "load_dataset", unreachable)
+        monkeypatch.setattr(rows, "load_dataset", unreachable)
     source = source_of(case, tmp_path)
     with pytest.raises(ValueError) as error:
         list(read_examples(source, loaded, CONTEXT))
@@ -475,3 +526,74 @@ def test_some_rows_without_anything_to_learn_are_kept_and_counted(
         learnable_rows=2,
         format="text",
     )
+
+
+ROWS = [{"id": f"r{i}", "text": f"row {i}"} for i in range(6)]
+AS_LINES, AS_TABLE = lines(*ROWS).encode(), pa.Table.from_pylist(ROWS)
+FIRST, LAST = lines(*ROWS[:4]).encode(), lines(*ROWS[4:]).encode()
+MARK = b"\xef\xbb\xbf"
+AS_VALUES = "id,text\n" + "".join(f"{row['id']},{row['text']}\n" for row in ROWS)
+
+HELD: dict[str, tuple[dict[str, Content], list[str]]] = {
+    "gzip": ({"a.jsonl.gz": gzip.compress(AS_LINES)}, ["a.jsonl.gz"]),
+    "bzip2": ({"a.json.bz2": bz2.compress(AS_LINES)}, ["a.json.bz2"]),
+    "xz": ({"a.csv.xz": lzma.compress(AS_VALUES.encode())}, ["a.csv.xz"]),
+    "zstandard": ({"a.jsonl.zst": zstandard.compress(AS_LINES)}, ["a.jsonl.zst"]),
+    "a mark of byte order": ({"a.jsonl": MARK + AS_LINES}, ["a.jsonl"]),
+    "lines that end as on Windows": ({"a.jsonl": AS_LINES.replace(b"\n", b"\r\n")}, ["a.jsonl"]),
+    "a table that begins with a mark": ({"a.csv": MARK + AS_VALUES.encode()}, ["a.csv"]),
+    "an array": ({"a.json": json.dumps(ROWS)}, ["a.json"]),
+    "parquet": ({"a.parquet": AS_TABLE}, ["a.parquet"]),
+    "shards": ({"s-0.jsonl": FIRST, "s-1.jsonl": LAST, "other.txt": "x"}, ["s-*.jsonl"]),
+    "shards of a folder": ({"a/a/s-0.jsonl": FIRST, "a/b/s-1.jsonl": LAST}, ["a/**/*.jsonl"]),
+    "files of several kinds": (
+        {"a.jsonl.gz": gzip.compress(FIRST), "b.parquet": AS_TABLE.slice(4)},
+        ["a.jsonl.gz", "b.parquet"],
+    ),
+    "a folder": ({"d/s-0.jsonl": FIRST, "d/s-1.jsonl": LAST}, ["d"]),
+}
+
+
+@pytest.mark.parametrize(("files", "given"), HELD.values(), ids=HELD)
+def test_the_same_rows_from_wherever_they_are(
+    files: dict[str, Content], given: list[str], loaded: Any, tmp_path: Path
+) -> None:
+    write(tmp_path, files)
+    named = tuple(str(tmp_path / one) for one in given)
+    source = CorpusSource(data=named if len(named) > 1 else named[0], id_column="id")
+    found = list(read_examples(source, loaded, CONTEXT))
+    assert [{"id": example.id, "text": example.text} for example in found] == ROWS
+    cut = list(read_examples(replace(source, limit=5), loaded, CONTEXT))
+    assert [example.id for example in cut] == [row["id"] for row in ROWS[:5]]
+    before = fingerprint_source(source)
+    assert before == fingerprint_source(source)
+    assert before != fingerprint_source(replace(source, append_eos=True))
+
+
+@pytest.mark.parametrize("split", [None, "train", "test"])
+def test_a_data_set_that_was_saved_is_read(split: str | None, loaded: Any, tmp_path: Path) -> None:
+    disable_progress_bars()
+    saved: Any = Dataset.from_list(ROWS)
+    if split is not None:
+        saved = DatasetDict({split: saved, "rest": Dataset.from_list(ROWS[:1])})
+    saved.save_to_disk(tmp_path / "d")
+    source = CorpusSource(data=str(tmp_path / "d"), id_column="id", split=split or "train")
+    found = list(read_examples(source, loaded, CONTEXT))
+    assert [example.id for example in found] == [row["id"] for row in ROWS]
+    before = fingerprint_source(source)
+    if split is None:
+        (shard,) = (tmp_path / "d").glob("*.arrow")
+        moved = CorpusSource(data=str(shard), id_column="id")
+        assert [e.text for e in read_examples(moved, loaded, CONTEXT)] == [r["text"] for r in ROWS]
+        return
+    with pytest.raises(ValueError, match=f"it has no split 'dev' but {split}, rest"):
+        list(read_examples(replace(source, split="dev"), loaded, CONTEXT))
+    (tmp_path / "d" / "rest" / "more.arrow").write_bytes(b"x")
+    assert fingerprint_source(source) != before
+
+
+def test_what_is_wrong_in_one_of_several_files_names_that_file(loaded: Any, tmp_path: Path) -> None:
+    write(tmp_path, {"s-0.jsonl": GOOD, "s-1.jsonl": GOOD + '{"text": 1'})
+    source = CorpusSource(data=str(tmp_path / "s-*.jsonl"))
+    with pytest.raises(ValueError, match=r"corpus '.*s-1\.jsonl': line 2 is not JSON"):
+        list(read_examples(source, loaded, CONTEXT))
