@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from estimators.model.gradients import Gradients
 from estimators.model.layers import LinearLayer
-from estimators.model.tokens import Sequence1D, Spans
+from estimators.model.tokens import Rejected, Sequence1D, Spans
 
 
 class Unavailable(ValueError):  # noqa: N818 - named for what is wrong
@@ -48,6 +48,30 @@ DAMPING = Parameter(
 """Of operators that invert curvature; an index built with another damping has that as default."""
 
 
+class Preferred(Protocol):
+    """What was rejected where a training example was preferred; see ``Rejected``."""
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """What the model read."""
+        ...
+
+    @property
+    def counted(self) -> Spans:
+        """Which of these tokens count."""
+        ...
+
+    @property
+    def beta(self) -> float:
+        """Of DPO's loss."""
+        ...
+
+    @property
+    def margin(self) -> float:
+        """By the model whose gradients are taken."""
+        ...
+
+
 class Examples(Protocol):
     """The training examples of an index, by row."""
 
@@ -63,6 +87,14 @@ class Examples(Protocol):
         """Which of these tokens its trainer's loss counted; None for all but the first."""
         ...
 
+    def weight(self, row: int) -> float:
+        """Times which its loss counts."""
+        ...
+
+    def preference(self, row: int) -> Preferred | None:
+        """The other part of a pair whose preferred part it is."""
+        ...
+
     def texts(self) -> list[str]:
         """What a person reads, of all rows in order."""
         ...
@@ -70,7 +102,17 @@ class Examples(Protocol):
 
 def training_sequence(examples: Examples, row: int) -> Sequence1D:
     """A training example as its trainer saw it: what the model reads, and what of it counts."""
-    return Sequence1D(tokens=examples.tokens(row), counted=examples.counted(row))
+    other = examples.preference(row)
+    return Sequence1D(
+        tokens=examples.tokens(row),
+        counted=examples.counted(row),
+        weight=examples.weight(row),
+        rejected=None
+        if other is None
+        else Rejected(
+            tokens=other.tokens, counted=other.counted, beta=other.beta, margin=other.margin
+        ),
+    )
 
 
 class Cache(Protocol):

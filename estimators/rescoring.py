@@ -202,7 +202,7 @@ def score_batch(
         batch: training sequences on the model's device.
     """
     numbers = {layer.name: i for i, layer in enumerate(layers)}
-    shape = batch.input_ids.shape
+    shape = batch.shape
     dtype = next(iter(directions.values())).dtype
     by_layer = torch.zeros(shape[0], len(layers), dtype=dtype, device=batch.input_ids.device)
     by_position = torch.zeros(shape, dtype=dtype, device=batch.input_ids.device)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +24,37 @@ SCHEMA = pa.schema(
         ("metadata", pa.string()),
     ]
 )
-COUNTED = pa.field("counted", pa.list_(pa.int32()))
-"""Ends of the stretches of tokens that count, one after another; only in files that need it."""
+COUNTED = "counted"
+FURTHER = pa.schema(
+    [
+        (COUNTED, pa.list_(pa.int32())),
+        ("weight", pa.float64()),
+        ("rejected", pa.list_(pa.int32())),
+        ("rejected_counted", pa.list_(pa.int32())),
+        ("beta", pa.float64()),
+        ("margin", pa.float64()),
+    ]
+)
+"""Columns of files that need them; stretches of tokens are lists of their ends."""
+
+Spans: TypeAlias = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preference:
+    """What was rejected where an example was preferred, and DPO's loss of the pair.
+
+    Attributes:
+        tokens: token ids, the prompt's first.
+        counted: stretches of them whose loss the trainer counted.
+        beta: of the loss.
+        margin: ``beta`` times the model's log-ratio of both, less that of the reference.
+    """
+
+    tokens: tuple[int, ...]
+    counted: Spans
+    beta: float
+    margin: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +68,8 @@ class Example:
         tokens: token ids.
         counted: stretches of tokens whose loss the trainer counted, each from its first to before
             its second number; None for all but the first token, which nothing precedes.
+        weight: times which its loss counts.
+        preference: of a pair whose preferred part ``tokens`` are.
         metadata: the corpus' further columns, JSON values.
     """
 
@@ -46,7 +77,9 @@ class Example:
     document: str
     text: str
     tokens: tuple[int, ...]
-    counted: tuple[tuple[int, int], ...] | None = None
+    counted: Spans | None = None
+    weight: float = 1.0
+    preference: Preference | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
@@ -70,9 +103,12 @@ def serialise_examples(examples: Sequence[Example]) -> bytes:
         [json.dumps(e.metadata, ensure_ascii=False, sort_keys=True) for e in examples],
     ]
     schema = SCHEMA
-    if any(e.counted is not None for e in examples):
-        schema = schema.append(COUNTED)
-        columns.append([e.counted and list(itertools.chain(*e.counted)) for e in examples])
+    further = [_further(e) for e in examples]
+    for own in FURTHER:
+        values = [found[own.name] for found in further]
+        if any(value is not None for value in values):
+            schema = schema.append(own)
+            columns.append(values)
     arrays = [pa.array(c, type=f.type) for c, f in zip(columns, schema, strict=True)]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as writer:
@@ -119,7 +155,9 @@ class ExampleStore:
             document=values["document"],
             text=values["text"],
             tokens=tuple(values["tokens"]),
-            counted=_pairs(values.get(COUNTED.name)),
+            counted=_pairs(values.get(COUNTED)),
+            weight=_or_one(values.get("weight")),
+            preference=self.preference(row),
             metadata=json.loads(values["metadata"]),
         )
 
@@ -164,11 +202,35 @@ class ExampleStore:
         """Token ids of one row."""
         return tuple(self._table.column("tokens")[self._stored_row(row)].as_py())
 
-    def counted(self, row: int) -> tuple[tuple[int, int], ...] | None:
+    def read(self, row: int) -> tuple[int, ...]:
+        """All that the model reads of one row: of a pair the tokens of both, one after another."""
+        other = self.preference(row)
+        return self.tokens(row) + (() if other is None else other.tokens)
+
+    def counted(self, row: int) -> Spans | None:
         """Stretches of tokens of one row that count; None for all but the first token."""
-        if COUNTED.name not in self._table.column_names:
+        return _pairs(self._further_value(COUNTED, row))
+
+    def weight(self, row: int) -> float:
+        """Times which the loss of one row counts."""
+        return _or_one(self._further_value("weight", row))
+
+    def preference(self, row: int) -> Preference | None:
+        """What was rejected where this row was preferred; None for other rows."""
+        tokens = self._further_value("rejected", row)
+        if tokens is None:
             return None
-        return _pairs(self._table.column(COUNTED.name)[self._stored_row(row)].as_py())
+        return Preference(
+            tokens=tuple(tokens),
+            counted=_pairs(self._further_value("rejected_counted", row)) or (),
+            beta=self._further_value("beta", row),
+            margin=self._further_value("margin", row),
+        )
+
+    def _further_value(self, name: str, row: int) -> Any:
+        if name not in self._table.column_names:
+            return None
+        return self._table.column(name)[self._stored_row(row)].as_py()
 
     def token_bytes(self) -> Iterator[bytes]:
         """Token ids of every row in order, as 32-bit integers in little-endian order."""
@@ -214,7 +276,28 @@ class ExampleStore:
         return rows
 
 
-def _pairs(ends: Sequence[int] | None) -> tuple[tuple[int, int], ...] | None:
+def _further(example: Example) -> dict[str, Any]:
+    """What the example has of ``FURTHER``, None where it is as most are."""
+    other = example.preference
+    found = {
+        COUNTED: example.counted and list(itertools.chain(*example.counted)),
+        "weight": None if example.weight == 1 else example.weight,
+    }
+    if other is not None:
+        found |= {
+            "rejected": list(other.tokens),
+            "rejected_counted": list(itertools.chain(*other.counted)),
+            "beta": other.beta,
+            "margin": other.margin,
+        }
+    return {name: found.get(name) for name in FURTHER.names}
+
+
+def _or_one(weight: float | None) -> float:
+    return 1.0 if weight is None else weight
+
+
+def _pairs(ends: Sequence[int] | None) -> Spans | None:
     if ends is None:
         return None
     return tuple(zip(ends[::2], ends[1::2], strict=True))

@@ -150,11 +150,14 @@ class ReadingRecord(Record):
     """How the rows of a corpus were read, where they are no plain texts.
 
     Attributes:
-        format: what a row is: "text", "messages", "prompt-completion" or "tokens".
+        format: what a row is: "text", "messages", "prompt-completion",
+            "preference" or "tokens".
         columns: names of columns, by role, that are not the usual ones.
         append_eos: whether texts and completions end with the tokenizer's end of text.
         overlap: tokens that a window repeats of the one before, as context that does not count.
         truncate: whether rows that are too long were cut off.
+        beta: of DPO's loss.
+        reference: the model that DPO compared with, where it was not in the rows.
         counted_tokens: of all rows, those whose loss counts.
         merged_rows: whose prompt and completion share a token, which counts.
         truncated_rows: that were cut off.
@@ -165,6 +168,8 @@ class ReadingRecord(Record):
     append_eos: bool = False
     overlap: int = 0
     truncate: bool = False
+    beta: float | None = None
+    reference: str | None = None
     counted_tokens: int
     merged_rows: int = 0
     truncated_rows: int = 0

@@ -55,6 +55,8 @@ def main(
     append_eos: options.AppendEos = False,
     overlap: options.Overlap = 0,
     truncate: options.Truncate = False,
+    beta: options.Beta = 0.1,
+    reference: options.Reference = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Cut longer texts into windows of so many tokens.")
     ] = None,
@@ -149,6 +151,8 @@ def main(
         append_eos=append_eos,
         overlap=overlap,
         truncate=truncate,
+        beta=beta,
+        reference=reference,
     )
     chosen = BuildOptions(
         max_tokens=max_tokens,

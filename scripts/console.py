@@ -27,6 +27,7 @@ from scripts.texts import printable
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from estimators.model.layers import SkippedModule
+    from estimators.model.tokens import Sequence1D
     from index.examples import Example
     from service.indexing.prediction import Prediction
     from service.models import LoadedModel
@@ -120,21 +121,30 @@ def show_model(loaded: "LoadedModel") -> None:
 
 
 def show_example(tokenizer: Any, example: "Example") -> None:
-    """Print an example token by token: those that count in green, or in ⟦ ⟧ without colours."""
-    from estimators.model.tokens import Sequence1D
+    """Print an example token by token: those that count in green, or in ⟦ ⟧ without colours.
+
+    Of a pair what was preferred, and then what was rejected.
+    """
+    from service.corpus.reading import sequence_of
+
+    members = sequence_of(example).members
+    for (member, _), name in zip(members, ("", ", rejected"), strict=False):
+        total = len(member.tokens)
+        print_plain(f"{example.id}{name}: {member.targets} of {total} tokens count")
+        stderr.print(_counted_text(tokenizer, member), soft_wrap=True)
+
+
+def _counted_text(tokenizer: Any, sequence: "Sequence1D") -> Text:
     from service.search.explaining import token_texts
 
-    sequence = Sequence1D(tokens=example.tokens, counted=example.counted)
     starts, stops = ({ends[i] for ends in sequence.target_spans} for i in (0, 1))
     marks = not stderr.is_terminal
     text, counts = Text(), False
-    for place, piece in enumerate([*token_texts(tokenizer, example.tokens), ""]):
+    for place, piece in enumerate([*token_texts(tokenizer, sequence.tokens), ""]):
         counts = place in starts or (counts and place not in stops)
         text.append("⟧" * (marks and place in stops) + "⟦" * (marks and place in starts))
         text.append(printable(piece, keep="\n"), style="green" if counts else "dim")
-    total = len(example.tokens)
-    print_plain(f"{example.id}: {sequence.targets} of {total} tokens count")
-    stderr.print(text, soft_wrap=True)
+    return text
 
 
 def print_plain(line: str) -> None:

@@ -100,8 +100,9 @@ RowFormat = Annotated[
     typer.Option(
         "--format",
         help="What a row is: text; messages (a conversation, of which the assistant's turns "
-        "count); prompt-completion (the completion counts); tokens (input_ids, with labels -100 "
-        "where a token does not count). Told by the columns if not given.",
+        "count); prompt-completion (the completion counts); preference (chosen and rejected, with "
+        "DPO's loss); tokens (input_ids, with labels -100 where a token does not count). Told by "
+        "the columns if not given.",
     ),
 ]
 Column = Annotated[
@@ -109,7 +110,8 @@ Column = Annotated[
     typer.Option(
         help="ROLE=NAME where a column has not its usual name, e.g. messages=conversations; a dot "
         "leads into a nested column. May be repeated. Roles: text, messages, tools, prompt, "
-        "completion, input_ids, labels, attention_mask, position_ids, seq_lengths."
+        "completion, chosen, rejected, ref_chosen_logps, ref_rejected_logps, input_ids, labels, "
+        "attention_mask, position_ids, seq_lengths, weight (times which a row counts)."
     ),
 ]
 AppendEos = Annotated[
@@ -129,6 +131,14 @@ Truncate = Annotated[
         "--truncate",
         help="Cut rows off after --max-tokens, as trainers do, instead of reading what follows as "
         "further windows.",
+    ),
+]
+Beta = Annotated[float, typer.Option(help="Of DPO's loss, for rows with chosen and rejected.")]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder or name of the model that DPO compared with, if no columns have its "
+        "log-probabilities."
     ),
 ]
 Limit = Annotated[int | None, typer.Option(help="Read only this many rows.")]
@@ -186,6 +196,8 @@ def corpus_source(
     append_eos: bool,
     overlap: int,
     truncate: bool,
+    beta: float,
+    reference: str | None,
 ) -> "CorpusSource":
     """The corpus that the options name.
 
@@ -207,6 +219,8 @@ def corpus_source(
         append_eos=append_eos,
         overlap=overlap,
         truncate=truncate,
+        beta=beta,
+        reference=reference,
     )
 
 

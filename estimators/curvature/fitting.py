@@ -1,8 +1,11 @@
 """Fitting an estimator: passes over examples with labels drawn from the model."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
 from estimators.contracts import PASSES, Accumulator, Factors, Sums
@@ -82,7 +85,7 @@ def fit_estimator(
             f"None of the {len(sequences)} fitting examples has two tokens or more; "
             f"check the text column."
         )
-    lengths = [len(sequence.tokens) for sequence in useful]
+    lengths = [sequence.padded for sequence in useful]
     batches = list(plan_batches(lengths, token_budget))
     kept = checkpoint or NoCheckpoint()
 
@@ -106,6 +109,24 @@ def fit_estimator(
         return sums
 
     return factors_class(name).fit(layers, run_pass)
+
+
+def as_fitted(sequence: Sequence1D, label_seed: int | None) -> Sequence1D:
+    """What of an example makes curvature: its weight does not.
+
+    Of a pair it is drawn which one the model prefers, as labels of tokens are: the moments of such
+    gradients are the Fisher matrix of preferences.
+
+    Args:
+        sequence: a training example.
+        label_seed: None takes the preference that there was.
+    """
+    rejected = sequence.rejected
+    if rejected is not None and label_seed is not None:
+        generator = np.random.Generator(np.random.Philox(key=[label_seed, sequence.row]))
+        chance = 1 / (1 + math.exp(rejected.margin))
+        rejected = replace(rejected, won=bool(generator.random() < chance))
+    return replace(sequence, weight=1.0, rejected=rejected)
 
 
 class _Adding:
@@ -135,7 +156,7 @@ class _Adding:
         counted: dict[str, set[int]] = {layer.name: set() for layer in self._layers}
 
         def work(part: Sequence[int]) -> None:
-            batch = collate([self._sequences[p] for p in part])
+            batch = collate([as_fitted(self._sequences[p], self._label_seed) for p in part])
             served = batch.position_mask.flatten().nonzero().squeeze(1).to(self._device)
             visit, visit_terms = self._visitors(part, served, counted)
             placed = batch.to(self._device)
@@ -144,7 +165,7 @@ class _Adding:
                 self._layers,
                 placed,
                 visit,
-                self._label_seed,
+                None if batch.group > 1 else self._label_seed,
                 visit_terms=visit_terms,
             )
 

@@ -109,6 +109,8 @@ def visit_gradients(
     Raises:
         ValueError: there are vocabulary layers, and nobody receives them.
     """
+    if batch.group > 1:
+        visit = _together(visit, batch.group)
     groups: dict[nn.Module, list[LinearLayer]] = {model: []}
     for layer in layers:
         groups.setdefault(layer.checkpoint or model, []).append(layer)
@@ -134,6 +136,15 @@ def visit_gradients(
                 raise ValueError(f"Nothing here can use {layer.name}; fit without --embeddings.")
             visit_terms(layer, _terms(layer, batch, read, run))
     return losses[model]
+
+
+def _together(visit: Visitor, group: int) -> Visitor:
+    """Hands over an example's sequences as one, their positions one after another."""
+
+    def joined(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
+        visit(layer, *(x.reshape(len(x) // group, -1, x.shape[-1]) for x in (a, d)))
+
+    return joined
 
 
 @contextmanager

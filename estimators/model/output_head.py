@@ -57,7 +57,8 @@ def losses_and_gradient(
     """Losses of a batch's sequences, and the gradient of their sum with respect to ``states``.
 
     A loss is the sum of the next-token negative log-likelihoods of the counted tokens, in nats, in
-    float32 at least, whatever the model's own precision. Positions that predict no counted token do
+    float32 at least, whatever the model's own precision. The gradient has the batch's weights, the
+    losses have not. Positions that predict no counted token do
     not pass through the head.
 
     Args:
@@ -93,6 +94,7 @@ def losses_and_gradient(
         losses[some] = _surprisal(wide, probabilities, labels)
         if gradient is not None:
             slope = probabilities.scatter_add_(1, labels, -torch.ones_like(probabilities[:, :1]))
+            slope = _weighted(slope, batch, some)
             (gradient[some],) = torch.autograd.grad(logits, given, slope.to(logits.dtype))
     return losses.view(batch.input_ids.shape).sum(1), (
         None if gradient is None else gradient.view_as(states)
@@ -111,7 +113,7 @@ def residuals(
     batch: TokenBatch,
     labels: Int[Tensor, "batch token"],
 ) -> Iterator[tuple[Int[Tensor, "position"], Float[Tensor, "position vocabulary"]]]:
-    """``p - y``, the gradients of the losses with respect to the logits, some positions at a time.
+    """``w (p - y)``, the weighted losses' gradients by the logits, some positions at a time.
 
     The head runs again: keeping them all from ``losses_and_gradient`` would take a vocabulary a
     position.
@@ -134,7 +136,16 @@ def residuals(
         room = torch.empty_like(wide) if room is None else room
         slope = torch.softmax(wide, dim=-1, out=room[: len(wide)])
         own = labels.flatten()[some][:, None]
-        yield some, slope.scatter_add_(1, own, -torch.ones_like(slope[:, :1]))
+        slope.scatter_add_(1, own, -torch.ones_like(slope[:, :1]))
+        yield some, _weighted(slope, batch, some)
+
+
+def _weighted(slopes: Tensor, batch: TokenBatch, places: Tensor) -> Tensor:
+    """Times the weight of the sequence that each position is of; in place."""
+    if batch.weights is None:
+        return slopes
+    owners = places // batch.input_ids.shape[1]
+    return slopes.mul_(batch.weights[owners][:, None].to(slopes))
 
 
 def _surprisal(

@@ -34,13 +34,13 @@ class HeadRun:
     """
 
     head: nn.Module
-    states: Float[Tensor, "batch token feature"]
-    labels: Int[Tensor, "batch token"]
+    states: Float[Tensor, "sequence token feature"]
+    labels: Int[Tensor, "sequence token"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class VocabularyTerms:
-    """The gradients of one vocabulary layer for each sequence of a batch, as sums of terms.
+    """The gradients of one vocabulary layer for each example of a batch, as sums of terms.
 
     Attributes:
         batch: the sequences.
@@ -54,7 +54,7 @@ class VocabularyTerms:
 
     batch: TokenBatch
     vocabulary: int
-    read: Float[Tensor, "batch token feature"] | None
+    read: Float[Tensor, "sequence token feature"] | None
     predicted: HeadRun | None
     padding: int | None = None
     turn: Float[Tensor, "feature turned"] | None = None
@@ -69,7 +69,7 @@ class VocabularyTerms:
             found += (direction[ids.flatten()] * self.read_rows().flatten(0, 1)).sum(1)
         for places, x, y in self._predicted():
             found[places] += (x @ direction).mul_(y).sum(1)
-        return found.view(ids.shape)
+        return found.view(self.batch.shape)
 
     def scores(
         self, directions: Float[Tensor, "query vocabulary feature"]
@@ -101,11 +101,10 @@ class VocabularyTerms:
         targets: Sequence[Float[Tensor, "vocabulary turned"]],
         weights: Sequence[float],
     ) -> None:
-        """Add ``weight * G`` of each sequence to its target; several may have the same one."""
+        """Add ``weight * G`` of each example to its target; several may have the same one."""
         if self.read is not None:
-            for target, ids, own, weight in zip(
-                targets, self.batch.input_ids, self.read_rows(), weights, strict=True
-            ):
+            rows = self.read_rows()
+            for target, ids, own, weight in zip(targets, self.ids, rows, weights, strict=True):
                 target.index_add_(0, ids, own, alpha=weight)
         for x, y, runs in self.predicted_parts():
             for number, run in runs:
@@ -116,12 +115,15 @@ class VocabularyTerms:
         return replace(self, turn=turn)
 
     def of(self, number: int) -> "VocabularyTerms":
-        """Of one sequence."""
-        one = slice(number, number + 1)
+        """Of one example."""
+        group, weights = self.batch.group, self.batch.weights
+        one = slice(number * group, (number + 1) * group)
         batch = TokenBatch(
             input_ids=self.batch.input_ids[one],
             target_mask=self.batch.target_mask[one],
-            rows=self.batch.rows[one],
+            rows=self.batch.rows[number : number + 1],
+            group=group,
+            weights=None if weights is None else weights[one],
         )
         run = self.predicted
         if run is not None:
@@ -152,9 +154,14 @@ class VocabularyTerms:
         return found
 
     def read_rows(self) -> Float[Tensor, "batch token turned"]:
-        """``y_t`` of the embeddings, whose ``x_t`` are the batch's tokens."""
+        """``y_t`` of the embeddings, whose ``x_t`` are the tokens ``ids``."""
         assert self.read is not None
-        return self._turn(widen(self.read))
+        return self._turn(widen(self.read)).view(*self.batch.shape, -1)
+
+    @property
+    def ids(self) -> Int[Tensor, "batch token"]:
+        """The tokens of each example."""
+        return self.batch.input_ids.view(self.batch.shape)
 
     def predicted_parts(
         self,
@@ -165,7 +172,7 @@ class VocabularyTerms:
             list[tuple[int, slice]],
         ]
     ]:
-        """``x_t`` and ``y_t`` of the head for some positions, and which are whose sequence's."""
+        """``x_t`` and ``y_t`` of the head for some positions, and which are whose example's."""
         for places, x, y in self._predicted():
             yield x, y, self._runs(places)
 
@@ -189,8 +196,8 @@ class VocabularyTerms:
         return rows if self.turn is None else rows @ self.turn
 
     def _runs(self, places: Int[Tensor, "position"]) -> list[tuple[int, slice]]:
-        """Each sequence's own among some positions."""
-        owners = places // self.batch.input_ids.shape[1]
+        """Each example's own among some positions."""
+        owners = places // self.batch.shape[1]
         numbers, counts = torch.unique_consecutive(owners, return_counts=True)
         ends = counts.cumsum(0)
         pairs = zip((ends - counts).tolist(), ends.tolist(), strict=True)

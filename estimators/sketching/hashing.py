@@ -52,8 +52,8 @@ class VocabularyFrame:
     def training(
         self, terms: VocabularyTerms, right: Float[Tensor, "column feature"]
     ) -> Float[Tensor, "batch row column"]:
-        """``P diag(scale) G right^T`` of each sequence's gradient G."""
-        turned, ids = terms.turned(right.T), terms.batch.input_ids
+        """``P diag(scale) G right^T`` of each example's gradient G."""
+        turned, ids = terms.turned(right.T), terms.ids
         blocks = right.new_zeros(len(ids), self.rows, len(right))
         if turned.read is not None:
             values, buckets = (self._near(name, right)[ids] for name in ("train", "bucket"))

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from estimators.model.tokens import Spans
+from estimators.model.tokens import Sequence1D, Spans
+from index.examples import Preference
 from service.corpus import chat
+from service.corpus.preferences import Margins
 from service.corpus.source import CorpusSource, Format
 from service.corpus.sources import is_one_object, kind_of
 from service.models import LoadedModel
@@ -31,18 +33,21 @@ class Said:
         tokens: what the model read.
         counted: stretches of tokens whose loss the trainer counted; None for all but the first.
         merged: whether prompt and completion share a token, which then is the completion's.
+        preference: what was rejected where this was preferred.
     """
 
     text: str | None
     tokens: list[int]
     counted: Spans | None = None
     merged: bool = False
+    preference: Preference | None = None
 
 
 NEEDS: dict[Format, tuple[str, ...]] = {
     "text": ("text",),
     "messages": ("messages",),
     "prompt-completion": ("prompt", "completion"),
+    "preference": ("chosen", "rejected"),
     "tokens": ("input_ids",),
 }
 """Roles of the columns that a format cannot do without."""
@@ -51,6 +56,7 @@ MAY_HAVE: dict[Format, tuple[str, ...]] = {
     "text": (),
     "messages": ("tools",),
     "prompt-completion": ("tools",),
+    "preference": ("prompt", "tools", "ref_chosen_logps", "ref_rejected_logps"),
     "tokens": ("labels", "attention_mask", "position_ids", "seq_lengths"),
 }
 
@@ -61,10 +67,12 @@ class RowReader:
     Args:
         source: the corpus.
         loaded: the model whose tokenizer and chat template are used.
+        max_tokens: to which pairs are cut off.
     """
 
-    def __init__(self, source: CorpusSource, loaded: LoadedModel) -> None:
+    def __init__(self, source: CorpusSource, loaded: LoadedModel, max_tokens: int) -> None:
         self._source = source
+        self.max_tokens = max_tokens
         self._loaded = loaded
         self.format: Format | None = source.format
         self._names: dict[str, str] = {}
@@ -72,14 +80,17 @@ class RowReader:
             "text": self._text,
             "messages": self._messages,
             "prompt-completion": self._completion,
+            "preference": self._preference,
             "tokens": self._tokens,
         }
+        self._margins = Margins(source, loaded)
 
     @property
     def roles(self) -> set[str]:
         """Columns that make up the examples."""
         assert self.format is not None
-        return {self._column_of(role) for role in NEEDS[self.format] + MAY_HAVE[self.format]}
+        roles = (*NEEDS[self.format], *MAY_HAVE[self.format], "weight")
+        return {self._column_of(role) for role in roles}
 
     def read(self, row: Row, number: int) -> list[Said]:
         """What a row says; several documents where it packs several.
@@ -99,6 +110,23 @@ class RowReader:
         except _Unreadable as error:
             hint = self._hint(number)
             raise ValueError(f"Row {number} of the corpus {error}. {hint}{error.advice}") from error
+
+    def weight(self, row: Row, number: int) -> float:
+        """Times which the row counts.
+
+        Raises:
+            ValueError: its weight is no number of at least 0.
+        """
+        if "weight" not in self._source.columns:
+            return 1.0
+        name = self._source.columns["weight"]
+        value = self.column(row, name, number)
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(
+                f"Row {number} of the corpus has {value} in column '{name}', expected a weight: a "
+                f"number of at least 0."
+            )
+        return float(value)
 
     def column(self, row: Row, name: str, number: int) -> Any:
         """The value of a column; a dot leads into a nested one.
@@ -173,30 +201,76 @@ class RowReader:
             raise _Unreadable(f"has a column '{name}' that {error}") from error
 
     def _completion(self, row: Row, number: int) -> list[Said]:
-        names = [self._column_of(role) for role in ("prompt", "completion")]
-        values = [self.column(row, name, number) for name in names]
-        tokenizer = self._loaded.tokenizer
-        if all(isinstance(value, list) for value in values):
-            prompt, answer = (self._conversation(row, name, number) for name in names)
-            tools = self._optional(row, "tools")
-            with _rendering():
-                before = chat.tokens_of(tokenizer, prompt, tools, asks=True)
-                whole = chat.tokens_of(tokenizer, [*prompt, *answer], tools)
-                text = chat.render(tokenizer, [*prompt, *answer], tools, tokenize=False)
-        else:
-            first, second = (self._string(v, n) for v, n in zip(values, names, strict=True))
-            text = first + second
-            before = self._begun(self._loaded.encode(first))
-            whole = self._ended(self._loaded.encode(text))
+        prompt, answer = (self._part(row, role, number) for role in ("prompt", "completion"))
+        tools = self._optional(row, "tools")
+        before, whole, text = self._answered(prompt, answer, tools)
         start = _common(before, whole)
         return [
             Said(
                 text=text,
                 tokens=whole,
-                counted=((start, len(whole)),) if start < len(whole) else (),
+                counted=_from(start, whole),
                 merged=start < len(before),
             )
         ]
+
+    def _preference(self, row: Row, number: int) -> list[Said]:
+        chosen, rejected = (self._part(row, role, number) for role in ("chosen", "rejected"))
+        if self._has(row, "prompt"):
+            prompt = self._part(row, "prompt", number)
+        else:  # what both begin with
+            shared = _common(chosen, rejected) if isinstance(chosen, list) else 0
+            prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        tools = self._optional(row, "tools")
+        before, good, text = self._answered(prompt, chosen, tools)
+        _, bad, other = self._answered(prompt, rejected, tools)
+        start = min(_common(before, good), _common(before, bad))
+        longest = self.max_tokens
+        cut = [
+            Sequence1D(tokens=tuple(t[:longest]), counted=_from(start, t[:longest]))
+            for t in (good, bad)
+        ]
+        given = [self._optional(row, f"ref_{name}_logps") for name in ("chosen", "rejected")]
+        known = None if None in given else (given[0], given[1])
+        with _rendering():
+            margin = self._margins.of(cut[0], cut[1], known) if all(c.tokens for c in cut) else 0.0
+        return [
+            Said(
+                text=f"{text}\n--- rejected: ---\n{other}",
+                tokens=good,
+                counted=_from(start, good),
+                merged=start < len(before),
+                preference=Preference(
+                    tokens=tuple(bad),
+                    counted=_from(start, bad),
+                    beta=self._source.beta,
+                    margin=margin,
+                ),
+            )
+        ]
+
+    def _part(self, row: Row, role: str, number: int) -> Any:
+        """A text, or a list of messages."""
+        name = self._column_of(role)
+        value = self.column(row, name, number)
+        if isinstance(value, list):
+            return self._conversation(row, name, number)
+        return self._string(value, name)
+
+    def _answered(self, prompt: Any, answer: Any, tools: Any) -> tuple[list[int], list[int], str]:
+        """Tokens of the prompt, of prompt and answer, and both as a text."""
+        tokenizer = self._loaded.tokenizer
+        if type(prompt) is not type(answer):
+            raise _Unreadable("has a text beside messages; a prompt and its answer are the same")
+        if isinstance(prompt, str):
+            text = prompt + answer
+            before = self._begun(self._loaded.encode(prompt))
+            return before, self._ended(self._loaded.encode(text)), text
+        with _rendering():
+            before = chat.tokens_of(tokenizer, prompt, tools, asks=True) if prompt else []
+            whole = chat.tokens_of(tokenizer, [*prompt, *answer], tools)
+            text = chat.render(tokenizer, [*prompt, *answer], tools, tokenize=False)
+        return before, whole, text
 
     def _tokens(self, row: Row, number: int) -> list[Said]:
         name = self._column_of("input_ids")
@@ -309,8 +383,12 @@ def _rendering() -> Iterator[None]:
         raise _Unreadable(f"cannot be used: {error}", "") from error
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+def _from(start: int, tokens: Sequence[int]) -> Spans:
+    return ((start, len(tokens)),) if start < len(tokens) else ()
+
+
+def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many tokens, or messages, both begin with."""
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
     return sum(1 for _ in pairs)
 

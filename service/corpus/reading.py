@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from estimators.model.tokens import Sequence1D
+from estimators.model.tokens import Rejected, Sequence1D
 from index.examples import Example
 from service.corpus.formats import RowReader, Said
 from service.corpus.rows import read_rows
@@ -90,7 +90,7 @@ def read_examples(
             f"{source.overlap}."
         )
     dirt = dirt or Dirt()
-    reader = RowReader(source, loaded)
+    reader = RowReader(source, loaded, max_tokens)
     for number, row in enumerate(read_rows(source)):
         documents = reader.read(row, number)
         dirt.format = reader.format
@@ -98,7 +98,9 @@ def read_examples(
             dirt.count(said)
             packed = f"#p{place}" if len(documents) > 1 else ""
             example = _example(number, row, said, reader, source, packed)
-            dirt.truncated_rows += source.truncate and len(said.tokens) > max_tokens
+            dirt.truncated_rows += _longest(said) > max_tokens and (
+                source.truncate or said.preference is not None
+            )
             yield from _windows(example, source, loaded, max_tokens)
     _check_something_to_learn(source, dirt)
 
@@ -152,6 +154,8 @@ def _example(
         text=said.text or "",
         tokens=tuple(said.tokens),
         counted=said.counted,
+        weight=reader.weight(row, number),
+        preference=said.preference,
         metadata={name: _json_value(reader.column(row, name, number)) for name in keep},
     )
 
@@ -174,7 +178,15 @@ def _identifier(value: Any, column: str, number: int) -> str:
 def _windows(
     example: Example, source: CorpusSource, loaded: LoadedModel, max_tokens: int
 ) -> Iterator[Example]:
-    """The example in pieces of at most so many tokens."""
+    """The example in pieces of at most so many tokens; a pair is cut off."""
+    other = example.preference
+    if other is not None:
+        yield replace(
+            example,
+            tokens=example.tokens[:max_tokens],
+            preference=replace(other, tokens=other.tokens[:max_tokens]),
+        )
+        return
     tokens, step = example.tokens, max_tokens - source.overlap
     if len(tokens) <= max_tokens:
         yield example
@@ -201,3 +213,24 @@ def _windows(
 def _json_value(value: Any) -> Any:
     """The value as JSON has it: dates and other objects as text, NaN and infinities as null."""
     return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
+
+
+def sequence_of(example: Example, row: int = 0) -> Sequence1D:
+    """An example as its trainer saw it."""
+    other = example.preference
+    return Sequence1D(
+        tokens=example.tokens,
+        counted=example.counted,
+        weight=example.weight,
+        rejected=None
+        if other is None
+        else Rejected(
+            tokens=other.tokens, counted=other.counted, beta=other.beta, margin=other.margin
+        ),
+        row=row,
+    )
+
+
+def _longest(said: Said) -> int:
+    other = said.preference
+    return max(len(said.tokens), 0 if other is None else len(other.tokens))

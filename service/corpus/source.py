@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args
 from index.files import sha256_of
 from service.corpus.sources import corpus_file, places_of, saved_by_datasets, suffix_of
 
-Format = Literal["text", "messages", "prompt-completion", "tokens"]
-"""What a row is: a text, a conversation, a prompt with its completion, or token ids."""
+Format = Literal["text", "messages", "prompt-completion", "preference", "tokens"]
+"""What a row is: a text, a conversation, a prompt with its completion, or with two answers of which
+one was preferred, or token ids."""
 
 ROLES: dict[str, str] = {
     "text": "text",
@@ -19,13 +20,21 @@ ROLES: dict[str, str] = {
     "tools": "tools",
     "prompt": "prompt",
     "completion": "completion",
+    "chosen": "chosen",
+    "rejected": "rejected",
+    "ref_chosen_logps": "ref_chosen_logps",
+    "ref_rejected_logps": "ref_rejected_logps",
     "input_ids": "input_ids",
     "labels": "labels",
     "attention_mask": "attention_mask",
     "position_ids": "position_ids",
     "seq_lengths": "seq_lengths",
+    "weight": "",
 }
-"""What a column can hold that makes up an example, and the column's usual name."""
+"""What a column can hold that makes up an example, and the column's usual name.
+
+One with a weight, times which a row counts, has none: it has to be named.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +59,8 @@ class CorpusSource:
         append_eos: end each text and each completion with the tokenizer's end of text.
         overlap: tokens that a window repeats of the one before, as context that does not count.
         truncate: cut a row that is too long off instead of reading its rest as further windows.
+        beta: of DPO's loss, for pairs of which one was preferred.
+        reference: folder or name of the model that DPO compared with.
     """
 
     data: str | tuple[str, ...]
@@ -64,6 +75,8 @@ class CorpusSource:
     append_eos: bool = False
     overlap: int = 0
     truncate: bool = False
+    beta: float = 0.1
+    reference: str | None = None
 
     def __post_init__(self) -> None:
         if self.format is not None and self.format not in get_args(Format):
@@ -92,7 +105,10 @@ class CorpusSource:
     def facts(self) -> dict[str, Any]:
         """All that decides how it is read; of what older versions did not know, what is used."""
         usual = {f.name: f.default for f in fields(self)} | {"columns": {}}
-        recent = ("format", "columns", "append_eos", "overlap", "truncate")
+        recent = (
+            *("format", "columns", "append_eos", "overlap", "truncate"),
+            *("beta", "reference"),
+        )
         return {
             key: value
             for key, value in asdict(self).items()

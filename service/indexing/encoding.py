@@ -134,7 +134,7 @@ def _sketch(
         sketched = sketches.training(model, batch, start)
         consume(positions, [(x.cpu().numpy(), norm.cpu().numpy()) for x, norm in sketched])
 
-    lengths = [len(sequence.tokens) for sequence in sequences]
+    lengths = [sequence.padded for sequence in sequences]
     backing = BackOff(lengths)
     for positions in plan_batches(lengths, token_budget):
         backing.run(positions, work)

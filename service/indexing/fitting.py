@@ -26,7 +26,7 @@ from estimators.registry import factors_class
 from estimators.storage import fingerprint_tensors, serialise_factors
 from index.errors import DiskFull, IndexMismatch
 from index.files import exclusive, write_whole
-from service.corpus.reading import read_examples
+from service.corpus.reading import read_examples, sequence_of
 from service.corpus.source import CorpusSource
 from service.indexing.plausibility import TextSample, measure_loss, tell_loss
 from service.models import LoadedModel
@@ -140,10 +140,7 @@ def draw_sequences(
     everything = list(read_examples(source, loaded, options.max_tokens or loaded.context))
     generator = np.random.default_rng(options.seed)
     chosen = np.sort(generator.permutation(len(everything))[: options.examples])
-    drawn = [
-        Sequence1D(tokens=everything[i].tokens, counted=everything[i].counted, row=int(i))
-        for i in chosen
-    ]
+    drawn = [sequence_of(everything[i], int(i)) for i in chosen]
     if not any(sequence.targets for sequence in drawn):
         raise ValueError(
             f"There is nothing to fit on: of {len(everything)} examples {len(drawn)} were drawn, "
@@ -163,7 +160,8 @@ def _belongs(
     digest = hashlib.sha256()
     for sequence in sequences:
         counted = "" if sequence.counted is None else f":{sequence.counted}"
-        digest.update(f"{sequence.row}:{sequence.tokens}{counted}".encode())
+        pair = "" if sequence.rejected is None else f":{sequence.rejected}"
+        digest.update(f"{sequence.row}:{sequence.tokens}{counted}{pair}".encode())
     chosen = {key: str(value) for key, value in asdict(options).items()}
     return {
         **chosen,

@@ -51,7 +51,7 @@ class TextSample:
         if place == TEXTS:
             place = int(self._generator.integers(self._seen))
         if place < TEXTS:
-            beginning = replace(text, tokens=text.tokens[:TOKENS])
+            beginning = replace(text, tokens=text.tokens[:TOKENS], weight=1.0, rejected=None)
             counts = beginning.targets > 0
             self.texts[place : place + 1] = [
                 beginning if counts else replace(beginning, counted=None)

@@ -20,7 +20,7 @@ from estimators.sketching.slices import SketchSlices
 from estimators.storage import load_factors, serialise_factors
 from index.examples import Example, ExampleStore, examples_path, serialise_examples, write_examples
 from service.coding import coded_index, further_bytes
-from service.corpus.reading import read_examples
+from service.corpus.reading import read_examples, sequence_of
 from service.corpus.source import CorpusSource
 from service.indexing.building import BuildOptions, check_factors
 from service.indexing.fitting import FitOptions, draw_sequences
@@ -127,7 +127,7 @@ def predict_fit(
     start = time.perf_counter()
     sequences = draw_sequences(loaded, source, options)
     reading = time.perf_counter() - start
-    lengths = [len(sequence.tokens) for sequence in sequences]
+    lengths = [sequence.padded for sequence in sequences]
     batches = list(plan_batches(lengths, options.token_budget))
     chosen = {int(i) for i in np.linspace(0, len(batches) - 1, TRIAL_BATCHES)}
     trial = [sequences[p] for i in sorted(chosen) for p in batches[i]]
@@ -145,7 +145,7 @@ def predict_fit(
     )
     size = len(serialise_factors(options.estimator, fitted, {}))
     once = time.perf_counter() - start - stopwatch.all
-    tried = [len(sequence.tokens) for sequence in trial]
+    tried = [sequence.padded for sequence in trial]
     computed = sum(_padded([tried[p] for p in b]) for b in stopwatch.timed)
     padded = sum(_padded([lengths[p] for p in batch]) for batch in batches)
     seconds = reading + once + stopwatch.seconds * stopwatch.passes * padded / max(1, computed)
@@ -202,7 +202,7 @@ class _Survey:
     examples: list[Example] = field(default_factory=list)
 
     def add(self, chunk: list[Example]) -> None:
-        self.shards.append([len(example.tokens) for example in chunk])
+        self.shards.append([sequence_of(example).padded for example in chunk])
         self.bytes += len(serialise_examples(chunk))
         useful = [example for example in chunk if len(example.tokens) >= 4]
         self.examples.extend(islice(useful, max(0, max(TRIAL_ROWS) - len(self.examples))))

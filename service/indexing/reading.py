@@ -5,17 +5,17 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from estimators.model.progress import Progress
-from estimators.model.tokens import Sequence1D
 from index.errors import DuplicateIds
 from index.examples import Example, ExampleStore, examples_path, write_examples
 from index.files import read_sealed, sha256_of, write_sealed
 from index.ids import HashColumn, first_repeated
 from index.manifest import CorpusRecord, DataRecord, FileRecord, LossRecord, ReadingRecord
-from service.corpus.reading import Dirt, read_examples
+from service.corpus.reading import Dirt, read_examples, sequence_of
 from service.corpus.source import CorpusSource, describe
 from service.indexing.plan import RECORD_NAME
 from service.indexing.plausibility import TextSample, measure_loss
@@ -103,8 +103,12 @@ class _Tally:
         self._document: str | None = None
 
     def add(self, example: Example) -> None:
-        content = [example.tokens] if example.counted is None else [example.tokens, example.counted]
-        sequence = Sequence1D(tokens=example.tokens, counted=example.counted)
+        sequence, other = sequence_of(example), example.preference
+        content: list[Any] = [example.tokens]
+        if example.counted is not None:
+            content.append(example.counted)
+        if other is not None:
+            content += [other.tokens, other.counted, other.beta]
         self._digest.update(json.dumps([example.id, *content]).encode())
         self.ids.append(example.id.encode())
         self.contents.append(json.dumps(content if len(content) > 1 else content[0]).encode())
@@ -112,7 +116,7 @@ class _Tally:
         self.empty_rows += sequence.targets == 0
         self.documents += example.document != self._document
         self._document = example.document
-        self.tokens += len(example.tokens)
+        self.tokens += sum(len(member.tokens) for member, _ in sequence.members)
         self.counted += sequence.targets
         self.sample.add(sequence)
 
@@ -136,7 +140,8 @@ class _Tally:
         """How rows were read; None for texts read in the usual way."""
         facts = self.source.facts
         found = self.dirt.format or "text"
-        if found == "text" and not {"append_eos", "overlap", "truncate"} & set(facts):
+        recent = {"append_eos", "columns", "overlap", "truncate"}
+        if found == "text" and not recent & set(facts):
             return None
         return ReadingRecord(
             format=found,
@@ -144,6 +149,8 @@ class _Tally:
             append_eos=self.source.append_eos,
             overlap=self.source.overlap,
             truncate=self.source.truncate,
+            beta=self.source.beta if found == "preference" else None,
+            reference=self.source.reference,
             counted_tokens=self.counted,
             merged_rows=self.dirt.merged_rows,
             truncated_rows=self.dirt.truncated_rows,

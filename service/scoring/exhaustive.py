@@ -51,7 +51,7 @@ def exact_scores(
         return {}
     chosen = list(range(len(examples))) if rows is None else list(rows)
     sequences = [training_sequence(examples, row) for row in chosen]
-    lengths = [len(sequence.tokens) for sequence in sequences]
+    lengths = [sequence.padded for sequence in sequences]
     batches = list(plan_batches(lengths, token_budget))
     names = list(estimators)
     result = {name: np.zeros((len(queries), len(chosen)), dtype=np.float32) for name in names}

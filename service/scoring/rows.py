@@ -87,7 +87,7 @@ class GradientScorer:
             table[number, place] = True
         scores = np.full(table.shape, np.nan)
         sequences = [training_sequence(self._examples, int(row)) for row in union]
-        lengths = np.array([len(sequence.tokens) for sequence in sequences])
+        lengths = np.array([sequence.padded for sequence in sequences])
         shared = table.sum(0) > 1  # each query's own rows, then those that several want
         for members in [np.flatnonzero(row & ~shared) for row in table] + [np.flatnonzero(shared)]:
             asking = np.flatnonzero(table[:, members].any(1))
@@ -110,7 +110,7 @@ class GradientScorer:
     def parts(self, directions: Gradients, rows: Sequence[int]) -> list[ScoreParts]:
         """The exact score of each row, split over layers and over the row's own positions."""
         sequences = [training_sequence(self._examples, row) for row in rows]
-        lengths = [len(sequence.tokens) for sequence in sequences]
+        lengths = [sequence.padded for sequence in sequences]
         layers = self._loaded.coverage.layers
         found: dict[int, ScoreParts] = {}
         for places in plan_batches(lengths, self._token_budget):
@@ -119,9 +119,13 @@ class GradientScorer:
                 parts = score_batch(self._loaded.model, layers, directions, batch)
             for number, place in enumerate(places):
                 one = slice(number, number + 1)
+                positions = parts.by_position[number].view(batch.group, -1)
+                own = [
+                    line[: len(member.tokens)]
+                    for line, (member, _) in zip(positions, sequences[place].members, strict=False)
+                ]
                 found[place] = ScoreParts(
-                    by_layer=parts.by_layer[one],
-                    by_position=parts.by_position[one, : lengths[place]],
+                    by_layer=parts.by_layer[one], by_position=torch.cat(own)[None]
                 )
         return [found[place] for place in range(len(sequences))]
 

@@ -241,7 +241,7 @@ class Run:
 
     def _explained(self, results: list[Result]) -> list[Result]:
         query = self.query
-        tokens = [self.index.examples.tokens(result.row) for result in results]
+        tokens = [self.index.examples.read(result.row) for result in results]
         if query.tokens or query.layers:
             split = self.scoring.parts(self.target, [result.row for result in results])
             each = zip(results, tokens, split, strict=True)
