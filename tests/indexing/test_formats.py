@@ -18,6 +18,7 @@ from index.manifest import Manifest
 from index.parts import example_files
 from service.corpus.reading import Dirt, read_examples
 from service.corpus.source import CorpusSource
+from service.indexing.plausibility import TextSample
 from service.models import LoadedModel, load_model
 from service.search.opening import open_index
 from service.search.query import Query
@@ -355,3 +356,10 @@ def test_an_index_of_conversations_scores_what_counts(chat, workshop, tmp_path):
         gradient = weight_gradients(model, loaded.coverage.layers, loss(model, example))
         expected = sum(float((directions[n].double() * g).sum()) for n, g in gradient.items())
         assert result.score == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_what_counts_in_a_sample_of_texts():
+    sample = TextSample()
+    sample.add(Sequence1D(tokens=(0, 1, 2, 3), counted=((2, 4),)))
+    sample.add(Sequence1D(tokens=tuple(range(200)), counted=((150, 160),)))
+    assert [text.target_spans for text in sample.texts] == [((2, 4),), ((1, 128),)]

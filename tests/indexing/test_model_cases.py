@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from estimators.model.tokens import Sequence1D
 from scripts import build_index, fit_estimator
 from service.checkpoints import ModelSource, UnusableModel
 from service.http.engine import Engine
@@ -380,7 +381,7 @@ def test_an_adapters_own_tokenizer_comes_before_its_bases(bench: Bench) -> None:
 def sample_of(loaded: Any) -> TextSample:
     sample = TextSample()
     for row in corpus_rows():
-        sample.add(loaded.encode(row["text"]))
+        sample.add(Sequence1D(tokens=tuple(loaded.encode(row["text"]))))
     return sample
 
 
@@ -403,7 +404,7 @@ def test_the_mean_loss_is_that_of_the_library(trained: Workspace) -> None:
     loaded = load(trained.model)
     sample = TextSample()
     text = corpus_rows()[0]["text"]
-    sample.add(loaded.encode(text))
+    sample.add(Sequence1D(tokens=tuple(loaded.encode(text))))
     found = measure_loss(loaded, sample)
     assert found is not None
     ids = torch.tensor([loaded.encode(text)])
@@ -446,7 +447,7 @@ def test_a_tokenizer_that_does_not_know_the_texts_is_warned_of(
     loaded.tokenizer.unk_token = "a"
     sample = TextSample()
     unknown = loaded.tokenizer.unk_token_id
-    sample.add([5, unknown, 6, unknown, 7, 8])
+    sample.add(Sequence1D(tokens=(5, unknown, 6, unknown, 7, 8)))
     found = measure_loss(loaded, sample)
     assert (found.tokens, found.unknown) == (5, 2)
     with caplog.at_level("INFO", logger="service"):
@@ -464,8 +465,8 @@ def test_the_sample_is_uniform_and_repeats_itself() -> None:
     for start in range(300):
         sample = TextSample()
         for number in range(100):
-            sample.add((1, (number + start) % 100))
-        sample.add((5,))
+            sample.add(Sequence1D(tokens=(1, (number + start) % 100)))
+        sample.add(Sequence1D(tokens=(5,)))
         assert len(sample.texts) == 32
         counts += torch.bincount(
             torch.tensor([text.tokens[1] for text in sample.texts]), minlength=100
