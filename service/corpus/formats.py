@@ -9,14 +9,11 @@ from typing import Any
 
 from estimators.model.tokens import Sequence1D, Spans
 from index.examples import Preference
-from service.corpus import chat
+from service.corpus import chat, packed
 from service.corpus.preferences import Margins
 from service.corpus.source import CorpusSource, Format
 from service.corpus.sources import is_one_object, kind_of
 from service.models import LoadedModel
-
-UNCOUNTED = -100
-"""The label of a token that does not count."""
 
 SHAREGPT = "conversations"
 """Where messages are if not in 'messages'."""
@@ -273,73 +270,15 @@ class RowReader:
         return before, whole, text
 
     def _tokens(self, row: Row, number: int) -> list[Said]:
-        name = self._column_of("input_ids")
-        ids = self._numbers(self.column(row, name, number), name)
-        vocabulary = self._loaded.vocabulary
-        wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
-        if wrong is not None:
-            raise _Unreadable(
-                f"has the token {wrong} in column '{name}', the model has {vocabulary:,}",
-                "Is it another model's?",
-            )
-        labels = self._beside(row, "labels", ids) or ids
-        for token, label in zip(ids, labels, strict=True):
-            if label not in (token, UNCOUNTED):
-                raise _Unreadable(
-                    f"has the label {label} beside the token {token}; a label is its own token or "
-                    f"{UNCOUNTED}",
-                    "The model shifts them itself.",
-                )
-        mask = self._beside(row, "attention_mask", ids) or [1] * len(ids)
-        kept = [i for i, m in enumerate(mask) if m]
-        if kept and kept != list(range(kept[0], kept[-1] + 1)):
-            raise _Unreadable("has an attention mask with a gap, so that its tokens do not adjoin")
-        said = []
-        for start, stop in self._documents(row, ids):
-            own = [i for i in range(start, stop) if mask[i]]
-            tokens = [ids[i] for i in own]
-            counted = [labels[i] != UNCOUNTED for i in own]
-            everything = all(counted[1:])
-            said.append(
-                Said(
-                    text=self._loaded.tokenizer.decode(tokens),
-                    tokens=tokens,
-                    counted=None if everything else chat.spans_of(counted),
-                )
-            )
-        return said
-
-    def _documents(self, row: Row, ids: Sequence[int]) -> list[tuple[int, int]]:
-        """Where the documents begin and end that are packed in the row, each read by itself."""
-        lengths, positions = self._optional(row, "seq_lengths"), self._optional(row, "position_ids")
-        if lengths is not None:
-            ends = list(itertools.accumulate(self._numbers(lengths, "seq_lengths")))
-            total = ends[-1] if ends else 0
-            if total != len(ids) or not ends:
-                raise _Unreadable(f"has {len(ids)} tokens, its seq_lengths sum to {total}")
-            return list(zip([0, *ends[:-1]], ends, strict=True))
-        if positions is not None:
-            places = self._beside(row, "position_ids", ids) or []
-            starts = [i for i, place in enumerate(places) if place == 0] or [0]
-            return list(zip(starts, [*starts[1:], len(ids)], strict=True))
-        return [(0, len(ids))]
-
-    def _beside(self, row: Row, role: str, ids: Sequence[int]) -> list[int] | None:
-        """A number for each token, if the row has such."""
-        value = self._optional(row, role)
-        if value is None:
-            return None
-        numbers = self._numbers(value, self._column_of(role))
-        if len(numbers) != len(ids):
-            raise _Unreadable(f"has {len(ids)} tokens and {len(numbers)} {role}")
-        return numbers
-
-    def _numbers(self, value: Any, name: str) -> list[int]:
-        if not isinstance(value, list) or not all(type(v) is int for v in value):
-            raise _Unreadable(
-                f"has {kind_of(value)} in column '{name}', expected a list of whole numbers"
-            )
-        return value
+        roles = NEEDS["tokens"] + MAY_HAVE["tokens"]
+        columns = {role: self._optional(row, role) for role in roles}
+        given = {role: value for role, value in columns.items() if value is not None}
+        try:
+            documents = packed.documents_in(given, self._loaded.vocabulary)
+        except ValueError as error:
+            raise _Unreadable(str(error)) from error
+        decode = self._loaded.tokenizer.decode
+        return [Said(text=decode(ids), tokens=ids, counted=spans) for ids, spans in documents]
 
     def _string(self, value: Any, name: str) -> str:
         if isinstance(value, str):

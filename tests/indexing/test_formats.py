@@ -167,8 +167,15 @@ def test_tokens_are_taken_as_they_are(workshop, tmp_path):
         {"input_ids": [9, 9, 0, 5, 6], "attention_mask": [0, 0, 1, 1, 1], "id": "c"},
         {"input_ids": [0, 5, 0, 6, 7], "position_ids": [0, 1, 0, 1, 2], "id": "d"},
         {"input_ids": [0, 5, 0, 6, 7], "seq_lengths": [2, 3], "id": "e"},
+        {
+            "input_ids": [9, 9, 0, 5],
+            "attention_mask": [0, 0, 1, 1],
+            "position_ids": [0, 0, 0, 1],
+            "id": "f",
+        },
+        {"input_ids": [], "id": "g"},
     ]
-    found = [e for row in rows for e in read(loaded, tmp_path, [row], id_column="id")]
+    found = read(loaded, tmp_path, rows, id_column="id")
     assert [(e.id, e.tokens, e.counted) for e in found] == [
         ("a", (0, 5, 6, 7), ((2, 4),)),
         ("b", (0, 5, 6, 7), None),
@@ -177,6 +184,8 @@ def test_tokens_are_taken_as_they_are(workshop, tmp_path):
         ("d#p1", (0, 6, 7), None),
         ("e#p0", (0, 5), None),
         ("e#p1", (0, 6, 7), None),
+        ("f", (0, 5), None),
+        ("g", (), ()),
     ]
     assert found[0].text == loaded.tokenizer.decode([0, 5, 6, 7])
 
@@ -189,7 +198,7 @@ def test_tokens_are_taken_as_they_are(workshop, tmp_path):
         ({"input_ids": [1, 2], "labels": [1]}, "2 tokens and 1 labels"),
         ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "a gap"),
         ({"input_ids": [1, 2, 3], "seq_lengths": [1, 1]}, "seq_lengths sum to 2"),
-        ({"input_ids": "1 2 3"}, "has a text in column 'input_ids'"),
+        ({"input_ids": "1 2 3"}, "has a text as input_ids"),
         ({"text": "a b", "messages": TALKS[0]}, "can be read as text or as messages"),
         ({"prompt": "a", "answer": "b"}, "has no column 'text'; it has answer, prompt"),
     ],
