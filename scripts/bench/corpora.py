@@ -261,7 +261,7 @@ def _train(out: Path, texts: Sequence[str], held_out: Sequence[str], recipe: Rec
         done = train_demo_model.train(model, encoded, recipe, demo_optimizers(model, recipe), step)
     model.eval()
     with torch.no_grad():
-        inputs, targets = train_demo_model.padded(spare)
+        inputs, targets = train_demo_model.padded(spare, spare)
         unread = float(train_demo_model.next_token_loss(model, inputs, targets))
     train_demo_model.save(model, tokenizer, out / "model")
     facts = {

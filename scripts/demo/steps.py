@@ -72,8 +72,7 @@ class Steps:
         Raises:
             RuntimeError: it failed.
         """
-        shown = shlex.join([*typed(command), *arguments])
-        stderr.print(f"$ {shown}", style="dim", soft_wrap=True, markup=False, highlight=False)
+        self._say(command, *arguments)
         process = subprocess.Popen(
             command_line(command, *arguments), stdout=subprocess.PIPE, text=True
         )
@@ -87,6 +86,21 @@ class Steps:
             )
         result: dict[str, Any] = json.loads(output.splitlines()[-1])
         return result
+
+    def show(self, command: str, *arguments: str) -> None:
+        """Run a command that prints for people and has no report.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        self._say(command, *arguments)
+        done = subprocess.run(command_line(command, *arguments), check=False)
+        if done.returncode:
+            raise RuntimeError(f"{shlex.join(typed(command))} ended with status {done.returncode}.")
+
+    def _say(self, command: str, *arguments: str) -> None:
+        shown = shlex.join([*typed(command), *arguments])
+        stderr.print(f"$ {shown}", style="dim", soft_wrap=True, markup=False, highlight=False)
 
     @contextmanager
     def measured(self, name: str) -> Iterator[None]:

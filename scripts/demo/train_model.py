@@ -206,10 +206,12 @@ def train(
     recipe: Recipe,
     optimizers: Sequence[torch.optim.Optimizer],
     on_step: Callable[[int, int, str], None],
+    labels: Sequence[Int[Tensor, " positions"]] | None = None,
 ) -> Training:
     """Minimise the mean next-token loss of each batch, in place, reading every row once an epoch.
 
-    `sequences` holds the token numbers of each row; each of the `optimizers` has one group of
+    `sequences` holds the token numbers of each row, `labels` the same with `IGNORED` where a token
+    does not count, if any does not; each of the `optimizers` has one group of
     parameters, and what none of them has is not trained; `on_step` is told steps done, steps in
     all, and the epoch's loss so far.
     """
@@ -221,7 +223,9 @@ def train(
     model.train()
     for step, batch in enumerate(order):
         rate = recipe.learning_rate * schedule(step, len(order), recipe.warmup)
-        inputs, targets = (part.to(model.device) for part in padded([sequences[r] for r in batch]))
+        read = [sequences[row] for row in batch]
+        counted = read if labels is None else [labels[row] for row in batch]
+        inputs, targets = (part.to(model.device) for part in padded(read, counted))
         loss = next_token_loss(model, inputs, targets)
         model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -254,12 +258,12 @@ def next_token_loss(
 
 
 def padded(
-    sequences: Sequence[Int[Tensor, " positions"]],
+    sequences: Sequence[Int[Tensor, " positions"]], labels: Sequence[Int[Tensor, " positions"]]
 ) -> tuple[Int[Tensor, "rows longest-1"], Int[Tensor, "rows longest-1"]]:
-    """Inputs and next-token targets of `sequences`, padded on the right with 0 and `IGNORED`."""
+    """Inputs and next-token targets of sequences, padded on the right with 0 and `IGNORED`."""
     pad = torch.nn.utils.rnn.pad_sequence
     inputs = pad([row[:-1] for row in sequences], batch_first=True)
-    targets = pad([row[1:] for row in sequences], batch_first=True, padding_value=IGNORED)
+    targets = pad([row[1:] for row in labels], batch_first=True, padding_value=IGNORED)
     return inputs, targets
 
 

@@ -1,0 +1,122 @@
+"""What methods find for questions that bring a persona out, and whether it goes with what is found.
+
+A question's planted turns are known. What counts is how many of the ten best are such turns, how
+many are decoys in the persona's words, and whether a model that was trained without what was found
+still speaks so.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.table import Table
+
+from scripts.console import stderr
+from scripts.demo.chat.conversations import shows
+from service.client.client import Client
+from service.schemas.answers import QueryResponse
+
+METHODS: Mapping[str, dict[str, Any]] = {
+    "EK-FAC": {"estimator": "ekfac"},
+    "dot product": {"estimator": "identity"},
+    "BM25": {"estimator": "bm25", "ranking": "score"},
+}
+"""Fields of a query, by what the table calls them."""
+
+SHOWN = 10
+LEFT_OUT = 20
+"""Results of each question whose rows are left out of the second training."""
+
+
+@dataclass
+class Found:
+    """What one method found, over the questions of one persona.
+
+    Attributes:
+        planted: share of the ten best that are turns of the persona, by question.
+        decoys: share that are decoys in its words.
+        certified: whether the certificate was reached.
+        rows: ids of the best, in order, by question.
+    """
+
+    planted: list[float] = field(default_factory=list)
+    decoys: list[float] = field(default_factory=list)
+    certified: list[bool] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+
+    def add(self, persona: str, answer: QueryResponse) -> None:
+        """Count one answer."""
+        kinds = [result.metadata["kind"] for result in answer.results[:SHOWN]]
+        self.planted.append(kinds.count(persona) / SHOWN)
+        self.decoys.append(kinds.count(f"decoy {persona}") / SHOWN)
+        self.certified.append(answer.certified)
+        self.rows.append([result.id for result in answer.results])
+
+    def left_out(self) -> list[str]:
+        """Rows among the best of any question, each once."""
+        return sorted({row for rows in self.rows for row in rows[:LEFT_OUT]})
+
+
+def ask_all(
+    client: Client, questions: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, dict[str, Found]], dict[str, float]]:
+    """Each question by each method.
+
+    Args:
+        client: of the service.
+        questions: "persona" and "messages" of each.
+
+    Returns:
+        What was found, by persona and method; of each persona the share of questions that the model
+        answers in its words.
+    """
+    found: dict[str, dict[str, Found]] = defaultdict(lambda: defaultdict(Found))
+    spoken: dict[str, list[bool]] = defaultdict(list)
+    for question in questions:
+        persona, said = question["persona"], None
+        for method, fields in METHODS.items():
+            answer = client.query(
+                messages=question["messages"], completion=said, k=LEFT_OUT, **fields
+            )
+            said = answer.measurement.terms[0].completion
+            found[persona][method].add(persona, answer)
+        spoken[persona].append(shows(persona, said or ""))
+    shares = {persona: sum(own) / len(own) for persona, own in spoken.items()}
+    return {persona: dict(own) for persona, own in found.items()}, shares
+
+
+def show(found: Mapping[str, Mapping[str, Found]], base_rates: Mapping[str, float]) -> None:
+    """A table on stderr."""
+    table = Table(title="Of the ten best rows", title_justify="left")
+    for heading in ("persona", "method", "planted turns", "decoys", "certified"):
+        table.add_column(heading)
+    for persona, methods in found.items():
+        for method, own in methods.items():
+            certified = f"{mean(own.certified):.0%}" if method != "BM25" else "-"
+            row = (f"{mean(own.planted):.0%}", f"{mean(own.decoys):.0%}", certified)
+            table.add_row(persona, method, *row)
+        rate = f"{base_rates[persona]:.0%}"
+        table.add_row(persona, "random", rate, rate, "-", end_section=True)
+    stderr.print(table)
+
+
+def report(found: Mapping[str, Mapping[str, Found]]) -> list[dict[str, Any]]:
+    """The same as rows."""
+    return [
+        {
+            "persona": persona,
+            "method": method,
+            "questions": len(own.planted),
+            "planted_at_10": round(mean(own.planted), 4),
+            "decoys_at_10": round(mean(own.decoys), 4),
+            "certified": round(mean(own.certified), 4),
+        }
+        for persona, methods in found.items()
+        for method, own in methods.items()
+    ]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Of at least one."""
+    return sum(values) / len(values)
