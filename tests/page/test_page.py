@@ -658,7 +658,7 @@ def test_without_a_completion_the_model_completes_the_prompt(
     assert "max_new_tokens" not in service.asked[0]
     expect(driver.shown("measurement")).to_contain_text("the model's own completion")
     driver.open_options()
-    driver.page.get_by_label("Own completion").fill("7")
+    driver.page.get_by_label("New tokens").fill("7")
     driver.ask("The capital of Nepal is")
     assert service.asked[1]["max_new_tokens"] == 7
     driver.open("#prompt=x&completion=left&complete=1")  # as links were once
