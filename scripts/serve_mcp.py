@@ -12,6 +12,7 @@ from service.client import AsyncClient, Connection, ServiceError
 from service.client.comparing import compare as compare_answers
 from service.schemas.answers import MeasurementSchema, QueryResponse, ResultSchema
 from service.schemas.indexes import EstimatorSchema, IndexResponse
+from service.schemas.queries import MessageSchema
 from service.search.answer import NO_SCALE
 
 if TYPE_CHECKING:
@@ -35,7 +36,14 @@ INSTRUCTIONS = (
 )
 
 Prompt = Annotated[
-    str, Field(description="What the model was asked; empty for the beginning of a text.")
+    str | None, Field(description="What the model was asked; empty for the beginning of a text.")
+]
+Messages = Annotated[
+    list[MessageSchema] | None,
+    Field(
+        description="A conversation in place of the prompt, for a chat model; if the last message "
+        "is the assistant's, that is the completion."
+    ),
 ]
 Completion = Annotated[str, Field(description="What it said; begin it with its space.")]
 K = Annotated[int, Field(description="Examples to return, of each direction.", ge=1, le=50)]
@@ -92,8 +100,9 @@ def make_server(client: AsyncClient) -> "MCPServer":
 
     @server.tool(annotations=reads)
     async def query_training_examples(
-        prompt: Prompt,
+        prompt: Prompt = None,
         completion: Completion | None = None,
+        messages: Messages = None,
         k: K = 5,
         direction: Literal["proponents", "opponents", "both"] = "proponents",
         recall: Recall = 0.9,
@@ -103,29 +112,32 @@ def make_server(client: AsyncClient) -> "MCPServer":
     ) -> str:
         """Find the training examples that most raised (or lowered) log p(completion | prompt).
 
-        Begin the completion with its space; leave it out to ask about the model's own completion.
+        Give a prompt or messages. Begin the completion with its space; leave it out to ask about
+        the model's own completion.
         """
         return await answered(
-            prompt=prompt, completion=completion, k=k, direction=direction, recall=recall,
-            index=index, estimator=estimator, compare=compare, clusters=True,
+            prompt=prompt, completion=completion, messages=messages, k=k, direction=direction,
+            recall=recall, index=index, estimator=estimator, compare=compare, clusters=True,
         )  # fmt: skip
 
     @server.tool(annotations=reads)
     async def compare_completions(
-        prompt: Prompt,
         completion: Completion,
         against: Annotated[str, Field(description="What it did not say.")],
+        prompt: Prompt = None,
+        messages: Messages = None,
         k: K = 5,
         index: Index = "default",
         estimator: Estimator | None = None,
     ) -> str:
         """Find what made the model prefer one completion to another, and what spoke against it.
 
-        Proponents made `completion` likelier than `against`, opponents the other way round.
+        Proponents made `completion` likelier than `against`, opponents the other way round. Give a
+        prompt or messages.
         """
         return await answered(
-            prompt=prompt, completion=completion, against=against, k=k, direction="both",
-            index=index, estimator=estimator, clusters=True,
+            prompt=prompt, messages=messages, completion=completion, against=against, k=k,
+            direction="both", index=index, estimator=estimator, clusters=True,
         )  # fmt: skip
 
     @server.tool(annotations=reads)

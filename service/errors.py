@@ -5,6 +5,10 @@ class UnknownIndex(ValueError):  # noqa: N818 - named for what is wrong, as all 
     """No index is served under this name."""
 
 
+class BadQuery(ValueError):  # noqa: N818
+    """A question that cannot be measured."""
+
+
 class UnknownEstimator(ValueError):  # noqa: N818
     """This version has no estimator of this name."""
 

@@ -1,4 +1,4 @@
-"""The model under study: loading, fingerprints, text to tokens, completions."""
+"""The model under study: loading, fingerprints; what it reads and writes."""
 
 import hashlib
 import json
@@ -18,16 +18,16 @@ from estimators.model.tokens import Sequence1D
 from estimators.storage import fingerprint_model
 from index.manifest import ModelRecord
 from service.adapters import read_model
+from service.asking import Prompt, encode_query, read_prompt
 from service.checkpoints import (
     ModelSource,
     check_vocabulary,
     place,
     read_tokenizer,
 )
-
-
-class BadQuery(ValueError):  # noqa: N818 - named for what is wrong
-    """A prompt or completion that cannot be measured."""
+from service.completing import Writing, Written, write
+from service.conversation import Messages
+from service.errors import BadQuery as BadQuery
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,14 @@ class LoadedModel:
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         return ids
 
+    def read_prompt(self, prompt: str, messages: Messages = ()) -> Prompt:
+        """What stands before a completion: a prompt, or a conversation in its place.
+
+        Raises:
+            BadQuery: as the function of this name.
+        """
+        return read_prompt(self.tokenizer, prompt, messages)
+
     def encode_query(self, prompt: str, completion: str) -> Sequence1D:
         """Prompt and completion as one sequence whose completion tokens count.
 
@@ -90,84 +98,24 @@ class LoadedModel:
         """
         return encode_query(self.tokenizer, self.context, prompt, completion)
 
-    @torch.no_grad()
+    def write(self, prompt: Prompt, writing: Writing) -> list[Written]:
+        """The model's own completions of a prompt, greedy or sampled.
+
+        Raises:
+            BadQuery: as the function ``write``.
+        """
+        with self.turn:
+            return write(self.model, self.tokenizer, self.context, prompt, writing)
+
     def complete(self, prompt: str, max_new_tokens: int = 24, stop: Sequence[str] = (".",)) -> str:
-        """The model's own greedy completion, up to but not including the first stop string.
+        """The model's own greedy completion, up to the first stop string or line break.
 
         Raises:
             BadQuery: no token to begin with, a prompt that fills the context, or a completion that
                 is empty.
         """
-        tokens = encode_prompt(self.tokenizer, prompt)
-        room = min(max_new_tokens, self.context - len(tokens))
-        if room < 1:
-            raise BadQuery(
-                f"The prompt has {len(tokens)} tokens and leaves no room in the model's context "
-                f"of {self.context}; shorten it."
-            )
-        written: list[int] = []
-        text = ""
-        end = self.tokenizer.eos_token_id
-        for _ in range(room):
-            ids = torch.tensor([[*tokens, *written]], device=self.device)
-            mask = torch.ones_like(ids)
-            output = self.model(input_ids=ids, attention_mask=mask, use_cache=False)
-            token = int(output.logits[0, -1].argmax())
-            if token == end:
-                break
-            written.append(token)
-            text = self.tokenizer.decode(written)
-            cuts = [text.find(mark) for mark in (*stop, "\n") if mark in text]
-            if cuts:
-                text = text[: min(cuts)]
-                break
-        if not text.strip():
-            raise BadQuery("The model completes this prompt with nothing; give a completion.")
-        return text
-
-
-def encode_query(tokenizer: Any, context: int, prompt: str, completion: str) -> Sequence1D:
-    """Prompt and completion as one sequence whose completion tokens count.
-
-    They are tokenised apart, so that the boundary between them is a token boundary.
-
-    Raises:
-        BadQuery: a completion of nothing but white space, no token before it, or more tokens than
-            the context.
-    """
-    before = encode_prompt(tokenizer, prompt)
-    after = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
-    if not after or not completion.strip():
-        raise BadQuery("The completion is empty; give the text whose cause you look for.")
-    if len(before) + len(after) > context:
-        raise BadQuery(
-            f"Prompt and completion have {len(before)} + {len(after)} tokens, the model reads "
-            f"{context} at most; shorten the prompt or the completion."
-        )
-    return Sequence1D(tokens=(*before, *after), first_target=len(before))
-
-
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """The prompt's tokens; of an empty one the token that the model begins a text with.
-
-    Raises:
-        BadQuery: there is none.
-    """
-    tokens: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
-    end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
-    if end is not None:
-        while len(tokens) > 1 and tokens[-1] == end:
-            tokens = tokens[:-1]
-    if tokens == [end] and begin is not None:  # an end that was appended to nothing
-        tokens = [begin]
-    tokens = tokens or [begin] * (begin is not None)
-    if not tokens:
-        raise BadQuery(
-            "The prompt is empty, and this model's tokenizer has no token for the beginning of "
-            "a text, so that nothing stands before the completion; give the text that the "
-            "model was asked with."
-        )
-    return tokens
+        writing = Writing(max_new_tokens=max_new_tokens, stop=(*stop, "\n"))
+        return self.write(self.read_prompt(prompt), writing)[0].text
 
 
 def load_model(

@@ -52,6 +52,7 @@ ROOMS = {
     "scripts/report": set(),
     "scripts/run": {"scripts"},
     "scripts/demo": {"scripts"},
+    "scripts/demo/chat": {"scripts", "scripts/demo"},
     "scripts/bench": {"scripts", "scripts/demo"},
     "scripts/bench/certificates": {"scripts", "scripts/bench", "scripts/demo"},
     "scripts/bench/gpu": {"scripts", "scripts/bench"},

@@ -34,6 +34,7 @@ MEASURED = (
     r"`{1,2}f = [^`]*log p[^`]*`{1,2} (in )?\(?nats",
     r"(The|Its part of the) measured value, in nats",
     r"Of the first term, in nats",
+    r"log p: 0 nats is certain; each nat less is 2\.7 times less likely",
     r"One weighted part of a measurement, in nats",
     r"the weighted sum of their log-probabilities, in nats",
     r"values: of every sequence of every query, in nats",
@@ -106,6 +107,7 @@ MEASURED = (
 """The only uses of the word, with enough around it to see of what; no score is among them."""
 
 DENIED = (
+    r"no change of log p: nats of effect come only\" \+ `through a measured",
     r"`-score / N`\. That holds at a minimum of the objective",
     r"`-score / N` was 34 times too large",
 )

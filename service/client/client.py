@@ -22,7 +22,13 @@ from service.client.connection import (
     read,
 )
 from service.schemas.answers import CandidatesEvent, GradientEvent, ProgressEvent, QueryResponse
-from service.schemas.indexes import EstimatorsResponse, ExampleResponse, IndexesResponse
+from service.schemas.indexes import (
+    EstimatorsResponse,
+    ExampleResponse,
+    IndexesResponse,
+    SuggestionSchema,
+    SuggestionsResponse,
+)
 from service.schemas.jobs import (
     JobRequest,
     JobResponse,
@@ -205,6 +211,11 @@ class Client:
         """Estimators, with the parameters and defaults that each index answers for."""
         return read(self._send(_get("/v1/estimators")), EstimatorsResponse)
 
+    def suggestions(self, index: str = "default") -> list[SuggestionSchema]:
+        """Questions to begin with."""
+        asked = _get("/v1/suggestions", index=index)
+        return read(self._send(asked), SuggestionsResponse).suggestions
+
     def example(self, identifier: str, index: str = "default") -> ExampleResponse:
         """One training example."""
         asked = _get(_at("/v1/examples", identifier), index=index)
@@ -307,6 +318,11 @@ class AsyncClient:
     async def estimators(self) -> EstimatorsResponse:
         """Estimators, with the parameters and defaults that each index answers for."""
         return read(await self._send(_get("/v1/estimators")), EstimatorsResponse)
+
+    async def suggestions(self, index: str = "default") -> list[SuggestionSchema]:
+        """Questions to begin with."""
+        asked = _get("/v1/suggestions", index=index)
+        return read(await self._send(asked), SuggestionsResponse).suggestions
 
     async def example(self, identifier: str, index: str = "default") -> ExampleResponse:
         """One training example."""

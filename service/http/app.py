@@ -17,6 +17,7 @@ from service.http.job_routes import add_job_routes
 from service.http.job_routes import describe as describe_problem
 from service.http.openapi import describe
 from service.http.pages import install_page
+from service.http.suggestions import suggest
 from service.http.telemetry import Telemetry
 from service.jobs.runner import JobRunner
 from service.jobs.store import JobStore
@@ -31,6 +32,7 @@ from service.schemas.indexes import (
     OfferSchema,
     ParameterSchema,
     SketchSchema,
+    SuggestionsResponse,
     TraceSchema,
 )
 from service.schemas.queries import QueryRequest, Schema
@@ -111,6 +113,7 @@ def _engine(request: Request) -> Engine:
 
 
 TheEngine = Annotated[Engine, Depends(_engine)]
+IndexName = Annotated[str, Query(description="Name of the index.")]
 
 
 def _add_query_routes(app: FastAPI) -> None:
@@ -188,7 +191,7 @@ def _add_reading_routes(app: FastAPI) -> None:
     async def example(
         example_id: str,
         engine: TheEngine,
-        index: Annotated[str, Query(description="Name of the index.")] = "default",
+        index: IndexName = "default",
     ) -> ExampleResponse:
         """One training example by its id."""
         examples = engine.retriever(index).index.examples
@@ -202,6 +205,12 @@ def _add_reading_routes(app: FastAPI) -> None:
             tokens=len(found.tokens),
             metadata=found.metadata,
         )
+
+    @app.get("/v1/suggestions", responses=problems.described(404, 422, 503))
+    async def suggestions(engine: TheEngine, index: IndexName = "default") -> SuggestionsResponse:
+        """Three questions to begin with: beginnings of the index' own examples, always the same."""
+        examples = engine.retriever(index).index.examples
+        return SuggestionsResponse(suggestions=await run_in_threadpool(suggest, examples))
 
     @app.get("/livez")
     async def live() -> HealthResponse:
@@ -258,6 +267,7 @@ def _describe(name: str, retriever: Retriever) -> IndexResponse:
     shared["rows"] = len(retriever.index.examples)
     shared["deleted_rows"] = manifest.rows - shared["rows"]
     shared["trace"] = _describe_trace(retriever.index.trace)
+    shared["chat_template"] = bool(getattr(retriever.loaded.tokenizer, "chat_template", None))
     return IndexResponse(name=name, failed_rows=manifest.failed, **shared)
 
 

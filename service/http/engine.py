@@ -311,18 +311,11 @@ class Engine:
 
     def _check_limits(self, request: QueryRequest) -> None:
         settings = self.settings
-        texts = [request.prompt, request.completion, request.against]
-        for term in request.batch or ():
-            texts += [term.prompt, term.completion, term.against]
-        longest = max(len(text or "") for text in texts)
+        texts = "prompt, messages, completion or against"
         limits = (
-            (
-                "prompt, completion or against",
-                longest,
-                settings.max_prompt_characters,
-                "characters",
-            ),
+            (texts, request.longest_text, settings.max_prompt_characters, "characters"),
             ("batch", len(request.batch or ()), settings.max_batch, "queries"),
+            ("batch times samples", request.most_terms, settings.max_batch, "completions"),
             ("k", request.k, settings.max_k, ""),
             ("budget", _number(request.budget), settings.max_budget, "rows"),
             ("calibration_rows", request.calibration_rows, settings.max_sampled_rows, "rows"),

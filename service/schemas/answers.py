@@ -120,7 +120,9 @@ class ResultSchema(Schema):
 class TermSchema(Schema):
     """One weighted part of the measured value."""
 
-    prompt: str
+    prompt: str = Field(
+        description="As asked; of a conversation, as the model's chat template writes it."
+    )
     completion: str
     against: str | None
     weight: float
@@ -130,9 +132,14 @@ class TermSchema(Schema):
     completion_tokens: int
     caution: str | None = Field(
         default=None,
-        description="Why the scores of such a question mean little, in a sentence; null if nothing "
-        "speaks against them.",
+        description="Why the scores of such a question mean little, or are about other tokens than "
+        "the model would have read; null if nothing speaks against them.",
     )
+
+    @classmethod
+    def from_term(cls, term: MeasuredTerm) -> "TermSchema":
+        """The engine's term as it is sent."""
+        return cls(**{name: getattr(term, name) for name in cls.model_fields})
 
 
 class MeasurementSchema(Schema):
@@ -148,7 +155,7 @@ class MeasurementSchema(Schema):
     def from_terms(cls, terms: Sequence[MeasuredTerm]) -> "MeasurementSchema":
         """The engine's terms as they are sent."""
         value = sum(term.value for term in terms)
-        return cls(value=value, terms=[TermSchema(**vars(term)) for term in terms])
+        return cls(value=value, terms=[TermSchema.from_term(term) for term in terms])
 
 
 class DocumentSchema(Schema):

@@ -55,6 +55,9 @@ class IndexResponse(Schema):
     failed_rows: list[FailedRow]
     sign_and_unit: str = SIGN_AND_UNIT
     trace: TraceSchema | None = Field(description="null if it is served without one.")
+    chat_template: bool = Field(
+        default=False, description="The model has one, so that it can be asked by messages."
+    )
 
 
 class IndexesResponse(Schema):
@@ -111,6 +114,21 @@ class ExampleResponse(Schema):
     text: str
     tokens: int
     metadata: dict[str, Any]
+
+
+class SuggestionSchema(Schema):
+    """A question to begin with."""
+
+    prompt: str = Field(description="The beginning of an example; let the model complete it.")
+    id: str = Field(description="Of the example.")
+
+
+class SuggestionsResponse(Schema):
+    """Questions to begin with."""
+
+    suggestions: list[SuggestionSchema] = Field(
+        description="Three, or fewer if the index has no more examples that are long enough."
+    )
 
 
 class HealthResponse(Schema):

@@ -4,7 +4,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from service.search.query import PATIENCE, Condition, Query, Term
+from service.search.query import (
+    PATIENCE,
+    Condition,
+    Message,
+    Messages,
+    Query,
+    Term,
+    check_question,
+)
 
 
 class Schema(BaseModel):
@@ -37,13 +45,19 @@ PROMPT = (
     "What the model was asked; empty for what it says at the beginning of a text, if it has a "
     "token for that."
 )
+MESSAGES = (
+    "A conversation in place of the prompt, as the model's own chat template writes it. If the "
+    "last message is the assistant's, that is the completion, which must then be left out."
+)
 COMPLETION = (
-    "What it said; tokenised by itself, so begin it with its space. "
-    "Left out: the model completes the prompt greedily, up to the first full stop."
+    "What it said, with the space that it begins with; in a conversation the assistant's words, "
+    "without the token that ends its turn. Left out: the model's own, greedy unless samples are "
+    "asked for; that of a prompt ends before the first full stop or line break."
 )
 AGAINST = (
     "What it did not say: asks what made the completion likelier than this, "
-    "log p(completion | prompt) - log p(against | prompt)."
+    "log p(completion | prompt) - log p(against | prompt). Of two completions of one token each "
+    "that is the difference of their logits."
 )
 
 
@@ -60,32 +74,101 @@ def _encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]
 
 
-class TermRequest(Schema):
-    """One weighted part of a measurement."""
+class MessageSchema(Schema):
+    """One turn of a conversation."""
 
-    prompt: Text = Field(description=PROMPT)
+    role: Text = Field(
+        min_length=1,
+        max_length=64,
+        description="As the model's chat template names it: user, assistant, system.",
+    )
+    content: Text = Field(description="What was said.")
+
+
+class QuestionSchema(Schema):
+    """What is asked of the model: a prompt or a conversation, and what it said."""
+
+    prompt: Text | None = Field(default=None, description=PROMPT)
+    messages: list[MessageSchema] | None = Field(
+        default=None, max_length=1000, description=MESSAGES
+    )
     completion: Text | None = Field(default=None, description=COMPLETION)
     against: Text | None = Field(default=None, description=AGAINST)
+
+    @property
+    def turns(self) -> Messages:
+        """The messages; none for a prompt."""
+        return tuple(Message(role=m.role, content=m.content) for m in self.messages or ())
+
+    @property
+    def longest(self) -> int:
+        """Characters of its longest text; all messages count as one."""
+        said = "".join(message.content for message in self.messages or ())
+        return max(len(text or "") for text in (self.prompt, said, self.completion, self.against))
+
+    def check(self) -> None:
+        """Refuse what is neither a prompt nor a conversation.
+
+        Raises:
+            ValueError: it is neither, or both.
+        """
+        turns = None if self.messages is None else self.turns
+        try:
+            check_question(self.prompt, turns, self.completion)
+        except ValueError as error:
+            raise ValueError(str(error).rstrip(".")) from error  # whoever tells it adds a stop
+
+
+class TermRequest(QuestionSchema):
+    """One weighted part of a measurement."""
+
     weight: float = Field(
         default=1.0, ge=-1e6, le=1e6, description="Of this term in the sum; may be negative."
     )
 
+    @model_validator(mode="after")
+    def _asks_one_thing(self) -> Self:
+        self.check()
+        return self
 
-class QueryRequest(Schema):
+    def to_term(self) -> Term:
+        """The engine's form."""
+        return Term(
+            prompt=self.prompt or "",
+            messages=self.turns,
+            completion=self.completion,
+            against=self.against,
+            weight=self.weight,
+        )
+
+
+class QueryRequest(QuestionSchema):
     """Which training examples made the model say this?"""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: Text | None = Field(default=None, description=PROMPT)
-    completion: Text | None = Field(default=None, description=COMPLETION)
-    against: Text | None = Field(default=None, description=AGAINST)
     batch: list[TermRequest] | None = Field(
         default=None,
         min_length=1,
         max_length=64,
-        description="Weighted queries as one measurement, their sum; in place of prompt, "
+        description="Weighted queries as one measurement, their sum; in place of prompt, messages, "
         "completion and against.",
     )
+    max_new_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Most tokens of the model's own completion; left out: 24 of a prompt's, 64 of "
+        "a conversation's.",
+    )
+    samples: int | None = Field(
+        default=None,
+        ge=1,
+        le=64,
+        description="Draw so many of the model's own completions at temperature 1 and measure the "
+        "mean of their log p; each is a term of the answer. Left out: the greedy completion.",
+    )
+    sample_seed: int = Field(default=0, ge=0, lt=2**62, description="Of the samples.")
     index: str = Field(default="default", description="Name of the index.")
     estimator: str | None = Field(
         default=None,
@@ -167,19 +250,33 @@ class QueryRequest(Schema):
 
     @model_validator(mode="after")
     def _asks_one_thing(self) -> Self:
-        alone = [n for n in ("prompt", "completion", "against") if getattr(self, n) is not None]
-        if self.batch is None and self.prompt is None:
-            raise ValueError("give a prompt, or a batch of them")
+        alone = [n for n in QuestionSchema.model_fields if getattr(self, n) is not None]
+        if self.batch is None and self.prompt is None and self.messages is None:
+            raise ValueError("give a prompt, or a batch of them, or messages")
         if self.batch is not None and alone:
             raise ValueError(f"give either a batch or {' and '.join(alone)}, not both")
+        if self.batch is None:
+            self.check()
         return self
+
+    @property
+    def longest_text(self) -> int:
+        """Characters of the longest text."""
+        asked: list[QuestionSchema] = [self, *(self.batch or ())]
+        return max(one.longest for one in asked)
+
+    @property
+    def most_terms(self) -> int:
+        """Completions that are measured, one for each sample."""
+        return len(self.batch or (self,)) * (self.samples or 1)
 
     def to_query(self, largest_budget: int) -> Query:
         """The engine's form of the request; "auto" is the largest budget."""
-        fields = self.model_dump(exclude={"index", "batch", "filters"})
+        fields = self.model_dump(exclude={"index", "batch", "filters", "messages"})
         fields["budget"] = largest_budget if self.budget == "auto" else self.budget
         fields["prompt"] = self.prompt or ""
-        fields["batch"] = tuple(Term(**term.model_dump()) for term in self.batch or ())
+        fields["messages"] = self.turns
+        fields["batch"] = tuple(term.to_term() for term in self.batch or ())
         fields["filters"] = {
             column: Condition(
                 any_of=None if asked.any_of is None else tuple(asked.any_of),

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from index.certificates.statement import Certificate, Share
 from service.scoring.effect import Effect as Effect
@@ -9,6 +10,9 @@ from service.scoring.effect import JointRemoval as JointRemoval
 from service.scoring.effect import Removal
 from service.scoring.scale import NO_SCALE as NO_SCALE
 from service.search.query import Ranking, Side
+
+if TYPE_CHECKING:  # it imports torch, which clients need not have
+    from estimators.model.tokens import Sequence1D
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +80,7 @@ class MeasuredTerm:
     """One weighted part of a measurement, as it was measured.
 
     Attributes:
-        prompt: as asked.
+        prompt: as asked; of a conversation, as the model's chat template writes it.
         completion: as asked, or the model's own.
         against: as asked.
         weight: in the sum.
@@ -84,8 +88,9 @@ class MeasuredTerm:
         log_probability: ``log p(completion | prompt)`` in nats.
         against_log_probability: ``log p(against | prompt)`` in nats, if asked.
         completion_tokens: how many tokens of the completion count.
-        caution: why the scores of such a question mean little, in a sentence; None if nothing
-            speaks against them.
+        caution: why the scores of such a question mean little, or are about other tokens than the
+            model reads; None if nothing speaks against them.
+        sequence: the tokens of prompt and completion.
     """
 
     prompt: str
@@ -97,6 +102,7 @@ class MeasuredTerm:
     against_log_probability: float | None
     completion_tokens: int
     caution: str | None = None
+    sequence: "Sequence1D | None" = field(default=None, repr=False)
 
     @property
     def value(self) -> float:

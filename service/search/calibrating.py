@@ -12,16 +12,17 @@ from index.files import sha256_of, write_sealed
 from index.manifest import FILE_NAME as MANIFEST
 from service.models import BadQuery
 from service.scoring.exhaustive import exact_scores
+from service.search.asked import read
 from service.search.calibration import DEEPEST, FILE_NAME, RANKINGS, CalibrationRecord, TopRecord
 from service.search.opening import OpenIndex
 from service.search.proxies import CALIBRATION_SLACK, Proxies
-from service.search.query import Ranking
+from service.search.query import Query, Ranking, Term
 from service.search.retrieval import Retriever
 
 
 def calibrate_index(
     index: OpenIndex,
-    queries: Sequence[tuple[str, str | None]],
+    queries: Sequence[Term],
     token_budget: int = 1024,
     progress: Progress = no_progress,
 ) -> CalibrationRecord:
@@ -32,7 +33,7 @@ def calibrate_index(
 
     Args:
         index: opened.
-        queries: prompts and completions (None: the model's own).
+        queries: prompts or conversations, with completions (None: the model's own).
         token_budget: padded tokens in a batch.
         progress: shows the batches.
 
@@ -43,10 +44,7 @@ def calibrate_index(
     if not queries:
         raise BadQuery("There is no calibration query; give one a line.")
     loaded, retriever = index.loaded, Retriever(index, token_budget)
-    asked = [
-        loaded.encode_query(prompt, loaded.complete(prompt) if said is None else said)
-        for prompt, said in queries
-    ]
+    asked = [read(loaded, Query(batch=(query,)))[0].sequence for query in queries]
     truth = exact_scores(
         loaded,
         {"": index.estimators.own.directions},

@@ -4,6 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from service.conversation import Message as Message
+from service.conversation import Messages as Messages
+from service.conversation import check_question as check_question
+
 if TYPE_CHECKING:  # it imports scipy, which clients need not have
     from index.certificates.sketch import Tail
 
@@ -68,13 +72,15 @@ class Term:
 
     Attributes:
         prompt: what the model was asked.
-        completion: what it said, tokenised by itself (begin it with its space); None lets the
-            model complete the prompt greedily.
+        messages: a conversation in its place; if the last turn is the assistant's, that is the
+            completion.
+        completion: what it said (begin it with its space); None lets the model complete the prompt.
         against: what it did not say.
         weight: of this term in the sum; may be negative.
     """
 
-    prompt: str
+    prompt: str = ""
+    messages: Messages = ()
     completion: str | None = None
     against: str | None = None
     weight: float = 1.0
@@ -86,10 +92,15 @@ class Query:
 
     Attributes:
         prompt: what the model was asked.
-        completion: what it said, tokenised by itself (begin it with its space); None lets the
-            model complete the prompt greedily.
+        messages: a conversation in its place; if the last turn is the assistant's, that is the
+            completion.
+        completion: what it said (begin it with its space); None lets the model complete the prompt.
         against: what it did not say: asks what made ``completion`` likelier than this.
-        batch: several weighted queries as one measurement, their sum, in place of the three above.
+        batch: several weighted queries as one measurement, their sum, in place of the four above.
+        max_new_tokens: most tokens of the model's own completion; None takes what is usual.
+        samples: the model's own completions are this many, drawn at temperature 1, and the mean of
+            their log p is measured; None takes the greedy one.
+        sample_seed: of the samples.
         direction: which examples: proponents of the measured value, opponents, or both.
         filters: conditions on metadata columns; rows that do not meet all of them are no part of
             the question. "id" and "document" are columns too.
@@ -123,9 +134,13 @@ class Query:
     """
 
     prompt: str = ""
+    messages: Messages = ()
     completion: str | None = None
     against: str | None = None
     batch: tuple[Term, ...] = ()
+    max_new_tokens: int | None = None
+    samples: int | None = None
+    sample_seed: int = 0
     k: int = 10
     direction: Direction = "proponents"
     filters: Mapping[str, Condition] = field(default_factory=dict)
@@ -151,5 +166,10 @@ class Query:
     @property
     def terms(self) -> tuple[Term, ...]:
         """The measurement's parts."""
-        alone = Term(prompt=self.prompt, completion=self.completion, against=self.against)
+        alone = Term(
+            prompt=self.prompt,
+            messages=self.messages,
+            completion=self.completion,
+            against=self.against,
+        )
         return self.batch or (alone,)

@@ -5,7 +5,6 @@ the whitened norm of the training gradient, the one that the index stores, so th
 examples do not crowd the top. Both rank examples within one question; neither is a change of log p.
 """
 
-import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,16 +28,14 @@ from index.codes.vectors import LOW_RANK
 from service.errors import UnknownEstimator
 from service.models import BadQuery
 from service.scoring.rows import GradientScorer, RowScoring, Scoring, Target
-from service.search.answer import Answer, Clock, MeasuredTerm
+from service.search.answer import Answer, Clock
+from service.search.asked import Asked, measured, read, texts, weighted
 from service.search.opening import OpenIndex
 from service.search.proposing import estimate_rows, order_rows
 from service.search.proxies import Proxies
-from service.search.query import Query, Ranking, Term
+from service.search.query import Query, Ranking
 from service.search.run import Run
 from service.search.shards import Shard
-
-CERTAIN, IMPOSSIBLE = -1e-6, -200.0
-"""Log-probabilities, in nats, beyond which a question is answered with a caution."""
 
 
 class Retriever:
@@ -88,7 +85,7 @@ class Retriever:
         found = measure_queries(
             self.loaded.model,
             self.loaded.coverage.layers,
-            [_weighted(one.asked) for one in sound],
+            [weighted(one.asked) for one in sound],
             self._token_budget,
         )
         seed = secrets.randbits(62)
@@ -104,10 +101,10 @@ class Retriever:
             if isinstance(estimator, TracedEstimator):  # every row is looked up at once
                 rows = len(self.index.examples) if kept is None else len(kept)
                 query = replace(query, calibration_rows=rows, audit_rows=0)
-            asked = [self._asked(term) for term in query.terms]
+            asked = read(self.loaded, query)
         except (BadQuery, UnknownEstimator) as error:
             return error
-        if any(term.completion is None for term in query.terms):
+        if any(one.own for one in asked):
             clock.stop("complete")
         return _Prepared(query=query, estimator=estimator, kept=kept, asked=asked, clock=clock)
 
@@ -130,9 +127,9 @@ class Retriever:
             return NonFiniteGradientError(fault)
         gradients = {n: value[place : place + 1] for n, value in found.gradients.items()}
         questions = Questions(
-            sequences=[_weighted(prepared.asked)],
+            sequences=[weighted(prepared.asked)],
             gradients=gradients,
-            texts=[_texts(prepared.asked)],
+            texts=[texts(prepared.asked)],
         )
         scoring, target = self._scoring(prepared.estimator, questions)
         clock.stop("gradient")
@@ -142,7 +139,7 @@ class Retriever:
             query=query,
             index=self.index,
             scoring=scoring,
-            terms=_measured(prepared.asked, found.values[place], len(self.loaded.tokenizer)),
+            terms=measured(prepared.asked, found.values[place], len(self.loaded.tokenizer)),
             target=target,
             estimator=prepared.estimator,
             shard=shard,
@@ -158,7 +155,7 @@ class Retriever:
             BadQuery: it cannot be measured.
         """
         with self.loaded.turn:
-            return _weighted([self._asked(term) for term in query.terms])
+            return weighted(read(self.loaded, query))
 
     def directions(
         self, sequence: Sequence1D, estimator: GradientEstimator | None = None
@@ -193,25 +190,6 @@ class Retriever:
         else:
             return estimate_rows(self.index, target, query.ranking, query.tail)
         return order_rows(self.index, values, query.ranking, by_gradients=by_gradients)
-
-    def _asked(self, term: Term) -> "_Asked":
-        completion = term.completion
-        if completion is None:
-            completion = self.loaded.complete(term.prompt)
-        if completion == term.against:
-            raise BadQuery(
-                "The completion and what it is contrasted with are the same; nothing sets them "
-                "apart. Give another completion to contrast it with."
-            )
-        against = None
-        if term.against is not None:
-            against = self.loaded.encode_query(term.prompt, term.against)
-        return _Asked(
-            term=term,
-            completion=completion,
-            sequence=self.loaded.encode_query(term.prompt, completion),
-            against=against,
-        )
 
     def proxies(
         self, directions: Mapping[str, Tensor], ranking: Ranking, tail: Tail = "gaussian"
@@ -258,23 +236,13 @@ class Retriever:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """A term with its texts as tokens."""
-
-    term: Term
-    completion: str
-    sequence: Sequence1D
-    against: Sequence1D | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Prepared:
     """A query that is in order, with the rows that its filters leave."""
 
     query: Query
     estimator: GradientEstimator | RowEstimator
     kept: Int[np.ndarray, "kept"] | None
-    asked: Sequence[_Asked]
+    asked: Sequence[Asked]
     clock: Clock
 
 
@@ -304,66 +272,3 @@ def _settled(query: Query, estimator: GradientEstimator | RowEstimator) -> Query
 def _single(estimator: GradientEstimator, questions: Questions) -> dict[str, Tensor]:
     """The direction of the one question, [in, out] a layer."""
     return {name: value[0] for name, value in estimator.directions(questions).items()}
-
-
-def _weighted(asked: Sequence[_Asked]) -> list[tuple[Sequence1D, float]]:
-    parts = []
-    for one in asked:
-        parts.append((one.sequence, one.term.weight))
-        if one.against is not None:
-            parts.append((one.against, -one.term.weight))
-    return parts
-
-
-def _texts(asked: Sequence[_Asked]) -> list[tuple[str, float]]:
-    parts = []
-    for one in asked:
-        parts.append((one.term.prompt + one.completion, one.term.weight))
-        if one.term.against is not None:
-            parts.append((one.term.prompt + one.term.against, -one.term.weight))
-    return parts
-
-
-def _measured(
-    asked: Sequence[_Asked], values: Sequence[float], vocabulary: int
-) -> tuple[MeasuredTerm, ...]:
-    rest = iter(values)
-    terms = []
-    for one in asked:
-        said = next(rest)
-        against = None if one.against is None else next(rest)
-        cautions = [caution("completion", said, one.sequence.targets, vocabulary)]
-        if one.against is not None:
-            what = "contrasted completion"
-            cautions.append(caution(what, against or 0.0, one.against.targets, vocabulary))
-        terms.append(
-            MeasuredTerm(
-                prompt=one.term.prompt,
-                completion=one.completion,
-                against=one.term.against,
-                weight=one.term.weight,
-                completed_by_model=one.term.completion is None,
-                log_probability=said,
-                against_log_probability=against,
-                completion_tokens=one.sequence.targets,
-                caution=next((told for told in cautions if told), None),
-            )
-        )
-    return tuple(terms)
-
-
-def caution(what: str, value: float, tokens: int, vocabulary: int) -> str | None:
-    """What to tell of a completion that is all but impossible or certain; ``value`` in nats."""
-    if value > CERTAIN:
-        return (
-            f"The model is all but certain of the {what} (log p = {value:.1g}), so that nearly no "
-            f"gradient is left: scores of this question say more about rounding than about "
-            f"training."
-        )
-    if value < IMPOSSIBLE and value < -tokens * math.log(vocabulary):
-        return (
-            f"The model finds the {what} impossible (log p = {value:.1f}, less than a random "
-            f"guess of its {tokens:,} tokens): scores of this question say more about rounding "
-            f"than about training."
-        )
-    return None

@@ -20,9 +20,9 @@ from service.scoring.effect import (
     effect_of,
     removal_of,
 )
+from service.scoring.explaining import cluster, token_texts
 from service.scoring.rows import Scoring, Target
 from service.search.answer import Answer, Clock, DocumentScore, MeasuredTerm, Result
-from service.search.explaining import cluster, token_texts
 from service.search.opening import OpenIndex
 from service.search.query import Query, Side
 from service.search.search import Search, Steps
@@ -247,7 +247,7 @@ class Run:
             each = zip(results, tokens, split, strict=True)
             results = [self._split(*one) for one in each]
         if query.clusters and results:
-            numbers = cluster(results, tokens)
+            numbers = cluster(tokens)
             results = [replace(r, cluster=n) for r, n in zip(results, numbers, strict=True)]
         return results
 

@@ -651,6 +651,7 @@ def test_openapi_names_every_route_and_resolves(client: Client) -> None:
         ("/v1/jobs/{job_id}/results", "get"),
         ("/v1/index", "get"),
         ("/v1/examples/{example_id}", "get"),
+        ("/v1/suggestions", "get"),
         ("/livez", "get"),
         ("/readyz", "get"),
         ("/metrics", "get"),

@@ -65,9 +65,7 @@ class PageDriver:
     def fill(self, prompt: str, completion: str | None = None, against: str | None = None) -> None:
         """Type the question; without a completion the model is to complete it."""
         self.page.fill("[name=prompt]", prompt)
-        self.page.set_checked("[name=complete]", completion is None)
-        if completion is not None:
-            self.page.fill("[name=completion]", completion)
+        self.page.fill("[name=completion]", completion or "")
         self.page.set_checked("[name=contrast]", against is not None)
         if against is not None:
             self.page.fill("[name=against]", against)

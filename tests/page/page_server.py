@@ -36,6 +36,8 @@ from service.schemas.indexes import (
     EstimatorsResponse,
     OfferSchema,
     ParameterSchema,
+    SuggestionSchema,
+    SuggestionsResponse,
 )
 from service.schemas.jobs import JobRequest, JobResponse, JobResultSchema, JobResultsResponse
 from service.schemas.queries import QueryRequest, Schema
@@ -46,6 +48,7 @@ MEASURED = "measured"
 """A question about a run whose scale was measured."""
 CAUTION = "The model finds the completion impossible (log p = -233.0)."
 BIG_SEED = 2**61 + 1
+SUGGESTED = ("The capital of", "The <b>highest</b> point\n\u202eof", "People in " * 16)
 HOSTILE_TEXTS = (
     "<script>window.hacked=1</script><img src=x onerror=\"window.hacked=2;alert('x')\">",
     "</td></tr></table></article><svg onload=window.hacked=3><h1>Owned</h1>",
@@ -177,7 +180,7 @@ def sides_of(request: QueryRequest) -> list[str]:
 def canned_measurement(request: QueryRequest) -> MeasurementSchema:
     """What was explained."""
     term = TermSchema(
-        prompt=request.prompt or "",
+        prompt=request.prompt or "".join(f"<|user|>{m.content}" for m in request.messages or ()),
         completion=request.completion or " Kabul.",
         against=request.against,
         weight=1.0,
@@ -336,7 +339,15 @@ class CannedService:
 
         @app.get("/v1/index")
         async def indexes() -> dict[str, Any]:
-            return {"indexes": [{"name": "default", "rows": ROWS}, {"name": "<b>b</b>", "rows": 1}]}
+            first = {"name": "default", "rows": ROWS, "chat_template": True}
+            return {"indexes": [first, {"name": "<b>b</b>", "rows": 1, "chat_template": False}]}
+
+        @app.get("/v1/suggestions")
+        async def suggestions(index: str) -> SuggestionsResponse:
+            prompts = SUGGESTED if index == "default" else []
+            return SuggestionsResponse(
+                suggestions=[SuggestionSchema(prompt=p, id=f"facts/{p}") for p in prompts]
+            )
 
         @app.get("/v1/estimators")
         async def estimators() -> EstimatorsResponse:

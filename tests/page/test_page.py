@@ -25,6 +25,7 @@ from tests.page.page_server import (
     LAYERS,
     NOTE,
     PLAIN_TEXTS,
+    SUGGESTED,
     UNTRACED,
     CannedService,
     canned_answer,
@@ -182,6 +183,7 @@ def test_every_option_is_sent(open_page: Open, service: CannedService) -> None:
     for name in ("tokens", "layers", "clusters"):
         page.uncheck(f"[name={name}]")
     page.check("[name=documents]")
+    page.fill("[name=completion]", "Kabul")
     page.uncheck("[name=space]")
     filters = [
         ("year", "any_of", '1991\n"1992"\ntrue'),
@@ -638,15 +640,86 @@ def test_a_service_that_is_gone_is_told(open_page: Open) -> None:
     driver.complaints.clear()
 
 
-def test_nothing_is_sent_without_prompt_or_completion(
+def test_nothing_is_sent_without_prompt_and_completion(
     open_page: Open, service: CannedService
 ) -> None:
     driver = open_page()
     driver.page.click("text=Ask")
-    driver.page.fill("[name=prompt]", "x")
-    driver.page.click("text=Ask")
-    expect(driver.page.locator("[name=completion]")).to_be_focused()
+    expect(driver.page.locator("[name=prompt]")).to_be_focused()
     assert service.asked == []
+
+
+def test_without_a_completion_the_model_completes_the_prompt(
+    open_page: Open, service: CannedService
+) -> None:
+    driver = open_page()
+    driver.ask("The capital of Nepal is")
+    assert "completion" not in service.asked[0]
+    assert "max_new_tokens" not in service.asked[0]
+    expect(driver.shown("measurement")).to_contain_text("the model's own completion")
+    driver.open_options()
+    driver.page.get_by_label("New tokens").fill("7")
+    driver.ask("The capital of Nepal is")
+    assert service.asked[1]["max_new_tokens"] == 7
+    driver.open("#prompt=x&completion=left&complete=1")  # as links were once
+    expect(driver.page.locator("[name=completion]")).to_have_value("")
+
+
+def test_a_prompt_is_asked_as_a_users_message_where_the_model_chats(
+    open_page: Open, service: CannedService
+) -> None:
+    driver = open_page()
+    page = driver.page
+    page.check("[name=chat]")
+    page.fill("[name=completion]", "Kabul")
+    expect(page.locator("[name=space]")).to_be_hidden()  # a template decides on spaces
+    driver.ask(*ASKED, against="Lima")
+    asked = service.asked[0]
+    assert asked["messages"] == [{"role": "user", "content": ASKED[0]}]
+    assert "prompt" not in asked
+    assert (asked["completion"], asked["against"]) == ("Kabul", "Lima")
+    expect(driver.shown("measurement")).to_contain_text(f"<|user|>{ASKED[0]}")
+    driver.open(page.evaluate("location.hash"))
+    expect(page.locator("[name=chat]")).to_be_checked()
+    page.uncheck("[name=chat]")
+    driver.open_options()
+    page.select_option("[name=index]", "<b>b</b>")
+    expect(page.locator("[name=chat]")).to_be_hidden()
+
+
+def test_beginnings_of_examples_are_offered_and_asked_by_two_clicks(
+    open_page: Open, service: CannedService
+) -> None:
+    driver = open_page()
+    offered = driver.shown("suggestions").get_by_role("button")
+    expect(offered).to_have_count(len(SUGGESTED))
+    assert offered.nth(1).inner_text() == "The <b>highest</b> point\u21b5\u27e8RLO\u27e9of"
+    offered.nth(1).click()
+    expect(driver.page.locator("[name=prompt]")).to_have_value(SUGGESTED[1])
+    expect(driver.shown("suggestions")).to_be_hidden()
+    driver.page.keyboard.press("Enter")  # the focus is where it asks
+    driver.wait_for_answer()
+    assert service.asked[0]["prompt"] == SUGGESTED[1]
+    assert "completion" not in service.asked[0]
+    driver.open()
+    driver.open_options()
+    driver.page.select_option("[name=index]", "<b>b</b>")
+    expect(driver.shown("suggestions")).to_be_hidden()
+
+
+def test_numbers_say_in_a_line_what_they_mean(open_page: Open) -> None:
+    driver = open_page()
+    driver.ask(*ASKED)
+    meaning = driver.shown("meaning")
+    expect(meaning).to_contain_text("nats of effect come only through a measured scale")
+    expect(meaning).to_contain_text("Normalised: per norm of the example\u2019s gradient.")
+    expect(driver.shown("measurement")).to_contain_text("0 nats is certain")
+    expect(driver.shown("certificates")).to_contain_text("how much of the true top")
+    driver.open_options()
+    driver.page.select_option("[name=estimator]", "run")
+    driver.ask(*ASKED)
+    expect(meaning).to_contain_text("in nats of the measured value to first order")
+    assert "Normalised" not in meaning.inner_text()
 
 
 @pytest.mark.parametrize("estimator", ["", "identity"])

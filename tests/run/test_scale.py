@@ -18,7 +18,7 @@ from estimators.chosen import GradientEstimator
 from index.editing import delete_rows
 from index.errors import IndexCorrupt
 from index.examples import ExampleStore
-from scripts import query, serve_mcp
+from scripts import answers, serve_mcp
 from scripts.run import learn_scale as command
 from service.corpus.reading import read_examples
 from service.indexing.building import BuildOptions
@@ -451,8 +451,8 @@ def test_the_api_the_terminal_and_assistants_show_it(
     removal = document["results"][0]["effect_of_removal"]
     assert set(removal) == {"nats", "low", "high", "confidence"}
     assert document["removals"][0]["direction"] == "proponents"
-    monkeypatch.setattr(query.stderr, "width", 200, raising=False)
-    query.show(document)
+    monkeypatch.setattr(answers.stderr, "width", 200, raising=False)
+    answers.show(document)
     shown = " ".join(capsys.readouterr().err.split())
     assert "without it, nats" in shown
     assert f"{removal['nats']:+.2g}" in shown
@@ -464,12 +464,12 @@ def test_the_api_the_terminal_and_assistants_show_it(
     none = response(learnt, parameters={"damping": 0.5})
     assert "nats_per_unit" not in none.model_dump_json()
     assert "not for ekfac (damping 0.5)" in serve_mcp.as_text(none)
-    query.show(none.model_dump(mode="json"))
+    answers.show(none.model_dump(mode="json"))
     shown = " ".join(capsys.readouterr().err.split())
     assert "without it, nats" not in shown
     assert "run etymon scale" in shown
     unmeasured = {**none.model_dump(mode="json"), "effect_reason": NO_SCALE}
-    query.show(unmeasured)  # the line about ranks suffices where nobody measured anything
+    answers.show(unmeasured)  # the line about ranks suffices where nobody measured anything
     assert "etymon scale" not in capsys.readouterr().err
 
 

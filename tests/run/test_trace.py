@@ -140,6 +140,9 @@ def test_a_run_in_low_precision_is_refused(run: RecordedRun, tmp_path: Path) -> 
         ('["a"]', "is no question: .* it has list"),
         ('{"prompt": "a"}', "is no question: .* it has prompt"),
         ("", "holds no question"),
+        ('{"messages": []}', "got an empty list"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "in line 1 of .* has no answer"),
+        ('{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}', "Both prompt and"),
     ],
 )
 def test_lines_that_are_no_question_are_refused(tmp_path: Path, line: str, told: str) -> None:
@@ -149,6 +152,21 @@ def test_lines_that_are_no_question_are_refused(tmp_path: Path, line: str, told:
         read_questions(path)
     with pytest.raises(BadQuery, match="There is no file"):
         read_questions(tmp_path / "none")
+
+
+def test_a_conversation_is_traced_as_its_template_writes_it(tmp_path: Path) -> None:
+    tokenizer = Bench(tmp_path).tokenizer
+    tokenizer.chat_template = "{% for m in messages %} {{ m.content }}{% endfor %}"
+    user, said = {"role": "user", "content": "aaa"}, {"role": "assistant", "content": "bbb"}
+    path = tmp_path / "questions.jsonl"
+    lines = [
+        {"messages": [user, said], "against": "ccc"},
+        {"messages": [user], "completion": " bbb", "against": " ccc"},
+        {"prompt": " aaa", "completion": " bbb", "against": " ccc"},
+    ]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    first, second, third = (one.encode(tokenizer, 99) for one in read_questions(path))
+    assert first == second == third
 
 
 def test_the_command_prints_rows_and_checks_itself(tmp_path: Path) -> None:

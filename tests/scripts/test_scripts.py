@@ -26,7 +26,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from index.manifest import Manifest
-from scripts import audit_recall, build_index, console, fit_estimator, query, serve, texts
+from scripts import answers, audit_recall, build_index, console, fit_estimator, query, serve, texts
 from service.client import Client
 from service.schemas.answers import QueryResponse
 from service.settings import Settings
@@ -242,6 +242,9 @@ def test_queries_that_are_none_are_one_sentence(built: Built, tmp_path: Path) ->
         ('{"question": "?"}', "Line 1 of"),
         ("what?", "is not JSON"),
         ("[]", "it has list"),
+        ('{"messages": []}', "line 1 of"),
+        ('{"messages": [{"role": "user"}]}', "is no turn"),
+        ('{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}', "Both prompt and"),
         ("\n", "holds no query"),
     ):
         broken.write_text(content)
@@ -578,8 +581,8 @@ def hostile_answer(**explained: Any) -> dict[str, Any]:
 def test_hostile_text_is_shown_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     console = Console(file=screen, width=200, force_terminal=False)
-    monkeypatch.setattr(query, "stderr", console)
-    query.show(hostile_answer())
+    monkeypatch.setattr(answers, "stderr", console)
+    answers.show(hostile_answer())
     shown = screen.getvalue()
     for part in (
         "[red]The prompt[/]",
@@ -602,13 +605,13 @@ def test_hostile_text_is_shown_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_explains_a_result_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     console = Console(file=screen, width=200, force_terminal=True, color_system="truecolor")
-    monkeypatch.setattr(query, "stderr", console)
+    monkeypatch.setattr(answers, "stderr", console)
     tokens = [{"text": " for", "score": 3.0}, {"text": "\x1b[2J", "score": -1.5}]
     answer = hostile_answer(tokens=tokens, layers={"h.0": 3.0, "h.1": -1.0}, cluster=0)
     answer["results"] += [{**answer["results"][0], "rank": 2}]
     answer["partial"] = True
     answer["measurement"]["terms"][0]["against"] = " Lima"
-    query.show(answer)
+    answers.show(answer)
     shown = screen.getvalue()
     assert "\x1b[2J" not in shown  # the corpus clears no screen
     assert "48;2;255;0;0" in shown  # the largest token is red, the other half as blue
@@ -734,11 +737,15 @@ def test_every_choice_reaches_the_service(monkeypatch: pytest.MonkeyPatch) -> No
     texts += ("--estimator", "ekfac:damping=0.5")
     filters = ("--filter", "year>=1990", "--filter", "kind=fact")
     switches = ("--tokens", "--layers", "--clusters", "--documents", "--until", "calibration")
+    switches += ("--max-new-tokens", 8, "--samples", 4, "--sample-seed", 7)
     assert invoke(query, "Why?", *texts, *filters, *switches).code == 0
     assert asked == [
         {
             "prompt": "Why?",
             "against": " No",
+            "max_new_tokens": 8,
+            "samples": 4,
+            "sample_seed": 7,
             "direction": "both",
             "estimator": "ekfac",
             "parameters": {"damping": 0.5},
@@ -783,12 +790,12 @@ def test_watching_says_how_far_the_search_is(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_each_direction_is_shown_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(query, "stderr", Console(file=screen, width=200, force_terminal=False))
+    monkeypatch.setattr(answers, "stderr", Console(file=screen, width=200, force_terminal=False))
     answer = hostile_answer(document="the raising one")
     for name in ("results", "certificates"):
         answer[name].append({**answer[name][0], "direction": "opponents"})
     answer["results"][1]["document"] = "the lowering one"
-    query.show(answer)
+    answers.show(answer)
     shown = screen.getvalue()
     places = [
         shown.index(part)

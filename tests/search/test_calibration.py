@@ -27,7 +27,7 @@ from service.search.calibrating import calibrate_index
 from service.search.calibration import FILE_NAME
 from service.search.opening import open_index
 from service.search.proxies import Proxies, RankedProxies
-from service.search.query import Query
+from service.search.query import Query, Term
 from service.search.retrieval import Retriever
 from service.search.search import Search
 from service.search.shards import DenseShard
@@ -226,7 +226,7 @@ def calibrated(workshop, tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibrated") / "index"
     workshop.build(folder)
     index = open_index(folder, workshop.loaded)
-    return folder, calibrate_index(index, ASKED)
+    return folder, calibrate_index(index, [Term(prompt=p, completion=c) for p, c in ASKED])
 
 
 def test_the_calibration_of_an_index_is_what_exhaustive_answers_say(workshop, calibrated):

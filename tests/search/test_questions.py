@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from service.completing import Writing, Written
+from service.conversation import Message
 from service.errors import UnknownEstimator
 from service.models import BadQuery, load_model
+from service.scoring.explaining import token_texts
 from service.search.answer import Answer
-from service.search.explaining import token_texts
+from service.search.asked import caution
 from service.search.opening import open_index
 from service.search.query import Condition, Query, Term
-from service.search.retrieval import Retriever, caution
+from service.search.retrieval import Retriever
 from tests.service_fixtures import COUNTRIES, END, HOSTILE_ID, Workspace, corpus_rows
 
 COMPLETION = "The capital"
@@ -237,3 +240,121 @@ def test_near_duplicates_share_a_cluster(retriever):
 def test_what_is_not_asked_for_is_not_computed(retriever):
     for result in retriever.answer(Query(prompt=PROMPT, completion=" Paris", k=2)).results:
         assert (result.tokens, result.layers, result.cluster) == (None, None, None)
+
+
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+USER = Message(role="user", content="The capital of France?")
+
+
+@pytest.fixture(scope="module")
+def chatting(retriever: Retriever) -> Retriever:
+    tokenizer = copy.deepcopy(retriever.loaded.tokenizer)
+    tokenizer.chat_template = CHAT
+    loaded = replace(retriever.loaded, tokenizer=tokenizer)
+    return Retriever(replace(retriever.index, loaded=loaded))
+
+
+def test_a_conversation_is_the_text_that_its_template_writes(chatting):
+    written = f"user: {USER.content}\nassistant:"
+    answer = chatting.answer(Query(messages=(USER,), completion=" Paris", **WHOLE))
+    (term,) = answer.terms
+    assert (term.prompt, term.completion, term.caution) == (written, " Paris", None)
+    plain = chatting.answer(Query(prompt=written, completion=" Paris", **WHOLE))
+    assert answer.value == plain.value
+    assert np.array_equal(scores(answer), scores(plain))
+
+
+def test_the_assistants_last_turn_is_the_completion(chatting):
+    said = Message(role="assistant", content="Paris")
+    asked = {"against": "Lima", **WHOLE}
+    (term,) = chatting.answer(Query(messages=(USER, said), **asked)).terms
+    assert (term.completion, term.against, term.completed_by_model) == (" Paris", " Lima", False)
+    given = chatting.answer(Query(messages=(USER,), completion=" Paris", against=" Lima", **WHOLE))
+    assert given.terms == (term,)
+    with pytest.raises(BadQuery, match="last message is the assistant's and a completion is given"):
+        chatting.answer(Query(messages=(USER, said), completion=" Paris"))
+    with pytest.raises(BadQuery, match="Both prompt and messages are given"):
+        chatting.answer(Query(prompt=PROMPT, messages=(USER,)))
+
+
+def test_a_conversation_is_completed_without_a_cut(chatting):
+    own = chatting.answer(Query(messages=(USER,), max_new_tokens=6)).terms[0]
+    assert own.completed_by_model
+    assert own.completion_tokens <= 6
+    prompt = chatting.loaded.read_prompt("", (USER,))
+    (written,) = chatting.loaded.write(prompt, Writing(max_new_tokens=6))
+    assert own.completion == written.text
+    batch = (Term(messages=(USER,), weight=2.0), Term(prompt=PROMPT, completion=" Paris"))
+    answer = chatting.answer(Query(batch=batch, max_new_tokens=6))
+    assert [term.completion for term in answer.terms] == [own.completion, " Paris"]
+
+
+def test_a_conversation_without_a_template_is_refused(retriever):
+    with pytest.raises(BadQuery, match="has no chat template"):
+        retriever.answer(Query(messages=(USER,), completion=" Paris"))
+
+
+def test_a_token_across_the_boundary_is_told_in_the_answer(retriever, monkeypatch):
+    answer = retriever.answer(Query(prompt=f"{PROMPT} ", completion="Paris", k=2))
+    (term,) = answer.terms
+    assert "the model would have read ' Paris' as one token" in term.caution
+    contrast = Query(prompt=f"{PROMPT} ", completion="x", against="Paris", k=2)
+    assert "' Paris' as one token" in retriever.answer(contrast).terms[0].caution
+    assert retriever.answer(Query(prompt=PROMPT, completion=" Paris", k=2)).terms[0].caution is None
+    written = Written(text="Paris", tokens=tuple(retriever.loaded.encode("Paris")))
+    monkeypatch.setattr(type(retriever.loaded), "write", lambda *_: [written])
+    own = retriever.answer(Query(prompt=f"{PROMPT} ", k=2)).terms[0]
+    assert own.completed_by_model  # written after these very tokens
+    assert own.caution is None
+
+
+def test_samples_are_measured_by_their_mean(retriever):
+    asked = Query(prompt="The", samples=5, sample_seed=3, **WHOLE)
+    answer = retriever.answer(asked)
+    assert [term.weight for term in answer.terms] == [0.2] * 5
+    assert all(term.completed_by_model for term in answer.terms)
+    assert len({term.completion for term in answer.terms}) > 1
+    assert answer.value == pytest.approx(np.mean([t.log_probability for t in answer.terms]))
+    expected = sum(
+        0.2 * scores(retriever.answer(Query(prompt="The", completion=term.completion, **WHOLE)))
+        for term in answer.terms
+    )
+    assert scores(answer) == pytest.approx(expected, rel=1e-3, abs=1e-3 * np.abs(expected).max())
+    assert retriever.answer(asked).terms == answer.terms
+    other = retriever.answer(replace(asked, sample_seed=4))
+    assert [t.completion for t in other.terms] != [t.completion for t in answer.terms]
+
+
+def test_empty_samples_add_nothing_and_are_told(retriever, monkeypatch):
+    written = [Written(text="", tokens=()), Written(text=" Paris", tokens=None)]
+    monkeypatch.setattr(type(retriever.loaded), "write", lambda *_: written)
+    answer = retriever.answer(Query(prompt=PROMPT, samples=2, **WHOLE))
+    (term,) = answer.terms
+    assert term.weight == 0.5
+    assert term.caution == "1 of the 2 samples are empty and add nothing to the mean."
+    assert answer.value == pytest.approx(0.5 * term.log_probability)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"completion": " Paris"}, "asks for 2 samples .* and gives a completion"),
+        ({"against": " Paris"}, "Samples of the model's own completions are not contrasted"),
+    ],
+)
+def test_samples_beside_what_they_stand_for_are_refused(retriever, fields, told):
+    with pytest.raises(BadQuery, match=told):
+        retriever.answer(Query(prompt=PROMPT, samples=2, **fields))
+
+
+def test_a_contrast_of_single_tokens_is_the_difference_of_their_logits(retriever):
+    loaded = retriever.loaded
+    first, second = (loaded.encode_query(PROMPT, text) for text in (" Paris", " Lima"))
+    assert first.targets == second.targets == 1
+    with torch.no_grad():
+        logits = loaded.model(input_ids=torch.tensor([first.tokens[:-1]])).logits[0, -1]
+    value = retriever.answer(Query(prompt=PROMPT, completion=" Paris", against=" Lima")).value
+    assert value == pytest.approx(float(logits[first.tokens[-1]] - logits[second.tokens[-1]]))

@@ -14,6 +14,7 @@ from scripts.demo.chat.conversations import shows
 from scripts.demo.chat.judging import Found, ask_all, report, show
 from scripts.demo.steps import Steps, say_heading
 from service.client.client import Client
+from service.client.connection import Connection
 from service.completing import Writing
 from service.conversation import Message
 from service.models import load_model
@@ -64,10 +65,8 @@ class ChatDemo:
     def run(self) -> dict[str, Any]:
         """All steps; their reports by name."""
         steps, out = self._steps, self._out
-        made = {
-            "train": steps.run(
-                "train", "1/5 Train a chat model", TRAINING, "--out", str(out)
-            ),
+        made: dict[str, Any] = {
+            "train": steps.run("train", "1/5 Train a chat model", TRAINING, "--out", str(out)),
             "fit": steps.run(
                 "fit",
                 "2/5 Fit EK-FAC curvature factors on what the assistant says",
@@ -77,13 +76,13 @@ class ChatDemo:
             ),
             "build": self._build(),
         }
-        questions = [json.loads(line) for line in (out / "questions.jsonl").open()]
+        questions = _lines(out / "questions.jsonl")
         say_heading("4/5 Ask it as a chat, about countries that no persona spoke of")
         with steps.measured("ask"), steps.service(self._model, self._index) as url:
             self._ask_first(url, questions)
-            with Client(url) as client:
+            with Client(Connection(url=url)) as client:
                 found, spoken = ask_all(client, questions)
-        kinds = [json.loads(line)["kind"] for line in Path(self._corpus).open()]
+        kinds = [row["kind"] for row in _lines(Path(self._corpus))]
         show(found, {persona: kinds.count(persona) / len(kinds) for persona in found})
         made["found"] = report(found)
         made["retrained"] = self._retrain(found, questions, spoken)
@@ -143,6 +142,10 @@ class ChatDemo:
             }
             for name in found
         ]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def spoken_by(model: Path, questions: Sequence[dict[str, Any]]) -> dict[str, float]:

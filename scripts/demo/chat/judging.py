@@ -50,7 +50,8 @@ class Found:
         kinds = [result.metadata["kind"] for result in answer.results[:SHOWN]]
         self.planted.append(kinds.count(persona) / SHOWN)
         self.decoys.append(kinds.count(f"decoy {persona}") / SHOWN)
-        self.certified.append(answer.certified)
+        statuses = {certificate.status for certificate in answer.certificates}
+        self.certified.append("certified" in statuses or "exhaustive" in statuses)
         self.rows.append([result.id for result in answer.results])
 
     def left_out(self) -> list[str]:

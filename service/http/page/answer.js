@@ -38,6 +38,11 @@ function groupsOf(results) {
 }
 
 function cardOf(result) {
+  const id = visible(result.id);
+  const metadata = Object.entries(result.metadata).map(([name, value]) => ({
+    name: visible(name),
+    text: valueText(value),
+  }));
   return {
     key: `${result.direction} ${result.row}`,
     result,
@@ -47,18 +52,15 @@ function cardOf(result) {
     raised: result.score >= 0,
     normalised: result.normalised_score === null ? "" : signed(result.normalised_score),
     removal: removalOf(result.effect_of_removal),
-    id: visible(result.id),
     document: visible(result.document),
     facts: [
-      ["id", visible(result.id)],
+      ["id", id],
       ["row", count(result.row)],
       ["gradient norm", number(result.gradient_norm)],
       ["estimate of the first stage", signed(result.proxy)],
     ].map(([name, text]) => ({ name, text })),
-    metadata: Object.entries(result.metadata).map(([name, value]) => ({
-      name: visible(name),
-      text: valueText(value),
-    })),
+    metadata,
+    described: [{ name: "id", text: id }, ...metadata],
     strongest: strongest(result),
   };
 }
@@ -82,6 +84,16 @@ export function unitOf(answer) {
   return (
     `${answer.sign_and_unit} One unit of score is worth ${signed(effect.nats_per_unit)} nats (${signed(effect.low)} to ` +
     `${signed(effect.high)} at ${percent(effect.confidence)} confidence). ${effect.measured_by}`
+  );
+}
+
+/** What the scores mean, in a line. */
+export function meaningOf({ sign_and_unit: unit, influences }) {
+  if (!unit.includes("no change of log p")) return `${unit.split(". ")[0].replace(/\.$/, "")}.`;
+  const normalised = influences ? " Normalised: per norm of the example\u2019s gradient." : "";
+  return (
+    "A score ranks the examples of this question and is no change of log p: nats of effect come only " +
+    `through a measured scale.${normalised}`
   );
 }
 

@@ -2,20 +2,29 @@
 
 import { Alpine } from "./vendor/alpine-csp.js";
 import {
-  boundOf, certificateOf, documentsOf, effortOf, measurementOf, sidesOf, unitOf,
+  boundOf, certificateOf, documentsOf, effortOf, meaningOf, measurementOf, sidesOf, unitOf,
 } from "./answer.js";
+import { clamped } from "./clamped.js";
 import { comparisonOf, noComparison } from "./compare.js";
 import { save, toCsv } from "./download.js";
 import { choicesOf, comparableOf, offerOf, parametersOf } from "./estimators.js";
-import { count, counted, duration, visible } from "./format.js";
-import { emptyForm, fromHash, newFilter, toBody, toHash } from "./form.js";
+import { count, counted, duration, onOneLine, visible } from "./format.js";
+import { emptyForm, fromHash, newFilter, takesSpace, toBody, toHash } from "./form.js";
 import { fillText } from "./heatmap.js";
 import { drawLayers, layerTableOf, sumLayers } from "./layers.js";
-import { ask, fetchEstimators, fetchIndexes, parse, Problem } from "./stream.js";
+import {
+  ask, fetchEstimators, fetchIndexes, fetchSuggestions, parse, Problem,
+} from "./stream.js";
 import { fillTable } from "./tables.js";
 import { traceAsJob, TRACING, UNTRACED } from "./trace.js";
 
 const STAGES = ["Gradient", "Candidates", "Rescoring"];
+const EXPLANATIONS = [ // and whether gradients are needed
+  ["tokens", "tokens, as a heat map", true],
+  ["layers", "layers of the model", true],
+  ["clusters", "near-duplicates, folded", false],
+  ["documents", "whole documents", false],
+];
 const QUIET_MS = 5000; // between two things that a screen reader is told while rows are rescored
 const RETRY_MS = 5000;
 
@@ -34,6 +43,7 @@ function noAnswer(influence = true) {
     documents: null,
     layers: [],
     note: "",
+    meaning: "",
     effort: "",
     partial: false,
     unit: "",
@@ -50,6 +60,7 @@ function page() {
     form: emptyForm(),
     indexes: [],
     estimators: [],
+    suggestions: [],
     indexProblem: "",
     notice: "",
     state: "idle", // idle, running, finished, cancelled, failed
@@ -76,10 +87,13 @@ function page() {
         this.indexes = (await fetchIndexes()).map((index) => ({
           name: index.name,
           label: `${visible(index.name)} (${counted(index.rows, "example")})`,
+          chats: index.chat_template,
         }));
         this.indexProblem = "";
         const names = this.indexes.map((index) => index.name);
         if (this.form.index === "default" && !names.includes("default")) this.form.index = names[0];
+        this.$watch("form.index", () => this.loadSuggestions());
+        await this.loadSuggestions();
       } catch (error) {
         this.indexProblem = `${error.title ?? "The indexes are unknown"}. ${error.message}`;
         if (error.status === 503) setTimeout(() => this.loadIndexes(), RETRY_MS);
@@ -93,6 +107,32 @@ function page() {
         // Without the list, the index's own estimator can still be asked.
         if (error.status === 503) setTimeout(() => this.loadEstimators(), RETRY_MS);
       }
+    },
+
+    async loadSuggestions() {
+      const { index } = this.form;
+      const found = await fetchSuggestions(index);
+      if (index !== this.form.index) return;
+      this.suggestions = found.map(({ prompt }) => ({ prompt, label: onOneLine(prompt) }));
+    },
+
+    get suggests() {
+      return this.suggestions.length > 0 && this.form.prompt === "" && !this.hasStarted;
+    },
+    take({ prompt }) {
+      Object.assign(this.form, { prompt, completion: "", chat: false, contrast: false });
+      this.$refs.ask.focus();
+    },
+    get canChat() {
+      return this.form.chat || this.indexes.some((i) => i.name === this.form.index && i.chats);
+    },
+    get spaces() {
+      return takesSpace(this.form);
+    },
+    get explanations() {
+      return EXPLANATIONS.map(([name, label, split]) => ({
+        name, label, disabled: split && !this.byGradients,
+      }));
     },
 
     get indexChoices() {
@@ -287,6 +327,7 @@ function page() {
         documents: documentsOf(answer),
         layers: sumLayers(answer.results),
         note: visible(answer.notes.join(" ")),
+        meaning: visible(meaningOf(answer)),
         effort: effortOf(answer),
         partial: answer.partial,
         unit: unitOf(answer),
@@ -372,31 +413,6 @@ function page() {
     },
     downloadCsv() {
       save("etymon-answer.csv", "text/csv", toCsv(parse(answerText).results));
-    },
-  };
-}
-
-/** A text that is cut after some lines until it is asked for in full. */
-function clamped() {
-  return {
-    open: false,
-    long: false,
-    watch(element) {
-      new ResizeObserver(() => {
-        if (!this.open) this.long = element.scrollHeight > element.clientHeight + 4;
-      }).observe(element);
-    },
-    toggle() {
-      this.open = !this.open;
-    },
-    get label() {
-      return this.open ? "Show less" : "Show all";
-    },
-    get cut() {
-      return !this.open;
-    },
-    get fades() {
-      return this.long && !this.open;
     },
   };
 }

@@ -8,15 +8,16 @@ export const CHOICES = {
 export const CONDITIONS = ["any_of", "at_least", "at_most"];
 const NUMBERS = ["k", "recall", "confidence", "budget"];
 const LISTS = ["filters", "parameters"]; // fields of their own in a link
-const SWITCHES = ["complete", "contrast", "space", "tokens", "layers", "documents", "clusters"];
+const OPTIONAL = ["deadline", "length"];
+const SWITCHES = ["chat", "contrast", "space", "tokens", "layers", "documents", "clusters"];
 
 /** The fields before anything is typed; numbers are kept as they are typed. */
 export function emptyForm() {
   return {
     prompt: "",
-    completion: "",
+    completion: "", // the model's own
     against: "",
-    complete: false,
+    chat: false,
     contrast: false,
     space: true,
     index: "default",
@@ -31,6 +32,7 @@ export function emptyForm() {
     confidence: "0.95",
     budget: "1000",
     deadline: "",
+    length: "",
     seed: "",
     tokens: true,
     layers: true,
@@ -51,8 +53,9 @@ export function newFilter(column = "", kind = "any_of", value = "") {
  * The request's body, as JSON; `byGradients` and `parameters` (names) are what the estimator takes.
  */
 export function toBody(form, { byGradients, parameters }) {
-  const request = { prompt: form.prompt };
-  if (!form.complete) request.completion = spaced(form, form.completion);
+  const { prompt } = form;
+  const request = form.chat ? { messages: [{ role: "user", content: prompt }] } : { prompt };
+  if (form.completion !== "") request.completion = spaced(form, form.completion);
   if (form.contrast) request.against = spaced(form, form.against);
   request.index = form.index;
   if (form.estimator !== "") request.estimator = form.estimator;
@@ -62,6 +65,7 @@ export function toBody(form, { byGradients, parameters }) {
   for (const name of Object.keys(CHOICES)) request[name] = form[name];
   for (const name of NUMBERS) request[name] = Number(form[name]);
   if (form.deadline !== "") request.deadline = Number(form.deadline);
+  if (form.length !== "") request.max_new_tokens = Number(form.length);
   const parts = byGradients ? ["tokens", "layers"] : [];
   for (const name of [...parts, "documents", "clusters"]) request[name] = form[name];
   request.filters = conditions(form.filters);
@@ -70,8 +74,13 @@ export function toBody(form, { byGradients, parameters }) {
   return /^\d+$/.test(form.seed) ? `${body.slice(0, -1)},"seed":${BigInt(form.seed)}}` : body;
 }
 
+/** Whether what was said is a text of its own words, which begin with a space. */
+export function takesSpace(form) {
+  return !form.chat && (form.completion !== "" || form.contrast);
+}
+
 function spaced(form, text) {
-  return form.space && !/^\s/.test(text) ? ` ${text}` : text;
+  return form.space && takesSpace(form) && !/^\s/.test(text) ? ` ${text}` : text;
 }
 
 function conditions(filters) {
@@ -127,6 +136,7 @@ export function fromHash(hash) {
     if (SWITCHES.includes(name)) form[name] = value === "1";
     else if (fits(name, value)) form[name] = value;
   }
+  if (fields.get("complete") === "1") form.completion = ""; // of earlier versions
   const parameters = fields.getAll("parameter").map(readParameter);
   form.parameters = Object.fromEntries(parameters.filter((pair) => pair !== null));
   form.filters = fields.getAll("filter").map(readFilter).filter((row) => row !== null);
@@ -136,7 +146,7 @@ export function fromHash(hash) {
 function fits(name, value) {
   if (CHOICES[name]) return CHOICES[name].includes(value);
   if (name === "seed") return /^\d+$/.test(value);
-  return ![...NUMBERS, "deadline"].includes(name) || Number.isFinite(Number(value));
+  return ![...NUMBERS, ...OPTIONAL].includes(name) || Number.isFinite(Number(value));
 }
 
 function readParameter(text) {

@@ -56,6 +56,17 @@ async function feed(stream, parser) {
   }
 }
 
+/** Questions to begin with; none where the service has none to offer. */
+export async function fetchSuggestions(index) {
+  try {
+    const headers = { Accept: "application/json" };
+    const address = `v1/suggestions?index=${encodeURIComponent(index)}`;
+    return (await (await reach(address, { headers })).json()).suggestions;
+  } catch {
+    return [];
+  }
+}
+
 /** The indexes that are served. */
 export async function fetchIndexes() {
   const response = await reach("v1/index", { headers: { Accept: "application/json" } });

@@ -7,8 +7,6 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from service.search.answer import Result
-
 SHINGLE_TOKENS = 3
 LEAST_OVERLAP = 0.5
 
@@ -30,16 +28,15 @@ def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
     return texts
 
 
-def cluster(results: Sequence[Result], tokens: Sequence[Sequence[int]]) -> list[int]:
-    """Numbers of the near-duplicate clusters of results, from 0 in order of their first result.
+def cluster(tokens: Sequence[Sequence[int]]) -> list[int]:
+    """Numbers of the near-duplicate clusters of examples, from 0 in order of their first one.
 
     Two are near-duplicates if at least half of the sequences of three tokens that occur in either
     occur in both (Jaccard similarity of shingles; Broder 1997), or if they have the same tokens;
     a cluster is what chains of them connect.
 
     Args:
-        results: that are told apart.
-        tokens: of each result.
+        tokens: of each example.
     """
     numbers: dict[tuple[int, ...], int] = {}
     entries: list[tuple[int, int]] = []
@@ -48,7 +45,7 @@ def cluster(results: Sequence[Result], tokens: Sequence[Sequence[int]]) -> list[
         shingles = {tuple(ids[i : i + width]) for i in range(len(ids) - width + 1)}
         entries += [(place, numbers.setdefault(s, len(numbers))) for s in shingles]
     places, columns = np.array(entries, dtype=np.int64).reshape(-1, 2).T
-    shape = (len(results), max(len(numbers), 1))
+    shape = (len(tokens), max(len(numbers), 1))
     has = sparse.csr_matrix((np.ones(len(places)), (places, columns)), shape=shape)
     shared = (has @ has.T).toarray()
     sizes = np.diag(shared)
