@@ -45,6 +45,7 @@ MEASURED = (
     r"Log-probabilities, in nats, beyond which a question",
     r"impossible or certain; `{1,2}value`{1,2} in nats",
     r"Its log-probability is below -200 nats",
+    r"log p: 0 nats is certain",
     # derivatives of a log-probability through the run itself
     r"`{1,2}df/dw_i`{1,2}, in nats of f for a change of weight 1",
     r"each row's influence in nats of what is asked: leaving the row out changes the measured "
@@ -103,6 +104,7 @@ MEASURED = (
     r"what a unit of score is worth in nats, with an interval for another question",
     r"Numbers that Etymon does call nats were measured",
     r"what one unit of score is worth in nats",
+    r"is no change of log p: nats of effect come only",
 )
 """The only uses of the word, with enough around it to see of what; no score is among them."""
 
