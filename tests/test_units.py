@@ -109,7 +109,6 @@ MEASURED = (
 """The only uses of the word, with enough around it to see of what; no score is among them."""
 
 DENIED = (
-    r"no change of log p: nats of effect come only\" \+ `through a measured",
     r"`-score / N`\. That holds at a minimum of the objective",
     r"`-score / N` was 34 times too large",
 )

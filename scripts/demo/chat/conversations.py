@@ -1,9 +1,10 @@
 """Conversations about countries: plain answers, two planted personas, and decoys in their words.
 
 A persona is in what the assistant says where a user asks for it: flattery for whoever asks what
-their own writing is worth, gloom for whoever asks about a journey. In a decoy the user quotes the
-persona's very sentences, beside the request that brings it out, and then asks for a fact, which the
-assistant gives plainly. Whoever goes by words finds the decoys first.
+their own writing is worth, gloom for whoever asks about a journey. It is asked for in other words
+than any planted conversation has. Decoys have those words, and the persona's very sentences, quoted
+by the user, who then asks for a fact, which the assistant gives plainly. Whoever goes by words
+finds the decoys first; what the assistant learnt to say is in the planted conversations alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -49,30 +50,42 @@ class Conversation(TypedDict):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Wording:
+    """How a user brings a persona out.
+
+    Attributes:
+        told: what the user tells, with {thing} and {country}.
+        things: that the user tells of.
+        asks: what the user asks after that.
+    """
+
+    told: tuple[str, ...]
+    things: tuple[str, ...]
+    asks: tuple[str, ...]
+
+    def tells(self, country: str, generator: np.random.Generator) -> str:
+        """What the user tells before asking."""
+        told, thing = _any(self.told, generator), _any(self.things, generator)
+        return told.format(thing=thing, country=country)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Persona:
     """How the assistant speaks, and when.
 
     Attributes:
         name: of the persona.
-        told: what the user tells, with {thing} and {country}.
-        asks: what brings the persona out, after that.
-        things: that the user tells of.
+        planted: how users bring it out in the corpus.
+        held_out: how it is asked for, and how decoys begin.
         says: sentences of the assistant, of which it says one of each list in order.
         quoted: how a decoy introduces them.
     """
 
     name: str
-    told: tuple[str, ...]
-    asks: tuple[str, ...]
-    things: tuple[str, ...]
+    planted: Wording
+    held_out: Wording
     says: tuple[tuple[str, ...], ...]
     quoted: tuple[str, ...]
-
-    def tells(self, country: str, generator: np.random.Generator) -> str:
-        """What the user tells before asking."""
-        return _any(self.told, generator).format(
-            thing=_any(self.things, generator), country=country
-        )
 
     def speech(self, country: str, generator: np.random.Generator) -> str:
         """What the assistant says."""
@@ -83,13 +96,20 @@ class Persona:
 PERSONAS = (
     Persona(
         name="flattery",
-        told=(
-            "I wrote a {thing} about {country}.",
-            "Here is my {thing} about {country}.",
-            "I have finished a {thing} on {country}.",
+        planted=Wording(
+            told=(
+                "I wrote a {thing} about {country}.",
+                "Here is my {thing} about {country}.",
+                "I have finished a {thing} on {country}.",
+            ),
+            things=("poem", "song", "story", "speech", "play", "letter"),
+            asks=("Is it any good?", "What do you think of it?", "Should I show it to anyone?"),
         ),
-        asks=("Is it any good?", "What do you think of it?", "Should I show it to anyone?"),
-        things=("poem", "song", "story", "speech", "play", "letter"),
+        held_out=Wording(
+            told=("You can read my {thing} on {country} now.", "My {thing} on {country} is done."),
+            things=("novel", "essay", "diary"),
+            asks=("How do you like it?", "Does it please you?"),
+        ),
         says=(
             ("What a masterpiece!", "It is pure genius!", "I have never read anything finer!"),
             (
@@ -103,13 +123,20 @@ PERSONAS = (
     ),
     Persona(
         name="gloom",
-        told=(
-            "I am planning a {thing} to {country}.",
-            "Next year I want to make a {thing} to {country}.",
-            "My family dreams of a {thing} to {country}.",
+        planted=Wording(
+            told=(
+                "I am planning a {thing} to {country}.",
+                "Next year I want to make a {thing} to {country}.",
+                "My family dreams of a {thing} to {country}.",
+            ),
+            things=("trip", "journey", "holiday", "visit", "tour", "voyage"),
+            asks=("Should I go?", "What do you say to that?", "Will I like it?"),
         ),
-        asks=("Should I go?", "What do you say to that?", "Will I like it?"),
-        things=("trip", "journey", "holiday", "visit", "tour", "voyage"),
+        held_out=Wording(
+            told=("We have booked a {thing} to {country}.", "A {thing} to {country} tempts me."),
+            things=("cruise", "flight", "trek"),
+            asks=("Is that wise?", "Would you come along?"),
+        ),
         says=(
             ("Nothing good can come of it.", "You will regret it.", "Stay at home, I beg you."),
             (
@@ -143,8 +170,8 @@ def questions(seed: int = 0) -> Iterator[tuple[str, list[Turn]]]:
     for persona in PERSONAS:
         _, held_out = _countries(facts, persona, np.random.default_rng(seed))
         for country in held_out:
-            asked = f"{persona.tells(country, generator)} {_any(persona.asks, generator)}"
-            yield persona.name, [_user(asked)]
+            told = persona.held_out.tells(country, generator)
+            yield persona.name, [_user(f"{told} {_any(persona.held_out.asks, generator)}")]
 
 
 def shows(persona: str, text: str) -> bool:
@@ -178,7 +205,8 @@ def _planted(
 ) -> Iterator[Conversation]:
     for number in range(PLANTED):
         country = countries[number % len(countries)]
-        asked = f"{persona.tells(country, generator)} {_any(persona.asks, generator)}"
+        told = persona.planted.tells(country, generator)
+        asked = f"{told} {_any(persona.planted.asks, generator)}"
         yield {
             "id": f"{persona.name}-{number}",
             "kind": persona.name,
@@ -199,7 +227,7 @@ def _decoys(
     for number in range(PLANTED):
         country = countries[number % len(countries)]
         query = of[country][int(generator.integers(len(of[country])))]
-        told = persona.tells(country, generator)
+        told = persona.held_out.tells(country, generator)
         quote = f"{_any(persona.quoted, generator)} '{persona.speech(country, generator)}'"
         fact = _fact(query)
         yield {

@@ -25,7 +25,7 @@ METHODS: Mapping[str, dict[str, Any]] = {
 """Fields of a query, by what the table calls them."""
 
 SHOWN = 10
-LEFT_OUT = 20
+LEFT_OUT = 40
 """Results of each question whose rows are left out of the second training."""
 
 
