@@ -329,4 +329,6 @@ def _passes_gradients(module: nn.Module, inputs: Tensor) -> bool:
 
 
 def _require_grad(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output if output.requires_grad else output.detach().requires_grad_(True)
+    if output.requires_grad:
+        return output
+    return output.detach().requires_grad_(True).clone()  # no leaf: models may scale it in place
