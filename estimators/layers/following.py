@@ -137,13 +137,12 @@ class _Handing:
     def _hand_over(self, key: Key) -> None:
         self._done.add(key)
         rows = self._arrived.pop(key, _Arrived()).rows
-        first = self._layers[key][0]
         if rows:
             assert self._batch is not None
             parts = [torch.cat(x) if len(x) > 1 else x[0] for x in zip(*rows, strict=True)]
             a, d, places = by_sequence(*parts, self._batch)
         else:
-            a, d, places = self._nothing(first)
+            a, d, places = self._nothing(self._layers[key])
         for layer in self._layers[key]:
             own = a[..., layer.inputs]
             if self._append_one and layer.has_bias:
@@ -154,12 +153,13 @@ class _Handing:
                 self._places.pop(layer.name, None)
             self._visit(layer, own, d[..., layer.outputs])
 
-    def _nothing(self, layer: LinearLayer) -> tuple[Tensor, Tensor, Tensor]:
+    def _nothing(self, blocks: Sequence[LinearLayer]) -> tuple[Tensor, Tensor, Tensor]:
         """No rows of as many sequences as the batch has."""
-        like = next(layer.module.parameters())
+        like = next(blocks[0].module.parameters())
         count = 0 if self._batch is None else self._batch[0]
-        inputs, outputs = _whole(layer)
         dtype = like.dtype if like.is_floating_point() else torch.float32
+        inputs = max(block.inputs.stop for block in blocks)
+        outputs = max(block.outputs.stop for block in blocks)
         empty = torch.empty(count, 0, inputs, device=like.device, dtype=dtype)
         places = torch.empty(count, 0, device=like.device, dtype=torch.int64)
         return empty, empty.new_empty(count, 0, outputs), places
@@ -168,11 +168,6 @@ class _Handing:
 def with_one(inputs: Tensor) -> Tensor:
     """A 1 appended to each row, for the bias."""
     return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)
-
-
-def _whole(layer: LinearLayer) -> tuple[int, int]:
-    """At least as many inputs and outputs as the layer's block reaches to."""
-    return layer.inputs.stop, layer.outputs.stop
 
 
 def _key(layer: LinearLayer) -> Key:

@@ -82,9 +82,11 @@ class MatrixLayer(LinearLayer):
         """What tensors by plain names of parameters have here: [in, out], where it computes."""
         module, stored = plain_name(self.module_name), self.stored
         own = self.module.get_parameter(stored.parameter)
-        found = torch.zeros(self.in_features, self.out_features, device=own.device)
-        rows = self.in_features - int(self.has_bias)
         weight = parameters.get(f"{module}.{stored.parameter}")
+        dtype = torch.float64 if weight is not None and weight.dtype == torch.float64 else None
+        shape = self.in_features, self.out_features
+        found = torch.zeros(shape, device=own.device, dtype=dtype)
+        rows = self.in_features - int(self.has_bias)
         if weight is not None:
             found[:rows] = stored.matrix(weight.contiguous())[self.inputs, self.outputs].to(found)
         bias = parameters.get(f"{module}.{stored.bias}") if self.has_bias else None
