@@ -123,9 +123,7 @@ class Covariances:
                 found[layer.name] = self._decompose(layer, *sides)
                 continue
             self._sums.pop(layer.name)
-            found[layer.name] = _member(
-                pools[kind_of(layer)], int(self._seen[layer.name][1])
-            )
+            found[layer.name] = _member(pools[kind_of(layer)], int(self._seen[layer.name][1]))
         return found
 
     def _saw_too_little(self, layer: LinearLayer) -> bool:

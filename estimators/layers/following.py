@@ -1,4 +1,4 @@
-"""Inputs and output gradients of layers whose rows are followed, handed over sequence by sequence."""
+"""Inputs and output gradients of layers whose rows are followed, sequence by sequence."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -137,10 +137,12 @@ class _Handing:
     def _hand_over(self, key: Key) -> None:
         self._done.add(key)
         rows = self._arrived.pop(key, _Arrived()).rows
+        places: Tensor | None
         if rows:
             assert self._batch is not None
-            parts = [torch.cat(x) if len(x) > 1 else x[0] for x in zip(*rows, strict=True)]
-            a, d, places = by_sequence(*parts, self._batch)
+            parts = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*rows, strict=True))
+            inputs, gradients, tokens = parts
+            a, d, places = by_sequence(inputs, gradients, tokens, self._batch)
         else:
             a, d, places = self._nothing(self._layers[key])
         for layer in self._layers[key]:

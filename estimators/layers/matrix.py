@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from estimators.layers.judging import Matrices
 from estimators.layers.linear import LinearLayer, plain_name
-from estimators.layers.trying import Matrices
 
 
 @dataclass(frozen=True, kw_only=True)

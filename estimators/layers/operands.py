@@ -99,9 +99,7 @@ class Operands:
             return None
         return _operand(parameter, whole, values, offset)
 
-    def remember(
-        self, func: Callable[..., Any], args: Sequence[Any], output: Any
-    ) -> None:
+    def remember(self, func: Callable[..., Any], args: Sequence[Any], output: Any) -> None:
         """Let a copy in another precision, or a transpose of one, be found, too."""
         if not args or not isinstance(output, Tensor):
             return
@@ -203,4 +201,3 @@ def _add_bias(operands: Operands, args: Sequence[Any]) -> None:
         same = (added.count, added.number) == (product.operand.count, product.operand.number)
         if same and added.parameter.holder == product.operand.parameter.holder:
             product.bias = added.parameter
-

@@ -54,14 +54,12 @@ class Watched:
     """
 
     region: nn.Module
-    parameters: dict[Parameter, Tensor]
+    parameters: dict[Parameter, nn.Parameter]
     modules: dict[str, nn.Module]
 
 
 @contextmanager
-def watching(
-    watched: Sequence[Watched], receive: Callable[[Seen], None]
-) -> Iterator[None]:
+def watching(watched: Sequence[Watched], receive: Callable[[Seen], None]) -> Iterator[None]:
     """Hand over the products of each region that runs with gradients meanwhile."""
     with ExitStack() as stack:
         for one in watched:
@@ -105,7 +103,7 @@ def _watching_one(watched: Watched, receive: Callable[[Seen], None]) -> Iterator
 
 
 def first_rows(args: Sequence[Any], named: Mapping[str, Any]) -> Tensor | None:
-    """The first tensor of numbers that a module is called with, if it is [batch, token, feature]."""
+    """The first tensor of numbers that a module is given, if it is [batch, token, feature]."""
     for value in (*args, *named.values()):
         if isinstance(value, Tensor) and value.is_floating_point():
             return value if value.ndim == 3 else None

@@ -203,4 +203,3 @@ def _check_shape(name: str, inputs: Tensor) -> None:
             f"Layer {name} saw inputs of shape {tuple(inputs.shape)}, expected "
             f"[batch, token, feature]; leave it out with a layer pattern."
         )
-

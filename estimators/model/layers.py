@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from estimators.layers.judging import Findings, Matrices, family_of
 from estimators.layers.linear import (
     ADAPTER,
     LinearLayer,
@@ -19,7 +20,6 @@ from estimators.layers.linear import (
     widths,
 )
 from estimators.layers.matrix import MatrixLayer, matrix_layers
-from estimators.layers.trying import Findings, Matrices, family_of
 from estimators.model.selection import EVERY_LAYER, LayerSelection
 from estimators.model.trial import Trial, follow_rows, run_trial
 from estimators.model.vocabulary import Uses, Vocabulary, find_vocabulary
@@ -123,7 +123,13 @@ def at_checkpoint(
         checkpoint: frozen, in evaluation mode.
     """
     return tuple(
-        replace(layer, name=f"{label}:{layer.name}", checkpoint=checkpoint) for layer in layers
+        replace(
+            layer,
+            name=f"{label}:{layer.name}",
+            checkpoint=checkpoint,
+            family=None if layer.family is None else f"{label}:{layer.family}",
+        )
+        for layer in layers
     )
 
 
@@ -150,54 +156,100 @@ def find_layers(model: nn.Module, selection: LayerSelection = EVERY_LAYER) -> Co
         ValueError: no layer is left to attribute, the model does not run, or gradients cannot pass
             through one of its layers.
     """
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    linear = {name: m for name, m in model.named_modules() if is_linear(m)}
-    trial = run_trial(model, linear)
-    vocabulary = find_vocabulary(model, trial.obstacles) if selection.embeddings else Vocabulary()
-    findings = _follow(model, linear, trial)
+    survey = _Survey(model, selection)
     sizes = _own_sizes(model)
     total = sum(sizes.values())
-    layers: list[LinearLayer] = []
-    skipped: list[SkippedModule] = []
-    holders = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     for name, size in sizes.items():
-        module = model.get_submodule(name)
-        if (uses := vocabulary.uses.get(name)) is not None:
-            if size >= (held := uses.weight.numel()):  # else it came with what it is tied to
-                layers.append(_vocabulary_layer(name, module, uses))
-                size -= held
-            if size:
-                why = "bias of the output head"
-                skipped.append(_skip(f"{name}.bias", module, size, total, why))
-            continue
-        tied = any(holders[id(p)] > 1 for p in module.parameters(recurse=False))
-        matrices = {} if tied or module is head else _matrices_of(name, findings)
-        if matrices:
-            own, reasons = _matrix_layers(model, name, matrices, selection)
-            layers.extend(own)
-            reasons |= _other_reasons(name, module, matrices, findings)
-            for part, (count, reason) in reasons.items():
-                skipped.append(_skip(part, module, count, total, reason))
-            continue
-        followed = name in findings.modules
-        why = _why_not_followed(name, module, findings)
-        reason = (
-            vocabulary.obstacles.get(name)
-            or (None if is_linear(module) else why or "not a linear layer")
-            or _reason_to_skip(name, module, head, selection, tied)
-            or (None if followed else why or trial.obstacles.get(name))
+        survey.look_at(name, size)
+    skipped = [
+        SkippedModule(
+            name=left.name,
+            kind=type(left.module).__name__,
+            parameters=left.parameters,
+            share=left.parameters / total,
+            reason=left.reason,
         )
-        if reason is None:
-            layers.extend(_linear_layers(model, name, module, findings, selection.widest))
-            continue
-        skipped.append(_skip(name, module, size, total, reason))
-    if not layers:
+        for left in survey.left
+    ]
+    if not survey.layers:
         _refuse_empty(selection, skipped)
-    attributed = sum(layer.parameters for layer in layers)
+    attributed = sum(layer.parameters for layer in survey.layers)
     return Coverage(
-        layers=tuple(layers), skipped=tuple(skipped), attributed_share=attributed / total
+        layers=tuple(survey.layers), skipped=tuple(skipped), attributed_share=attributed / total
     )
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What is not attributed of a module."""
+
+    name: str
+    module: nn.Module
+    parameters: int
+    reason: str
+
+
+class _Survey:
+    """The layers of a model and what is left out, module by module."""
+
+    def __init__(self, model: nn.Module, selection: LayerSelection) -> None:
+        self._model, self._selection = model, selection
+        get_head = getattr(model, "get_output_embeddings", None)
+        self._head = get_head() if callable(get_head) else None
+        linear = {name: m for name, m in model.named_modules() if is_linear(m)}
+        self._trial = run_trial(model, linear)
+        self._vocabulary = Vocabulary()
+        if selection.embeddings:
+            self._vocabulary = find_vocabulary(model, self._trial.obstacles)
+        self._findings = _follow(model, linear, self._trial)
+        held = (id(p) for m in model.modules() for p in m.parameters(recurse=False))
+        self._holders = Counter(held)
+        self.layers: list[LinearLayer] = []
+        self.left: list[_Left] = []
+
+    def look_at(self, name: str, size: int) -> None:
+        """Take in a module that holds so many parameters which no earlier one holds."""
+        module = self._model.get_submodule(name)
+        if (uses := self._vocabulary.uses.get(name)) is not None:
+            self._take_vocabulary(name, module, size, uses)
+            return
+        tied = any(self._holders[id(p)] > 1 for p in module.parameters(recurse=False))
+        matrices = {} if tied or module is self._head else _matrices_of(name, self._findings)
+        if matrices:
+            self._take_matrices(name, module, matrices)
+            return
+        reason = self._reason(name, module, tied)
+        if reason is None:
+            widest = self._selection.widest
+            self.layers += _linear_layers(self._model, name, module, self._findings, widest)
+        else:
+            self.left.append(_Left(name, module, size, reason))
+
+    def _take_vocabulary(self, name: str, module: nn.Module, size: int, uses: Uses) -> None:
+        if size >= (held := uses.weight.numel()):  # else it came with what it is tied to
+            self.layers.append(_vocabulary_layer(name, module, uses))
+            size -= held
+        if size:
+            self.left.append(_Left(f"{name}.bias", module, size, "bias of the output head"))
+
+    def _take_matrices(
+        self, name: str, module: nn.Module, matrices: Mapping[str, Matrices]
+    ) -> None:
+        own, left = _matrix_layers(self._model, name, matrices, self._selection)
+        self.layers += own
+        left |= _other_reasons(name, module, matrices, self._findings)
+        self.left += [_Left(part, module, size, why) for part, (size, why) in left.items()]
+
+    def _reason(self, name: str, module: nn.Module, tied: bool) -> str | None:
+        """Why a module that holds no matrices is not attributed; None if it is."""
+        followed = name in self._findings.modules
+        why = _why_not_followed(name, module, self._findings)
+        return (
+            self._vocabulary.obstacles.get(name)
+            or (None if is_linear(module) else why or "not a linear layer")
+            or _reason_to_skip(name, module, self._head, self._selection, tied)
+            or (None if followed else why or self._trial.obstacles.get(name))
+        )
 
 
 def _follow(model: nn.Module, linear: Mapping[str, nn.Module], trial: Trial) -> Findings:
@@ -279,11 +331,6 @@ def _linear_layers(
         family=family_of(name, region or "") if name in findings.routed else None,
     )
     return blocks(layer, widest)
-
-
-def _skip(name: str, module: nn.Module, size: int, total: int, reason: str) -> SkippedModule:
-    kind = type(module).__name__
-    return SkippedModule(name=name, kind=kind, parameters=size, share=size / total, reason=reason)
 
 
 def _vocabulary_layer(name: str, module: nn.Module, uses: Uses) -> VocabularyLayer:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from estimators.layers.trying import FOLLOWED_SHAPE, Findings, try_following
+from estimators.layers.judging import FOLLOWED_SHAPE, Findings
+from estimators.layers.trying import try_following
 from estimators.model.recomputation import kept_activations
 
 TRIAL_SHAPE = (2, 4)
@@ -70,7 +71,7 @@ def run_trial(model: nn.Module, modules: Mapping[str, nn.Module]) -> Trial:
             tokens = trial_tokens(embeddings())
             logits = _logits(model, tokens)
             if logits.requires_grad:
-                logits.float().logsumexp(-1).sum().backward()
+                logits.float().logsumexp(-1).sum().backward()  # type: ignore[no-untyped-call]
     except FAILURES as error:
         raise _cannot_run(error) from error
     finally:
@@ -179,9 +180,7 @@ def embeddings_require_grad(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def trial_tokens(
-    embeddings: nn.Module, shape: tuple[int, int] = TRIAL_SHAPE
-) -> dict[str, Tensor]:
+def trial_tokens(embeddings: nn.Module, shape: tuple[int, int] = TRIAL_SHAPE) -> dict[str, Tensor]:
     """Arguments of a trial pass: different tokens that the embeddings know."""
     weight: Tensor = embeddings.weight  # type: ignore[assignment]
     count = shape[0] * shape[1]
@@ -274,8 +273,8 @@ class _Trial:
 
     def unusual(self, names: Iterable[str]) -> list[str]:
         """Of these modules those that saw other rows than one a token, or none."""
-        seen = (n for n in names if self._runs[n] == 0 or n in self._shapes)
-        return [n for n in seen if n not in self.changed]
+        rare = (n for n in names if self._runs[n] < 2 and n not in self.changed)
+        return [n for n in rare if self._runs[n] == 0 or n in self._shapes]
 
     def obstacle(self, name: str) -> str | None:
         """Why the module cannot be attributed, or None."""

@@ -1,4 +1,4 @@
-"""Experts, routers, flattened and four-dimensional inputs: rows are followed back to their tokens."""
+"""Experts, routers, flattened and four-dimensional inputs: rows are followed to their tokens."""
 
 import copy
 import dataclasses
@@ -145,7 +145,9 @@ def autograd(model: nn.Module, layers: tuple[LinearLayer, ...], value: Tensor) -
             matrix = matrix.reshape(stored.count, *stored.shape)[stored.number]
             parts = [matrix if stored.inputs_first else matrix.T]
             if stored.bias is not None:
-                parts.append(whole[base + stored.bias].reshape(stored.count, -1)[stored.number][None])
+                parts.append(
+                    whole[base + stored.bias].reshape(stored.count, -1)[stored.number][None]
+                )
         gradient = torch.cat(parts)
         result[layer.name] = gradient[dense.rows_of(layer), layer.outputs]
     return result
@@ -211,9 +213,7 @@ def test_every_route_gives_autograds_gradients_and_scores(turned, biases, widest
     for i, row in enumerate(expected):
         own = {name: -g[i] for name, g in queries.items()}
         assert dense.worst_error(own, row) < EXACT
-    measured = measure_queries(
-        model, layers, [[(s, 1.0)] for s in asked], token_budget=7
-    )
+    measured = measure_queries(model, layers, [[(s, 1.0)] for s in asked], token_budget=7)
     assert measured.faults == [None] * 3
     assert dense.worst_error(measured.gradients, queries) < EXACT
     training = autograd_gradients(model, layers, examples)
@@ -225,7 +225,9 @@ def test_every_route_gives_autograds_gradients_and_scores(turned, biases, widest
         dtype=torch.float64,
     )
     batch = collate(examples)
-    assert dense.relative_error(score_batch_for_queries(model, layers, queries, batch), scores) < EXACT
+    assert (
+        dense.relative_error(score_batch_for_queries(model, layers, queries, batch), scores) < EXACT
+    )
     parts = score_batch(model, layers, {n: g[0] for n, g in queries.items()}, batch)
     assert dense.relative_error(parts.total, scores[0]) < EXACT
     assert dense.relative_error(parts.by_position.sum(1), scores[0]) < EXACT
@@ -347,7 +349,7 @@ class Shaped(nn.Module):
         self.mix = nn.Linear(3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
+        batch, tokens, _ = x.shape
         if self.shape == "heads":  # [batch, token, head, feature]
             return x + self.mix(x.view(batch, tokens, -1, 3)).reshape(x.shape)
         if self.shape == "transposed":  # [batch, head, token, feature]

@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,12 +24,18 @@ SIZES = (
     (r"vocab_size|vocab_size_per_layer_input|audio_vocab_size|src_vocab_size|tgt_vocab_size", 64),
     (r"(num_|n_)?(hidden_|decoder_|encoder_|text_)?(hidden_)?layers?", 2),
     (r"num_hidden_layers|n_layers?|num_layers|num_blocks|encoder_layers|decoder_layers", 2),
-    (r"(encoder_|decoder_)?(ffn|ff|mlp|intermediate).*_(size|dim)|n_inner|ffn_dim|d_ff|d_inner", 24),
+    (
+        r"(encoder_|decoder_)?(ffn|ff|mlp|intermediate).*_(size|dim)|n_inner|ffn_dim|d_ff|d_inner",
+        24,
+    ),
     (r"(moe|shared|expert).*intermediate_size|shared_expert_intermediate_size", 8),
     (r"hidden_size|d_model|n_embd|dim|embed_dim|model_dim|word_embed_proj_dim|dim_model", WIDTH),
     (r"embedding_size|embedding_dim|lru_width|attention_hidden_size|d_embed", WIDTH),
     (r"num_key_value_heads|num_kv_heads|n_kv_heads|swa_num_key_value_heads", HEADS),
-    (r"(num_|n_)(attention_|linear_)?heads?|n_head|num_heads|(encoder|decoder)_attention_heads", HEADS),
+    (
+        r"(num_|n_)(attention_|linear_)?heads?|n_head|num_heads|(encoder|decoder)_attention_heads",
+        HEADS,
+    ),
     (r"head_dim|d_kv|attention_head_dim|kv_channels|v_head_dim|global_head_dim|dim_head", 8),
     (r"max_position_embeddings|n_positions|max_seq_len|seq_length|n_ctx|max_sequence_length", 64),
     (r"num_(local_|routed_)?experts|n_routed_experts|moe_num_experts", 4),
@@ -44,7 +51,7 @@ SIZES = (
     (r"rotary_dim", 4),
     (r"sliding_window|attention_window|attention_chunk_size|index_topk", 64),
 )
-"""What attributes of a config, by whole names, are set to, if they are larger: the first that fits."""
+"""What attributes of a config, by whole names, are set to if they are larger: the first fits."""
 
 Settings = Mapping[str, Any]
 
@@ -57,9 +64,23 @@ UNSET = {
 """Attributes that are None by default in configs whose models need a number."""
 
 DECODERS = (
-    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie",
-    "megatron-bert", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert",
-    "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "reformer",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
 )
 """Encoders by default, and decoders if they are told to be."""
 
@@ -71,6 +92,15 @@ EXCEPTIONS: dict[str, Settings] = {
     "axk1": {"qk_head_dim": 8},
     "bailing_hybrid": {"num_expert_group": 2, "topk_group": 1, "layer_group_size": 2},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _FULL}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": HEADS, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {
+            "hidden_size": WIDTH,
+            "ffn_hidden_size": 24,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+        },
+    },
     "dots3_note": {"text_config": {"num_hidden_layers": 2}},
     "gemma3n_text": {"num_hidden_layers": 5, "num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
@@ -91,6 +121,13 @@ EXCEPTIONS: dict[str, Settings] = {
         "shape_vocab_size": VOCABULARY,
         "pronunciation_embed_dim": WIDTH,
         "shape_embed_dim": WIDTH,
+    },
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_shape": (8, 8),
+        "axial_pos_embds_dim": (8, 8),
+        "attn_layers": ["local", "local"],
+        "local_attn_chunk_length": 4,
     },
     "xlm": {"causal": True, "n_words": VOCABULARY, "max_position_embeddings": 64, "emb_dim": WIDTH},
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
@@ -125,6 +162,17 @@ def tiny_model(kind: str, seed: int = 0) -> nn.Module:
                 if parameter.is_floating_point():
                     parameter.add_(0.1 * torch.randn(parameter.shape))
     return freeze(model)
+
+
+@cache
+def full_sizes(kind: str) -> Mapping[str, int]:
+    """Entries of each parameter of a model of default sizes, by name; empty if there is none."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind]())
+    except Exception:  # noqa: BLE001 - whatever transformers raises
+        return {}
+    return {name: parameter.numel() for name, parameter in model.named_parameters()}
 
 
 def _shrunk(config: PretrainedConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from estimators.model.layers import LinearLayer, find_layers
 from estimators.model.selection import EVERY_LAYER, LayerSelection
 from estimators.model.tokens import Sequence1D, collate
 from estimators.rescoring import score_batch
-from scripts.bench.coverage.architectures import in_float64, tiny_model, widened
+from scripts.bench.coverage.architectures import full_sizes, in_float64, tiny_model, widened
 
 EVERYTHING = LayerSelection(embeddings=True)
 
@@ -40,6 +40,8 @@ class Row:
         attributed_share_all: with embeddings and output head.
         log_p_error: largest relative error of a sequence's log-probability.
         score_error: error of the scores, relative to their norm.
+        full_share: of a model of transformers' default sizes, by the names of its parameters.
+        full_share_all: of such a model with embeddings and output head.
     """
 
     architecture: str
@@ -48,6 +50,8 @@ class Row:
     attributed_share_all: float | None = None
     log_p_error: float | None = None
     score_error: float | None = None
+    full_share: float | None = None
+    full_share_all: float | None = None
 
 
 def check(kind: str) -> Row:
@@ -77,7 +81,24 @@ def _checked(kind: str, model: nn.Module) -> Row:
         attributed_share_all=coverage.attributed_share,
         log_p_error=log_p,
         score_error=score,
+        full_share=_share_of_full_size(kind, plain.layers),
+        full_share_all=_share_of_full_size(kind, coverage.layers),
     )
+
+
+def _share_of_full_size(kind: str, layers: Sequence[LinearLayer]) -> float | None:
+    """What share of a model of default sizes the parameters of these names are; None if unknown."""
+    sizes = full_sizes(kind)
+    if not sizes:
+        return None
+    names = {_kind_of(name) for layer in layers for name in layer.parameter_names}
+    held = sum(size for name, size in sizes.items() if _kind_of(name) in names)
+    return held / sum(sizes.values())
+
+
+def _kind_of(name: str) -> str:
+    """The name of a parameter without the numbers of blocks and experts."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def errors(
@@ -118,13 +139,13 @@ def _slowly(
     sequences: Sequence[Sequence1D],
 ) -> tuple[Tensor, Tensor]:
     """Scores and losses of each sequence by itself, by autograd through the weights."""
-    steps = copy.deepcopy(model)
+    warm, steps = (_copied(model) for _ in range(2))
+    warm.requires_grad_(True)
     for parameter in steps.parameters():
         parameter.data.zero_()
     for layer in layers:
         module = steps.get_submodule(layer.module_name)
         dataclasses.replace(layer, module=module).add_to_weights(directions[layer.name])
-    warm = copy.deepcopy(model).requires_grad_(True)
     wanted = list(warm.parameters())
     scores, losses = [], []
     for sequence in sequences:
@@ -137,6 +158,15 @@ def _slowly(
         scores.append(sum((g * s).sum() for g, s in pairs if g is not None))
         losses.append(loss.detach())
     return torch.stack([torch.as_tensor(s) for s in scores]), torch.stack(losses)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy, without what the model keeps of its last pass."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                vars(module)[name] = None
+    return copy.deepcopy(model)
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
