@@ -136,7 +136,7 @@ def check_seen(layer: LinearLayer, positions: int) -> None:
 def precision_of(layer: LinearLayer) -> torch.dtype:
     """That of its factors."""
     # Quantised layers have integers for weights, or none of that name.
-    dtype = getattr(getattr(layer.module, "weight", None), "dtype", None)
+    dtype = getattr(layer.weight, "dtype", None)
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -58,6 +58,17 @@ class LinearLayer:
         return self.name.partition("[")[0]
 
     @property
+    def is_block(self) -> bool:
+        """Whether it is a block of a wider matrix."""
+        return self.name != self.module_name
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The tensor that its weights are stored in; None where it has another name."""
+        found: Tensor | None = getattr(self.module, "weight", None)
+        return found
+
+    @property
     def has_bias(self) -> bool:
         """Whether the last input coordinate is the constant 1 of the bias."""
         end = self.first_input + self.in_features

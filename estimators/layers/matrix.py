@@ -67,6 +67,17 @@ class MatrixLayer(LinearLayer):
         return whole if self.stored.parameter == "weight" else whole.rpartition(".")[0]
 
     @property
+    def is_block(self) -> bool:
+        """Whether it is a block of a wider matrix."""
+        whole = slice(0, self.stored.widths[0]), slice(0, self.stored.widths[1])
+        return (self.inputs, self.outputs) != whole
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter that its matrix is part of."""
+        return self.module.get_parameter(self.stored.parameter)
+
+    @property
     def has_bias(self) -> bool:
         """Whether the last input coordinate is the constant 1 of the bias."""
         end = self.first_input + self.in_features
@@ -81,11 +92,10 @@ class MatrixLayer(LinearLayer):
     def part_of(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """What tensors by plain names of parameters have here: [in, out], where it computes."""
         module, stored = plain_name(self.module_name), self.stored
-        own = self.module.get_parameter(stored.parameter)
         weight = parameters.get(f"{module}.{stored.parameter}")
         dtype = torch.float64 if weight is not None and weight.dtype == torch.float64 else None
         shape = self.in_features, self.out_features
-        found = torch.zeros(shape, device=own.device, dtype=dtype)
+        found = torch.zeros(shape, device=self.weight.device, dtype=dtype)
         rows = self.in_features - int(self.has_bias)
         if weight is not None:
             found[:rows] = stored.matrix(weight.contiguous())[self.inputs, self.outputs].to(found)
@@ -96,7 +106,7 @@ class MatrixLayer(LinearLayer):
 
     def add_to_weights(self, step: Tensor) -> None:
         """Add ``step`` (``[in, out]``, the shape of the layer's gradient) to weight and bias."""
-        weight = self.module.get_parameter(self.stored.parameter).data
+        weight = self.weight.data
         rows = (step[:-1] if self.has_bias else step).to(weight.dtype)
         self.stored.matrix(weight)[self.inputs, self.outputs] += rows
         if self.has_bias and self.stored.bias is not None:

@@ -12,6 +12,7 @@ from transformers import (
     AutoTokenizer,
     GPTNeoXConfig,
     LlamaConfig,
+    MixtralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -49,6 +50,9 @@ CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
         num_attention_heads=4,
         max_position_embeddings=CONTEXT,
         vocab_size=size,
+    ),
+    "mixtral": lambda size: MixtralConfig(
+        **GROUPED_QUERIES, vocab_size=size, num_local_experts=4, num_experts_per_tok=2
     ),
 }
 
@@ -96,6 +100,9 @@ def _save(workspace: Workspace, name: str, model: PreTrainedModel) -> Path:
         ("qwen2", [], []),
         ("gpt_neox", [], []),
         ("gpt_neox", ["--embeddings", "--widest", "30"], ["--dtype", "bfloat16"]),
+        ("mixtral", [], []),
+        ("mixtral", ["--embeddings", "--widest", "20"], ["--gradient-checkpointing"]),
+        ("mixtral", ["--layers", "*experts*"], ["--dtype", "bfloat16"]),
         ("lora", ["--layers", "*lora_*"], []),
         ("lora", ["--layers", "*lora_*"], ["--dtype", "bfloat16"]),
         ("lora", ["--layers", "*.base_layer"], ["--gradient-checkpointing"]),
@@ -116,7 +123,7 @@ def test_from_fit_to_answer(name, fitting, both, folders, workspace, tmp_path):
     assert json_line(fitted.stdout)["layers"] == len(manifest.estimator.layers)
     assert (manifest.estimator.widest is not None) == ("--widest" in fitting)
     assert manifest.estimator.embeddings == ("--embeddings" in fitting)
-    split = [layer for layer in manifest.estimator.layers if "[" in layer]
+    split = [layer for layer in manifest.estimator.layers if layer.endswith("]") and "," in layer]
     assert bool(split) == ("--widest" in fitting)
 
     loaded = load_model(str(folders[name]), dtype="bfloat16" if "bfloat16" in both else "auto")
