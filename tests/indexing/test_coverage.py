@@ -24,7 +24,7 @@ from index.manifest import Manifest
 from scripts import build_index, fit_estimator
 from service.models import LoadedModel, load_model
 from service.scoring.exhaustive import exact_scores
-from service.search.opening import OpenIndex, open_index
+from service.search.opening import OpenIndex, only, open_index
 from service.search.query import Query
 from service.search.retrieval import Retriever
 from tests.estimators.test_peft import with_adapters
@@ -159,3 +159,12 @@ def test_the_choice_of_layers_is_stored_with_the_factors(folders, workspace, tmp
     _, _, facts = load_factors(factors)
     wanted = LayerSelection(patterns=("*.1.mlp.*",), widest=50, embeddings=True)
     assert LayerSelection.from_facts(facts) == wanted
+
+
+def test_an_index_keeps_the_layers_that_it_was_built_with(folders):
+    coverage = load_model(str(folders["mixtral"])).coverage
+    before = [layer.name for layer in coverage.layers if ".self_attn." in layer.name]
+    assert [layer.name for layer in only(coverage, before).layers] == before
+    assert only(coverage, [*before, "model.layers.9"]) is coverage
+    every = [layer.name for layer in coverage.layers]
+    assert only(coverage, every) == coverage
