@@ -259,7 +259,7 @@ def _follow(model: nn.Module, linear: Mapping[str, nn.Module], trial: Trial) -> 
     others = {
         name: module
         for name, module in model.named_modules()
-        if (not is_linear(module) or name in trial.opaque)
+        if (not is_linear(module) or name in trial.opaque or name in trial.idle)
         and not isinstance(module, nn.Embedding)
         and any(p.ndim > 1 and p.is_floating_point() for p in module.parameters(recurse=False))
     }

@@ -35,11 +35,13 @@ class Trial:
             did not run.
         opaque: those whose output is not that of an affine map of their input: what they multiply
             by may be seen inside.
+        idle: those that did not run: others may multiply by their weights.
     """
 
     obstacles: dict[str, str] = field(default_factory=dict)
     unusual: frozenset[str] = frozenset()
     opaque: frozenset[str] = frozenset()
+    idle: frozenset[str] = frozenset()
 
 
 def run_trial(model: nn.Module, modules: Mapping[str, nn.Module]) -> Trial:
@@ -84,6 +86,7 @@ def run_trial(model: nn.Module, modules: Mapping[str, nn.Module]) -> Trial:
         obstacles={name: reason for name, reason in found.items() if reason is not None},
         unusual=frozenset(trial.unusual(modules)),
         opaque=frozenset(trial.changed),
+        idle=frozenset(trial.idle(modules)),
     )
 
 
@@ -271,6 +274,10 @@ class _Trial:
                 f"a quantisation that can be differentiated, e.g. bitsandbytes."
             )
 
+    def idle(self, names: Iterable[str]) -> list[str]:
+        """Of these modules those that did not run."""
+        return [name for name in names if self._runs[name] == 0]
+
     def unusual(self, names: Iterable[str]) -> list[str]:
         """Of these modules those that saw other rows than one a token, or none."""
         rare = (n for n in names if self._runs[n] < 2 and n not in self.changed)
@@ -296,7 +303,7 @@ def _is_affine(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> bool:
     forward = type(module).forward
     if forward in (nn.Linear.forward, Conv1D.forward):
         return True
-    if not isinstance(output, Tensor) or len(inputs) != 1:
+    if not isinstance(output, Tensor):
         return False
     weight = getattr(module, "weight", None)
     if not isinstance(module, nn.Linear) or not isinstance(weight, nn.Parameter):

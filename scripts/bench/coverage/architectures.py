@@ -85,11 +85,18 @@ DECODERS = (
 """Encoders by default, and decoders if they are told to be."""
 
 _FULL: Settings = {"rope_type": "default", "rope_theta": 10000.0}
-_HYBRID = ["linear_attention", "hybrid", "linear_attention"]
+_MIXED = ["linear_attention", "full_attention"]
+_ZAMBA: Settings = {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    "attention_hidden_size": 2 * WIDTH,
+    "attention_head_dim": WIDTH,
+}
 
 EXCEPTIONS: dict[str, Settings] = {
     **{kind: {"is_decoder": True} for kind in DECODERS},
     "axk1": {"qk_head_dim": 8},
+    "beam": {"mlp_layer_types": ["dense", "sparse"]},
     "bailing_hybrid": {"num_expert_group": 2, "topk_group": 1, "layer_group_size": 2},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _FULL}},
     "dbrx": {
@@ -102,11 +109,14 @@ EXCEPTIONS: dict[str, Settings] = {
         },
     },
     "dots3_note": {"text_config": {"num_hidden_layers": 2}},
+    "flint": {"mlp_only_layers": [0]},
     "gemma3n_text": {"num_hidden_layers": 5, "num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 8},
     "dots1": {"n_shared_experts": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"zero_expert_num": 2, "expert_ffn_hidden_size": 8},
     "mamba2": {"num_heads": 4, "head_dim": 8, "n_groups": 2},
     "mimo_v2_flash": {
         "layer_types": ["full_attention", "sliding_attention"],
@@ -122,6 +132,11 @@ EXCEPTIONS: dict[str, Settings] = {
         "pronunciation_embed_dim": WIDTH,
         "shape_embed_dim": WIDTH,
     },
+    **{
+        kind: {"layer_types": _MIXED} for kind in ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
+    },
+    **{kind: {"text_config": {"layer_types": _MIXED}} for kind in ("qwen3_5", "qwen3_5_moe")},
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {
         "is_decoder": True,
         "axial_pos_shape": (8, 8),
@@ -131,8 +146,8 @@ EXCEPTIONS: dict[str, Settings] = {
     },
     "xlm": {"causal": True, "n_words": VOCABULARY, "max_position_embeddings": 64, "emb_dim": WIDTH},
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 3, "layers_block_type": _HYBRID, "attention_head_dim": 16},
-    "zamba2": {"num_hidden_layers": 3, "layers_block_type": _HYBRID, "num_mem_blocks": 1},
+    "zamba": _ZAMBA,
+    "zamba2": {**_ZAMBA, "num_mem_blocks": 1},
 }
 """Where sizes have to fit together in another way."""
 
@@ -147,8 +162,7 @@ def architectures() -> list[str]:
 def tiny_config(kind: str) -> PretrainedConfig:
     """A config of an architecture with small sizes."""
     plain = CONFIG_MAPPING[kind]()
-    settings = {**_shrunk(plain), **EXCEPTIONS.get(kind, {})}
-    return CONFIG_MAPPING[kind](**settings)
+    return CONFIG_MAPPING[kind](**_merged(_shrunk(plain), EXCEPTIONS.get(kind, {})))
 
 
 def tiny_model(kind: str, seed: int = 0) -> nn.Module:
@@ -191,6 +205,16 @@ def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
                     break
     if "qk_rope_head_dim" in found and "head_dim" in found:
         found["head_dim"] = found["qk_rope_head_dim"]
+    return found
+
+
+def _merged(settings: Settings, others: Settings) -> dict[str, Any]:
+    """The settings with others in their place, those of inner configs one by one."""
+    found = dict(settings)
+    for name, value in others.items():
+        inner = found.get(name)
+        both = isinstance(inner, dict) and isinstance(value, Mapping)
+        found[name] = _merged(inner, value) if both else value  # type: ignore[arg-type]
     return found
 
 
