@@ -170,6 +170,8 @@ def _terms(
     padding: int | None = getattr(embedding, "padding_idx", None)
     if embedding is not None:
         gradient = read[embedding]
+        if layer.uses.scale != 1:
+            gradient = gradient * layer.uses.scale
         if padding is not None:  # PyTorch gives its row no gradient
             gradient = gradient.masked_fill((batch.input_ids == padding)[..., None], 0)
     return VocabularyTerms(
