@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from estimators.layers.eager import make_eager
 from estimators.layers.following import Places, Visitor, followed, with_one
+from estimators.layers.scale import ScaleLayer, scaled
 from estimators.model.layers import LinearLayer, VocabularyLayer
 from estimators.model.output_head import final_states, losses_and_gradient
 from estimators.model.terms import HeadRun, VocabularyTerms
@@ -67,7 +68,8 @@ def captured(
 
         output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
-    usual = [layer for layer in layers if layer.region is None]
+    scales = [layer for layer in layers if isinstance(layer, ScaleLayer)]
+    usual = [x for x in layers if x.region is None and not isinstance(x, ScaleLayer)]
     others = [layer for layer in layers if layer.region is not None]
     for blocks in _by_module(usual):
         handles.append(
@@ -76,7 +78,11 @@ def captured(
             )
         )
     try:
-        with embeddings_require_grad(model), followed(others, visit, append_one, places):
+        with (
+            embeddings_require_grad(model),
+            followed(others, visit, append_one, places),
+            scaled(scales, visit),
+        ):
             yield
     finally:
         for handle in handles:

@@ -20,8 +20,9 @@ from estimators.layers.linear import (
     widths,
 )
 from estimators.layers.matrix import MatrixLayer, matrix_layers
+from estimators.layers.scale import ScaleLayer
 from estimators.model.selection import EVERY_LAYER, LayerSelection
-from estimators.model.trial import Trial, follow_rows, run_trial
+from estimators.model.trial import Trial, find_scales, follow_rows, run_trial
 from estimators.model.vocabulary import Uses, Vocabulary, find_vocabulary
 
 __all__ = [
@@ -145,8 +146,9 @@ def find_layers(model: nn.Module, selection: LayerSelection = EVERY_LAYER) -> Co
 
     The output head (``model.get_output_embeddings()``) and the token embeddings are attributed if
     ``selection.embeddings``, as one layer if they are tied. Otherwise they are named in ``skipped``
-    with their share, like norms and every other module that holds parameters. So are other
-    layers that share their weights: the gradient of such a weight is the sum of all its uses.
+    with their share, like every other module that holds parameters. So are layers that share their
+    weights otherwise: the gradient of such a weight is the sum of all its uses. Vectors of norms
+    are attributed if ``selection.norms``, see ``estimators.layers.scale``.
 
     Args:
         model: a causal language model, or any module tree in tests.
@@ -202,6 +204,8 @@ class _Survey:
         if selection.embeddings:
             self._vocabulary = find_vocabulary(model, self._trial.obstacles)
         self._findings = _follow(model, linear, self._trial)
+        self._scales, why = _find_scales(model) if selection.norms else ({}, {})
+        self._findings.reasons.update(why)
         held = (id(p) for m in model.modules() for p in m.parameters(recurse=False))
         self._holders = Counter(held)
         self.layers: list[LinearLayer] = []
@@ -217,6 +221,9 @@ class _Survey:
         matrices = {} if tied or module is self._head else _matrices_of(name, self._findings)
         if matrices:
             self._take_matrices(name, module, matrices)
+            return
+        if name in self._scales and not tied:
+            self._take_scales(name, module)
             return
         reason = self._reason(name, module, tied)
         if reason is None:
@@ -239,6 +246,24 @@ class _Survey:
         self.layers += own
         left |= _other_reasons(name, module, matrices, self._findings)
         self.left += [_Left(part, module, size, why) for part, (size, why) in left.items()]
+
+    def _take_scales(self, name: str, module: nn.Module) -> None:
+        for own, parameter in module.named_parameters(recurse=False):
+            whole = f"{name}.{own}"
+            reason = _unmatched(whole, self._selection)
+            if own not in self._scales[name]:
+                reason = self._findings.reasons.get(whole, "not a linear layer")
+            if reason is not None:
+                self.left.append(_Left(whole, module, parameter.numel(), reason))
+                continue
+            layer = ScaleLayer(
+                name=whole,
+                module=module,
+                in_features=1,
+                out_features=parameter.numel(),
+                parameter=own,
+            )
+            self.layers += blocks(layer, self._selection.widest)
 
     def _reason(self, name: str, module: nn.Module, tied: bool) -> str | None:
         """Why a module that holds no matrices is not attributed; None if it is."""
@@ -271,6 +296,19 @@ def _follow(model: nn.Module, linear: Mapping[str, nn.Module], trial: Trial) -> 
 def _why_not_followed(name: str, module: nn.Module, findings: Findings) -> str | None:
     names = [name, *(f"{name}.{own}" for own, _ in module.named_parameters(recurse=False))]
     return next((findings.reasons[n] for n in names if n in findings.reasons), None)
+
+
+def _find_scales(model: nn.Module) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Scales of the modules that hold vectors and are neither linear layers nor embeddings."""
+    tried = {
+        name: module
+        for name, module in model.named_modules()
+        if not is_linear(module)
+        and not isinstance(module, nn.Embedding)
+        and any(p.ndim == 1 for p in module.parameters(recurse=False))
+        and not any(p.ndim > 1 for p in module.parameters(recurse=False))
+    }
+    return find_scales(model, tried)
 
 
 def _matrices_of(name: str, findings: Findings) -> dict[str, Matrices]:

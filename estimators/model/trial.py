@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from estimators.layers.judging import FOLLOWED_SHAPE, Findings
+from estimators.layers.scale import ScaleTrial
 from estimators.layers.trying import try_following
 from estimators.model.recomputation import kept_activations
 
@@ -110,6 +111,42 @@ def follow_rows(
     try:
         with _frozen(model), kept_activations(model):
             return try_following(model, lambda: _logits(model, tokens), modules, holders)
+    except FAILURES as error:
+        raise _cannot_run(error) from error
+
+
+def find_scales(
+    model: nn.Module, modules: Mapping[str, nn.Module]
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Which vectors of modules are scales: see ``estimators.layers.scale``.
+
+    Args:
+        model: a causal language model; one without ``get_input_embeddings`` is not run.
+        modules: by name, whose own vectors are tried.
+
+    Returns:
+        Scales of each module by name; why others are none.
+
+    Raises:
+        ValueError: the model does not run.
+    """
+    embeddings = getattr(model, "get_input_embeddings", None)
+    if not callable(embeddings) or not modules:
+        return {}, {}
+    tokens = trial_tokens(embeddings())
+    trial = ScaleTrial(modules, TRIAL_SHAPE)
+    try:
+        with _frozen(model), kept_activations(model), torch.enable_grad():
+            vectors = list(trial.parameters().values())
+            for vector in vectors:
+                vector.requires_grad_(True)
+            try:
+                with trial.watching():
+                    logits = _logits(model, tokens)
+                return trial.judge(logits.float().logsumexp(-1).sum())
+            finally:
+                for vector in vectors:
+                    vector.requires_grad_(False)
     except FAILURES as error:
         raise _cannot_run(error) from error
 

@@ -55,11 +55,12 @@ def find_vocabulary(model: nn.Module, obstacles: Mapping[str, str]) -> Vocabular
 
     The gradient of an embedding is that of its outputs, added up by token; of a head it is
     ``sum_t h_t (p_t - y_t)^T``. So the embeddings must give rows of their weight, all of them times
-    one number if they are scaled, the head's outputs must be the logits as they are, and of a tied weight both uses must be known.
+    one number if they are scaled, the head's outputs must be the logits as they are, and of a tied
+    weight both uses must be known.
 
     Args:
         model: with ``get_input_embeddings`` and ``get_output_embeddings``; others have nothing.
-        obstacles: what keeps linear modules from being attributed, of ``find_obstacles``.
+        obstacles: what keeps linear modules from being attributed, of ``run_trial``.
     """
     names = {module: name for name, module in model.named_modules()}
     found: dict[str, nn.Module] = {}

@@ -111,6 +111,7 @@ def open_index(
         patterns=tuple(manifest.estimator.layer_patterns),
         widest=manifest.estimator.widest,
         embeddings=manifest.estimator.embeddings,
+        norms=manifest.estimator.norms,
     )
     with loaded.turn:
         coverage = find_layers(loaded.model, wanted)

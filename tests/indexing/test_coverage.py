@@ -95,13 +95,14 @@ def _save(workspace: Workspace, name: str, model: PreTrainedModel) -> Path:
         ("gpt2", ["--embeddings"], []),
         ("gpt2", ["--embeddings", "--estimator", "kfac"], ["--gradient-checkpointing"]),
         ("gpt2", ["--embeddings", "--estimator", "identity"], []),
+        ("gpt2", ["--norms"], ["--gradient-checkpointing"]),
         ("llama", [], []),
         ("llama", ["--widest", "20"], ["--dtype", "bfloat16", "--gradient-checkpointing"]),
         ("qwen2", [], []),
         ("gpt_neox", [], []),
         ("gpt_neox", ["--embeddings", "--widest", "30"], ["--dtype", "bfloat16"]),
         ("mixtral", [], []),
-        ("mixtral", ["--embeddings", "--widest", "20"], ["--gradient-checkpointing"]),
+        ("mixtral", ["--embeddings", "--norms", "--widest", "20"], ["--gradient-checkpointing"]),
         ("mixtral", ["--layers", "*experts*"], ["--dtype", "bfloat16"]),
         ("lora", ["--layers", "*lora_*"], []),
         ("lora", ["--layers", "*lora_*"], ["--dtype", "bfloat16"]),
@@ -123,6 +124,7 @@ def test_from_fit_to_answer(name, fitting, both, folders, workspace, tmp_path):
     assert json_line(fitted.stdout)["layers"] == len(manifest.estimator.layers)
     assert (manifest.estimator.widest is not None) == ("--widest" in fitting)
     assert manifest.estimator.embeddings == ("--embeddings" in fitting)
+    assert manifest.estimator.norms == ("--norms" in fitting)
     split = [layer for layer in manifest.estimator.layers if layer.endswith("]") and "," in layer]
     assert bool(split) == ("--widest" in fitting)
 

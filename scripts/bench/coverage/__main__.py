@@ -71,7 +71,7 @@ def table_lines(rows: list[Row], record: str) -> list[str]:
         f"{works} of {len(rows)} work with transformers {transformers.__version__} "
         f"([record](benchmarks/{record})); errors are relative, in float64.",
         "",
-        "| architecture | share | with `--embeddings` | at full size | with `--embeddings` "
+        "| architecture | share | with everything | at full size | with everything "
         "| log p error | score error |",
         "|---|---|---|---|---|---|---|",
     ]

@@ -17,7 +17,7 @@ from estimators.model.tokens import Sequence1D, collate
 from estimators.rescoring import score_batch
 from scripts.bench.coverage.architectures import full_sizes, in_float64, tiny_model, widened
 
-EVERYTHING = LayerSelection(embeddings=True)
+EVERYTHING = LayerSelection(embeddings=True, norms=True)
 
 SEQUENCES = (
     Sequence1D(tokens=(3, 5, 2, 7, 11, 4), row=0),
@@ -40,11 +40,11 @@ class Row:
         architecture: its model type.
         status: "works", "refused: ..." or "not built: ...".
         attributed_share: of the parameters, by default.
-        attributed_share_all: with embeddings and output head.
+        attributed_share_all: with embeddings, output head and norms.
         log_p_error: largest relative error of a sequence's log-probability.
         score_error: error of the scores, relative to their norm.
         full_share: of a model of transformers' default sizes, by the names of its parameters.
-        full_share_all: of such a model with embeddings and output head.
+        full_share_all: of such a model with embeddings, output head and norms.
     """
 
     architecture: str
