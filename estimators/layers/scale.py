@@ -133,6 +133,7 @@ class _Run:
     """What a module did in a trial."""
 
     runs: int = 0
+    reached: bool = False
     edge: Any = None
     fault: str | None = None
     slopes: dict[str, Tensor] | None = None
@@ -151,8 +152,26 @@ class ScaleTrial:
         self._seen = {name: _Run() for name in modules}
 
     @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """See which modules depend on the embeddings, in a pass in which no vector is trained."""
+
+        def hook(name: str) -> Any:
+            def after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                if isinstance(output, Tensor) and output.requires_grad:
+                    self._seen[name].reached = True
+
+            return after_forward
+
+        handles = [m.register_forward_hook(hook(name)) for name, m in self._modules.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
     def watching(self) -> Iterator[None]:
-        """See the modules while a pass runs forward."""
+        """See what the modules do while a pass runs forward."""
         handles = [
             module.register_forward_hook(self._hook(name), with_kwargs=True)
             for name, module in self._modules.items()
@@ -223,7 +242,7 @@ class ScaleTrial:
             return "runs more than once in a forward pass" if run.runs else "did not run"
         if run.fault is not None or run.slopes is None:
             return run.fault
-        if d is None or expected is None or not expected.any():
+        if d is None or expected is None or not run.reached or not expected.any():
             return "no gradient reaches it"
         wide = expected.dtype in (torch.float32, torch.float64)
         found = (d.double() * run.slopes[own].double()).sum((0, 1))

@@ -50,13 +50,17 @@ def try_following(
     tried = _first_of_each_kind(holders)
     records: list[Record] = []
 
+    watched = watch(model, regions, modules, holders)
+    reached = _reached(run, watched)
+
     def receive(seen: Seen) -> None:
-        records.append(Record(seen=seen, edge=get_gradient_edge(seen.output)))
+        if _source(seen) in reached:
+            records.append(Record(seen=seen, edge=get_gradient_edge(seen.output)))
 
     for parameter in tried.values():
         parameter.requires_grad_(True)
     try:
-        with torch.enable_grad(), watching(watch(model, regions, modules, holders), receive):
+        with torch.enable_grad(), watching(watched, receive):
             logits = run()
         whole = _differentiate(logits, records, list(tried.values()))
     finally:
@@ -65,6 +69,21 @@ def try_following(
     judge_modules(findings, records, modules, regions)
     judge_parameters(findings, records, holders, regions, dict(zip(tried, whole, strict=True)))
     return findings
+
+
+def _source(seen: Seen) -> object:
+    return seen.module if seen.product is None else seen.product.operand
+
+
+def _reached(run: Callable[[], Tensor], watched: Sequence[Watched]) -> set[object]:
+    """Modules and matrices whose products depend on the embeddings, while no weight is trained.
+
+    Others, e.g. within the embeddings, get no gradient when layers are attributed.
+    """
+    found: set[object] = set()
+    with torch.enable_grad(), watching(watched, lambda seen: found.add(_source(seen))):
+        run()
+    return found
 
 
 def watch(

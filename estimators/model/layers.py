@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from estimators.layers.judging import Findings, Matrices, family_of
 from estimators.layers.linear import (
@@ -23,7 +22,7 @@ from estimators.layers.matrix import MatrixLayer, matrix_layers
 from estimators.layers.scale import ScaleLayer
 from estimators.model.selection import EVERY_LAYER, LayerSelection
 from estimators.model.trial import Trial, find_scales, follow_rows, run_trial
-from estimators.model.vocabulary import Uses, Vocabulary, find_vocabulary
+from estimators.model.vocabulary import Uses, Vocabulary, VocabularyLayer, find_vocabulary
 
 __all__ = [
     "ADAPTER",
@@ -36,43 +35,6 @@ __all__ = [
     "find_layers",
     "plain_name",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class VocabularyLayer(LinearLayer):
-    """A weight with a row for each entry of the vocabulary, [in = vocabulary, out = feature].
-
-    As embeddings it is an affine map of one-hot vectors. As a head it maps features to logits; its
-    gradient is ``sum_t (p_t - y_t) h_t^T`` in the same shape. Of a tied weight it is the sum of
-    both: see ``estimators.model.terms``. A bias of the head is no part of it.
-
-    Attributes:
-        uses: the modules whose weight it is; ``module`` is the first of them in the model.
-    """
-
-    uses: Uses
-
-    @property
-    def has_bias(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def curvature_entries(self) -> int:
-        """The vocabulary's side has a diagonal only; each use has its own."""
-        return len(self.uses) * (self.in_features + self.out_features**2)
-
-    def part_of(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """What tensors by plain names of parameters have here, a tied one under its first name."""
-        own: Tensor = self.module.weight  # type: ignore[assignment]
-        weight = parameters.get(f"{plain_name(self.name)}.weight")
-        found = torch.zeros(self.in_features, self.out_features, device=own.device)
-        return found if weight is None else weight.to(found)
-
-    def add_to_weights(self, step: Tensor) -> None:
-        """Add ``step`` (``[in, out]``, the shape of the layer's gradient) to the weight."""
-        weight: Tensor = self.module.weight.data  # type: ignore[assignment]
-        weight += step.to(weight.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

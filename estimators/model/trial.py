@@ -137,6 +137,8 @@ def find_scales(
     trial = ScaleTrial(modules, TRIAL_SHAPE)
     try:
         with _frozen(model), kept_activations(model), torch.enable_grad():
+            with trial.frozen():
+                _logits(model, tokens)
             vectors = list(trial.parameters().values())
             for vector in vectors:
                 vector.requires_grad_(True)

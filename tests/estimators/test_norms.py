@@ -171,3 +171,24 @@ def test_other_vectors_are_left_out_with_a_reason():
     assert torch.isfinite(
         score_batch(model, coverage.layers, {"body.1": torch.ones(5, 5)}, TOY_BATCH).total
     ).all()
+
+
+class Normed(nn.Embedding):
+    """Embeddings with a norm of their own, before anything that gradients are taken of."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 4)
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.norm(super().forward(ids))
+
+
+def test_norms_within_the_embeddings_are_left_out():
+    model = Toy(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 5)))
+    model.embed = Normed()
+    coverage = find_layers(freeze(model), WITH_NORMS)
+    names = [layer.name for layer in coverage.layers]
+    assert names == ["body.0.weight", "body.0.bias", "body.1"]
+    reasons = {m.name: m.reason for m in coverage.skipped}
+    assert reasons["embed.norm"] == "no gradient reaches it"
