@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from estimators.model.capture import visit_gradients
+from estimators.model.capture import Places, visit_gradients
 from estimators.model.gradients import (
     Gradients,
     apply_layer,
@@ -206,6 +206,7 @@ def score_batch(
     dtype = next(iter(directions.values())).dtype
     by_layer = torch.zeros(shape[0], len(layers), dtype=dtype, device=batch.input_ids.device)
     by_position = torch.zeros(shape, dtype=dtype, device=batch.input_ids.device)
+    places: Places = {}
 
     def visit(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
         moved = apply_layer(directions[layer.name], widen(a), layer.has_bias)
@@ -216,9 +217,15 @@ def score_batch(
 
     def add(layer: LinearLayer, products: Tensor) -> None:
         by_layer[:, numbers[layer.name]] = products.sum(1)
-        by_position.add_(products)
+        own = places.get(layer.name)
+        if own is None:
+            by_position.add_(products)
+        else:  # rows that only fill up have products of 0
+            by_position.scatter_add_(1, own.clamp_min(0), products.to(by_position))
 
-    visit_gradients(model, layers, batch, visit, append_one=False, visit_terms=visit_terms)
+    visit_gradients(
+        model, layers, batch, visit, append_one=False, visit_terms=visit_terms, places=places
+    )
     return ScoreParts(by_layer=by_layer, by_position=by_position)
 
 

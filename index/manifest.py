@@ -64,7 +64,7 @@ class EstimatorRecord(Record):
 
     ``widest``: sides of weight matrices with more features are split into blocks; None: no side is.
     ``embeddings``: whether the token embeddings and the output head are attributed, beside the
-    layers that match ``layer_patterns``.
+    layers that match ``layer_patterns``. ``norms``: whether the vectors of norms are among those.
     """
 
     name: str
@@ -73,6 +73,7 @@ class EstimatorRecord(Record):
     layer_patterns: list[str]
     widest: int | None = None
     embeddings: bool = False
+    norms: bool = False
     layers: list[str]
     attributed_share: float
     skipped: list[SkippedRecord]

@@ -101,10 +101,12 @@ def show_model(loaded: "LoadedModel") -> None:
     for note in loaded.notes:
         print_plain(note)
     coverage = loaded.coverage
-    blocks = sum(layer.name != layer.module_name for layer in coverage.layers)
+    blocks = sum(layer.is_block for layer in coverage.layers)
     split = f", {blocks} of them blocks of wider ones" if blocks else ""
+    experts = sum(layer.family is not None for layer in coverage.layers)
+    routed = f", {experts} of them of experts" if experts else ""
     print_plain(
-        f"attributed: {len(coverage.layers)} layers{split}, "
+        f"attributed: {len(coverage.layers)} layers{split}{routed}, "
         f"{coverage.attributed_share:.2%} of the parameters"
     )
     groups: dict[tuple[str, str, str], list[SkippedModule]] = {}

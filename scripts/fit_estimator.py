@@ -45,6 +45,7 @@ def main(
     layers: options.Layers = None,
     widest: options.Widest = None,
     embeddings: options.Embeddings = False,
+    norms: options.Norms = False,
     split: options.Split = "train",
     text_column: options.TextColumn = "text",
     limit: options.Limit = None,
@@ -80,7 +81,7 @@ def main(
     show_logs()
     start = time.perf_counter()
     selection = LayerSelection(
-        patterns=tuple(layers or ["*"]), widest=widest, embeddings=embeddings
+        patterns=tuple(layers or ["*"]), widest=widest, embeddings=embeddings, norms=norms
     )
     loaded = load_model(
         options.model_source(model, revision, tokenizer, base_model, unused_weights),

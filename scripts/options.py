@@ -59,6 +59,10 @@ Embeddings = Annotated[
         help="Also attribute the token embeddings and the output head, whatever --layers says.",
     ),
 ]
+Norms = Annotated[
+    bool,
+    typer.Option("--norms", help="Also attribute weights and biases of norms that --layers names."),
+]
 Widest = Annotated[
     int | None,
     typer.Option(

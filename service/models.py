@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from estimators.model.capture import freeze
 from estimators.model.layers import Coverage, find_layers
@@ -28,6 +29,9 @@ from service.checkpoints import (
 from service.completing import Writing, Written, write
 from service.conversation import Messages
 from service.errors import BadQuery as BadQuery
+
+UNSTATED_CONTEXT = 2048
+"""Tokens that a model is given at once that states no limit (Bloom, MPT, Mamba): texts are cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +166,7 @@ def load_model(
         recompute_blocks(model)
     return LoadedModel(
         origin=source,
-        notes=weights.notes,
+        notes=(*weights.notes, *_notes_on_context(model, tokenizer)),
         model=model,
         tokenizer=tokenizer,
         coverage=find_layers(model, layers),
@@ -184,9 +188,23 @@ def _keep_packing(model: nn.Module) -> None:
 
 
 def context_of(model: Any, tokenizer: Any) -> int:
-    """Most tokens that the model can read."""
+    """Most tokens that the model can read, or is given where neither it nor its tokenizer says."""
+    return _stated_context(model, tokenizer) or UNSTATED_CONTEXT
+
+
+def _stated_context(model: Any, tokenizer: Any) -> int | None:
     declared = getattr(model.config, "max_position_embeddings", None)
-    return int(declared or tokenizer.model_max_length)
+    most = int(declared or tokenizer.model_max_length)
+    return most if most < VERY_LARGE_INTEGER else None
+
+
+def _notes_on_context(model: Any, tokenizer: Any) -> tuple[str, ...]:
+    if _stated_context(model, tokenizer) is not None:
+        return ()
+    return (
+        f"The model does not say how many tokens it reads at once; it is given {UNSTATED_CONTEXT} "
+        f"at most.",
+    )
 
 
 def _fingerprint_tokenizer(tokenizer: Any) -> str:

@@ -8,10 +8,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ROOMS = {
-    "estimators/model": set(),
+    "estimators/layers": set(),
+    "estimators/model": {"estimators/layers"},
     "estimators/sketching": {"estimators/model"},
     "estimators": {"estimators/model", "estimators/sketching"},
-    "estimators/curvature": {"estimators", "estimators/model"},
+    "estimators/curvature": {"estimators", "estimators/layers", "estimators/model"},
     "estimators/operators": {
         "estimators",
         "estimators/curvature",
@@ -54,6 +55,7 @@ ROOMS = {
     "scripts/demo": {"scripts"},
     "scripts/demo/chat": {"scripts", "scripts/demo"},
     "scripts/bench": {"scripts", "scripts/demo"},
+    "scripts/bench/coverage": {"scripts", "scripts/bench"},
     "scripts/bench/certificates": {"scripts", "scripts/bench", "scripts/demo"},
     "scripts/bench/gpu": {"scripts", "scripts/bench"},
     "scripts/bench/recall": {"scripts", "scripts/bench", "scripts/demo"},

@@ -25,6 +25,8 @@ class Eigenbasis:
             moments of its entries, one row a use of the weight.
         right_values: eigenvalues of S, likewise; second moments along Q_S, one row a use.
         positions: mean number of counted positions an example.
+        shared: of an expert that saw too few tokens, how many it saw; everything else is then that
+            of all experts of its kind together. None of others.
     """
 
     left: Float[Tensor, "in in"] | None
@@ -32,6 +34,7 @@ class Eigenbasis:
     left_values: Float[Tensor, "*use in"]
     right_values: Float[Tensor, "*use out"]
     positions: float
+    shared: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -46,6 +49,7 @@ class Eigenbasis:
             "left_values": self.left_values,
             "right_values": self.right_values,
             "positions": torch.tensor(self.positions, dtype=self.right.dtype),
+            "shared": None if self.shared is None else torch.tensor(self.shared),
         }
         return {f"{name}.{p}": tensor.cpu() for p, tensor in parts.items() if tensor is not None}
 
@@ -132,7 +136,7 @@ def check_seen(layer: LinearLayer, positions: int) -> None:
 def precision_of(layer: LinearLayer) -> torch.dtype:
     """That of its factors."""
     # Quantised layers have integers for weights, or none of that name.
-    dtype = getattr(getattr(layer.module, "weight", None), "dtype", None)
+    dtype = getattr(layer.weight, "dtype", None)
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

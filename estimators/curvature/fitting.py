@@ -9,7 +9,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from estimators.contracts import PASSES, Accumulator, Factors, Sums
-from estimators.model.capture import TermsVisitor, Visitor, visit_gradients
+from estimators.layers.rows import NOWHERE
+from estimators.model.capture import Places, TermsVisitor, Visitor, visit_gradients
 from estimators.model.layers import LinearLayer, VocabularyLayer
 from estimators.model.memory import BackOff
 from estimators.model.progress import Progress, no_progress
@@ -157,9 +158,11 @@ class _Adding:
 
         def work(part: Sequence[int]) -> None:
             batch = collate([as_fitted(self._sequences[p], self._label_seed) for p in part])
-            served = batch.position_mask.flatten().nonzero().squeeze(1).to(self._device)
-            visit, visit_terms = self._visitors(part, served, counted)
             placed = batch.to(self._device)
+            places: Places = {}
+            visit, visit_terms = self._visitors(
+                part, placed.position_mask.view(batch.shape), places, counted
+            )
             visit_gradients(
                 self._model,
                 self._layers,
@@ -167,16 +170,25 @@ class _Adding:
                 visit,
                 None if batch.group > 1 else self._label_seed,
                 visit_terms=visit_terms,
+                places=places,
             )
 
         return work
 
     def _visitors(
-        self, part: Sequence[int], served: Tensor, counted: dict[str, set[int]]
+        self,
+        part: Sequence[int],
+        mask: Tensor,
+        places: Places,
+        counted: dict[str, set[int]],
     ) -> tuple[Visitor, TermsVisitor]:
+        served = mask.flatten().nonzero().squeeze(1)
+
         def visit(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
             if not counted[layer.name].issuperset(part):
-                self._sums.add(layer, a, d, served)
+                own = places.get(layer.name)
+                rows = served if own is None else _served_rows(own, mask)
+                self._sums.add(layer, a, d, rows)
                 counted[layer.name].update(part)
 
         def visit_terms(layer: VocabularyLayer, terms: VocabularyTerms) -> None:
@@ -185,3 +197,9 @@ class _Adding:
                 counted[layer.name].update(part)
 
         return visit, visit_terms
+
+
+def _served_rows(places: Tensor, mask: Tensor) -> Tensor:
+    """Which rows, flattened, are of tokens that serve a counted one."""
+    counts = mask.gather(1, places.clamp_min(0)) & (places != NOWHERE)
+    return counts.flatten().nonzero().squeeze(1)

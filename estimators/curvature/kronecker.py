@@ -1,6 +1,7 @@
 """Kronecker-factored covariances of a layer's inputs and output gradients, and their eigenbases."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -99,13 +100,62 @@ class Covariances:
     def eigenbases(self, layers: Sequence[LinearLayer]) -> dict[str, Eigenbasis]:
         """Decompose the mean covariances in float64 and let go of the sums.
 
-        The results have the precision of the layers' weights, float32 at least.
+        The results have the precision of the layers' weights, float32 at least. An expert that saw
+        fewer tokens than its wider side has features gets those of all experts of its kind
+        together: its own would leave most directions without curvature.
 
         Raises:
             ValueError: a layer saw no token or no gradient, or a covariance is not finite.
         """
         sides = Decompositions("input"), Decompositions(OUTPUT_GRADIENT)
-        return {layer.name: self._decompose(layer, *sides) for layer in layers}
+        sharing = {layer.name for layer in layers if self._saw_too_little(layer)}
+        members: dict[Kind, list[LinearLayer]] = {}
+        for layer in layers:
+            members.setdefault(kind_of(layer), []).append(layer)
+        pools = {
+            kind: self._pool(own, *sides)
+            for kind, own in members.items()
+            if any(layer.name in sharing for layer in own)
+        }
+        found = {}
+        for layer in layers:
+            if layer.name not in sharing:
+                found[layer.name] = self._decompose(layer, *sides)
+                continue
+            self._sums.pop(layer.name)
+            found[layer.name] = _member(pools[kind_of(layer)], int(self._seen[layer.name][1]))
+        return found
+
+    def _saw_too_little(self, layer: LinearLayer) -> bool:
+        if layer.family is None:
+            return False
+        positions = int(self._seen[layer.name][1])
+        return positions < max(layer.in_features, layer.out_features)
+
+    def _pool(
+        self,
+        layers: Sequence[LinearLayer],
+        of_inputs: Decompositions,
+        of_gradients: Decompositions,
+    ) -> Eigenbasis:
+        """That of several experts' sums together, for one of them; the sums are kept."""
+        sums = [self._sums[layer.name] for layer in layers]
+        seen = torch.stack([self._seen[layer.name] for layer in layers])
+        positions = int(seen[:, 1].sum())
+        check_seen(layers[0], positions)
+        inputs, gradients = (
+            sum((own[side].total for own in sums[1:]), start=sums[0][side].total) / positions
+            for side in (0, 1)
+        )
+        left, left_values = of_inputs(inputs, layers[0])
+        right, right_values = of_gradients(gradients, layers[0])
+        return Eigenbasis(
+            left=left,
+            right=right,
+            left_values=left_values,
+            right_values=right_values,
+            positions=positions / int(seen[:, 0].sum()),
+        )
 
     def _decompose(
         self, layer: LinearLayer, of_inputs: Decompositions, of_gradients: Decompositions
@@ -124,6 +174,28 @@ class Covariances:
             right_values=right_values,
             positions=positions / sequences,
         )
+
+
+Kind = tuple[str | None, str, int, int]
+
+
+def kind_of(layer: LinearLayer) -> Kind:
+    """What the same block of the same matrix of every expert has in common."""
+    own = "" if layer.family is not None else layer.name
+    return layer.family, own, layer.first_input, layer.first_output
+
+
+def _member(pool: Eigenbasis, positions: int) -> Eigenbasis:
+    """A copy for an expert that saw so many positions itself."""
+    assert pool.left is not None
+    return replace(
+        pool,
+        left=pool.left.clone(),
+        right=pool.right.clone(),
+        left_values=pool.left_values.clone(),
+        right_values=pool.right_values.clone(),
+        shared=positions,
+    )
 
 
 def _take(

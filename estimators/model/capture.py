@@ -9,16 +9,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from estimators.layers.eager import make_eager
+from estimators.layers.following import Places, Visitor, followed, with_one
+from estimators.layers.rows import NOWHERE
+from estimators.layers.scale import ScaleLayer, scaled
 from estimators.model.layers import LinearLayer, VocabularyLayer
 from estimators.model.output_head import final_states, losses_and_gradient
 from estimators.model.terms import HeadRun, VocabularyTerms
 from estimators.model.tokens import TokenBatch
 from estimators.model.trial import embeddings_require_grad
 
-Visitor = Callable[[LinearLayer, Tensor, Tensor], None]
-"""Receives a layer, its inputs ``a`` [batch, token, in] (1 appended for the bias, unless asked not
-to) and the gradients ``d`` [batch, token, out] of the summed loss with respect to its outputs.
-Masked and padded tokens have d = 0."""
+__all__ = ["Places", "TermsVisitor", "Visitor", "captured", "freeze", "visit_gradients"]
 
 TermsVisitor = Callable[[VocabularyLayer, VocabularyTerms], None]
 """Receives a vocabulary layer and the terms of its gradients, all its uses together."""
@@ -26,11 +27,16 @@ TermsVisitor = Callable[[VocabularyLayer, VocabularyTerms], None]
 
 @contextmanager
 def captured(
-    model: nn.Module, layers: Sequence[LinearLayer], visit: Visitor, append_one: bool = True
+    model: nn.Module,
+    layers: Sequence[LinearLayer],
+    visit: Visitor,
+    append_one: bool = True,
+    places: Places | None = None,
 ) -> Iterator[None]:
     """Call ``visit`` for each layer as soon as a backward pass reaches it.
 
-    Blocks of one module are handed over one after another from one hook.
+    Blocks of one module are handed over one after another from one hook. Layers with a region are
+    seen in another way, see ``estimators.layers.following``.
 
     No weight needs ``requires_grad``: the token embeddings' output is made to require it, so frozen
     and quantised models work, and no weight gradient is computed that nobody asked for.
@@ -58,19 +64,26 @@ def captured(
         def on_gradient(gradient: Tensor) -> None:
             for block in blocks:
                 a = activations[..., block.inputs]
-                a = _with_bias_coordinate(a) if append_one and block.has_bias else a
+                a = with_one(a) if append_one and block.has_bias else a
                 visit(block, a, gradient.detach()[..., block.outputs])
 
         output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
-    for blocks in _by_module(layers):
+    scales = [layer for layer in layers if isinstance(layer, ScaleLayer)]
+    usual = [x for x in layers if x.region is None and not isinstance(x, ScaleLayer)]
+    others = [layer for layer in layers if layer.region is not None]
+    for blocks in _by_module(usual):
         handles.append(
             blocks[0].module.register_forward_hook(
                 lambda _, inputs, output, blocks=blocks: after_forward(blocks, inputs, output)
             )
         )
     try:
-        with embeddings_require_grad(model):
+        with (
+            embeddings_require_grad(model),
+            followed(others, visit, append_one, places),
+            scaled(scales, visit),
+        ):
             yield
     finally:
         for handle in handles:
@@ -85,6 +98,7 @@ def visit_gradients(
     label_seed: int | None = None,
     append_one: bool = True,
     visit_terms: TermsVisitor | None = None,
+    places: Places | None = None,
 ) -> Float[Tensor, "batch"]:
     """One forward and one backward pass of the batch's losses, handing each layer to ``visit``.
 
@@ -102,6 +116,7 @@ def visit_gradients(
             None takes the batch's own tokens.
         append_one: whether ``visit`` gets the inputs of layers with a bias with a 1 appended.
         visit_terms: called once a vocabulary layer, after ``visit`` had the other layers.
+        places: is filled for layers that see other rows than one a token, see ``Places``.
 
     Returns:
         The loss of each sequence in nats, by ``model``.
@@ -110,7 +125,8 @@ def visit_gradients(
         ValueError: there are vocabulary layers, and nobody receives them.
     """
     if batch.group > 1:
-        visit = _together(visit, batch.group)
+        places = {} if places is None else places
+        visit = _together(visit, batch, places)
     groups: dict[nn.Module, list[LinearLayer]] = {model: []}
     for layer in layers:
         groups.setdefault(layer.checkpoint or model, []).append(layer)
@@ -121,7 +137,7 @@ def visit_gradients(
         labels = batch.input_ids.roll(-1, 1)
         with (
             torch.enable_grad(),
-            captured(checkpoint, linear, visit, append_one),
+            captured(checkpoint, linear, visit, append_one, places),
             _embedded(wide) as read,
         ):
             head, states = final_states(checkpoint, batch)
@@ -138,11 +154,19 @@ def visit_gradients(
     return losses[model]
 
 
-def _together(visit: Visitor, group: int) -> Visitor:
+def _together(visit: Visitor, batch: TokenBatch, places: Places) -> Visitor:
     """Hands over an example's sequences as one, their positions one after another."""
+    count, (examples, _) = batch.group, batch.shape
+    first = torch.arange(count * examples, device=batch.input_ids.device) % count
+    first = (first * batch.input_ids.shape[1])[:, None]
 
     def joined(layer: LinearLayer, a: Tensor, d: Tensor) -> None:
-        visit(layer, *(x.reshape(len(x) // group, -1, x.shape[-1]) for x in (a, d)))
+        own = places.get(layer.name)
+        if own is not None:
+            moved = torch.where(own == NOWHERE, own, own + first)
+            places[layer.name] = moved.reshape(examples, -1)
+        rows = count * a.shape[1]
+        visit(layer, *(x.reshape(examples, rows, x.shape[-1]) for x in (a, d)))
 
     return joined
 
@@ -173,6 +197,8 @@ def _terms(
     padding: int | None = getattr(embedding, "padding_idx", None)
     if embedding is not None:
         gradient = read[embedding]
+        if layer.uses.scale != 1:
+            gradient = gradient * layer.uses.scale
         if padding is not None:  # PyTorch gives its row no gradient
             gradient = gradient.masked_fill((batch.input_ids == padding)[..., None], 0)
     return VocabularyTerms(
@@ -185,7 +211,11 @@ def _terms(
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Put the model in evaluation mode and stop weight gradients, which nothing here needs."""
+    """Put the model in evaluation mode and stop weight gradients, which nothing here needs.
+
+    Experts of mixtures are computed one after another from now on.
+    """
+    make_eager(model)
     return model.eval().requires_grad_(False)
 
 
@@ -202,7 +232,3 @@ def _check_shape(name: str, inputs: Tensor) -> None:
             f"Layer {name} saw inputs of shape {tuple(inputs.shape)}, expected "
             f"[batch, token, feature]; leave it out with a layer pattern."
         )
-
-
-def _with_bias_coordinate(inputs: Tensor) -> Tensor:
-    return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)

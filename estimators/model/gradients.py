@@ -34,7 +34,9 @@ def apply_layer(
     """``a`` times weights whose last row is a bias, if there is one: no 1 is appended to ``a``."""
     if not has_bias:
         return a @ weights
-    return torch.addmm(weights[-1], a.flatten(0, 1), weights[:-1]).view(*a.shape[:2], -1)
+    return torch.addmm(weights[-1], a.flatten(0, 1), weights[:-1]).view(
+        *a.shape[:2], weights.shape[1]
+    )
 
 
 def cached_parts(

@@ -1,6 +1,7 @@
 """Gradient checkpointing: activations are computed again in the backward pass, not kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from estimators.layers.watching import RECOMPUTED
 
 
 def recompute_blocks(model: nn.Module) -> int:
@@ -30,12 +33,33 @@ def recompute_blocks(model: nn.Module) -> int:
             f"gradient checkpointing."
         )
     for block in blocks:
-        vars(block)["forward"] = _recomputed(block.forward)
+        own = vars(block)
+        own[RECOMPUTED] = block.forward
+        own["forward"] = _recomputed(block)
     return len(blocks)
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(forward)
+@contextmanager
+def kept_activations(model: nn.Module) -> Iterator[None]:
+    """Let blocks keep everything meanwhile, as without ``recompute_blocks``."""
+    owners = [vars(m) for m in model.modules() if RECOMPUTED in vars(m)]
+    before = [(own, own["forward"]) for own in owners]
+    for own in owners:
+        own["forward"] = own.pop(RECOMPUTED)
+    try:
+        yield
+    finally:
+        for own, forward in before:
+            own[RECOMPUTED], own["forward"] = own["forward"], forward
+
+
+def _recomputed(block: nn.Module) -> Callable[..., Any]:
+    plain = block.forward
+
+    def forward(*positional: Any, **named: Any) -> Any:
+        return vars(block)[RECOMPUTED](*positional, **named)
+
+    @wraps(plain)
     def run(*positional: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*positional, **named)

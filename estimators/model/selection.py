@@ -19,6 +19,7 @@ class LayerSelection:
             splits.
         embeddings: whether the token embeddings and the output head are wanted too, which no
             pattern matches; they are never split.
+        norms: whether the vectors of norms are wanted, too, among those that a pattern matches.
 
     Raises:
         ValueError: no pattern, or ``widest`` below 1.
@@ -27,6 +28,7 @@ class LayerSelection:
     patterns: tuple[str, ...] = ("*",)
     widest: int | None = None
     embeddings: bool = False
+    norms: bool = False
 
     def __post_init__(self) -> None:
         if not self.patterns:
@@ -44,6 +46,8 @@ class LayerSelection:
             facts["widest"] = str(self.widest)
         if self.embeddings:
             facts["embeddings"] = "true"
+        if self.norms:
+            facts["norms"] = "true"
         return facts
 
     @classmethod
@@ -54,6 +58,7 @@ class LayerSelection:
             patterns=tuple(json.loads(facts["layer_patterns"])),
             widest=None if widest is None else int(widest),
             embeddings="embeddings" in facts,
+            norms="norms" in facts,
         )
 
 

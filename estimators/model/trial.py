@@ -2,21 +2,50 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from estimators.layers.judging import FOLLOWED_SHAPE, Findings
+from estimators.layers.scale import ScaleTrial
+from estimators.layers.trying import try_following
+from estimators.model.recomputation import kept_activations
 
 TRIAL_SHAPE = (2, 4)
 """Sequences and tokens of the trial: the fewest that tell [batch, token] from other shapes."""
 
-FORESIGHT = 0.02
-"""Share of the largest logit by which rounding of packed weights may move others."""
+FORESIGHT = 1e-4
+"""Share of the largest logit by which rounding may move others, in float32 and wider."""
+
+COARSE_FORESIGHT = 0.02
+"""The same of packed weights and narrower precision."""
 
 
-def find_obstacles(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What a trial pass found.
+
+    Attributes:
+        obstacles: one clause for each linear module that cannot be attributed as it is, by name.
+        unusual: those whose rows may be followed: they saw others than [batch, token, feature], or
+            did not run.
+        opaque: those whose output is not that of an affine map of their input: what they multiply
+            by may be seen inside.
+        idle: those that did not run: others may multiply by their weights.
+    """
+
+    obstacles: dict[str, str] = field(default_factory=dict)
+    unusual: frozenset[str] = frozenset()
+    opaque: frozenset[str] = frozenset()
+    idle: frozenset[str] = frozenset()
+
+
+def run_trial(model: nn.Module, modules: Mapping[str, nn.Module]) -> Trial:
     """Run the model forward and backward once and tell what keeps a module from being attributed.
 
     Such are modules that run more than once (their gradient is the sum over all uses), see inputs
@@ -27,47 +56,156 @@ def find_obstacles(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[s
         model: a causal language model; one without ``get_input_embeddings`` is not run.
         modules: linear modules by name.
 
-    Returns:
-        One clause for each module that cannot be attributed, by name.
-
     Raises:
         ValueError: the model does not run; gradients cannot pass through a module: those of
             all earlier layers would silently lack a part; or what it predicts depends on tokens
-            that come later.
+            that come later, or on padding.
     """
     embeddings = getattr(model, "get_input_embeddings", None)
     if not callable(embeddings):
-        return {}
+        return Trial()
     trial = _Trial()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
     handles = [
         module.register_forward_hook(trial.watch(name), with_kwargs=True)
         for name, module in modules.items()
     ]
     try:
-        with torch.enable_grad(), embeddings_require_grad(model), warnings.catch_warnings():
-            # What an undifferentiable kernel warns of is raised below, with the module's name.
-            warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered")
+        with _frozen(model), torch.enable_grad():
             tokens = trial_tokens(embeddings())
-            logits = model(**tokens, use_cache=False).logits
+            logits = _logits(model, tokens)
             if logits.requires_grad:
-                logits.float().logsumexp(-1).sum().backward()
-    except RuntimeError as error:
-        raise ValueError(
-            f"The model cannot be differentiated: a trial pass on eight tokens failed with "
-            f"{type(error).__name__}: {error}"
-        ) from error
+                logits.float().logsumexp(-1).sum().backward()  # type: ignore[no-untyped-call]
+    except FAILURES as error:
+        raise _cannot_run(error) from error
     finally:
         for handle in handles:
             handle.remove()
-        for parameter in trained:
-            parameter.requires_grad_(True)
     trial.refuse_opaque(modules)
     _refuse_foresight(model, tokens, logits.detach())
     found = {name: trial.obstacle(name) for name in modules}
-    return {name: reason for name, reason in found.items() if reason is not None}
+    return Trial(
+        obstacles={name: reason for name, reason in found.items() if reason is not None},
+        unusual=frozenset(trial.unusual(modules)),
+        opaque=frozenset(trial.changed),
+        idle=frozenset(trial.idle(modules)),
+    )
+
+
+def follow_rows(
+    model: nn.Module, modules: Mapping[str, nn.Module], holders: Mapping[str, nn.Module]
+) -> Findings:
+    """Try what is not simply [batch, token, feature]: see ``estimators.layers.trying``.
+
+    Args:
+        model: a causal language model; one without ``get_input_embeddings`` is not run.
+        modules: linear modules whose rows may be followed, by name.
+        holders: modules whose own parameters may be matrices, by name.
+
+    Raises:
+        ValueError: the model does not run on ten tokens.
+    """
+    embeddings = getattr(model, "get_input_embeddings", None)
+    if not callable(embeddings) or not (modules or holders):
+        return Findings()
+    tokens = trial_tokens(embeddings(), FOLLOWED_SHAPE)
+    try:
+        with _frozen(model), kept_activations(model):
+            return try_following(model, lambda: _logits(model, tokens), modules, holders)
+    except FAILURES as error:
+        raise _cannot_run(error) from error
+
+
+def find_scales(
+    model: nn.Module, modules: Mapping[str, nn.Module]
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Which vectors of modules are scales: see ``estimators.layers.scale``.
+
+    Args:
+        model: a causal language model; one without ``get_input_embeddings`` is not run.
+        modules: by name, whose own vectors are tried.
+
+    Returns:
+        Scales of each module by name; why others are none.
+
+    Raises:
+        ValueError: the model does not run.
+    """
+    embeddings = getattr(model, "get_input_embeddings", None)
+    if not callable(embeddings) or not modules:
+        return {}, {}
+    tokens = trial_tokens(embeddings())
+    trial = ScaleTrial(modules, TRIAL_SHAPE)
+    try:
+        with _frozen(model), kept_activations(model), torch.enable_grad():
+            with trial.frozen():
+                _logits(model, tokens)
+            vectors = list(trial.parameters().values())
+            for vector in vectors:
+                vector.requires_grad_(True)
+            try:
+                with trial.watching():
+                    logits = _logits(model, tokens)
+                return trial.judge(logits.float().logsumexp(-1).sum())
+            finally:
+                for vector in vectors:
+                    vector.requires_grad_(False)
+    except FAILURES as error:
+        raise _cannot_run(error) from error
+
+
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a model's own code may raise on tokens alone."""
+
+
+def _cannot_run(error: Exception) -> ValueError:
+    text = " ".join(str(error).split())
+    return ValueError(
+        f"The model cannot be differentiated: a trial pass on eight tokens failed with "
+        f"{type(error).__name__}: {text[:500]}"
+    )
+
+
+def _logits(model: nn.Module, tokens: Mapping[str, Tensor]) -> Tensor:
+    """What the model says of tokens: [batch, token, vocabulary].
+
+    Raises:
+        ValueError: it says something else.
+    """
+    logits = getattr(model(**tokens, use_cache=False), "logits", None)
+    shape = tokens["input_ids"].shape
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != shape:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else "none"
+        raise ValueError(
+            f"a causal language model gives logits for each of {tuple(shape)} tokens, this one: "
+            f"{found}"
+        )
+    return logits
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No weight requires a gradient meanwhile, and the embeddings' output does."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with embeddings_require_grad(model), warnings.catch_warnings():
+            # What an undifferentiable kernel warns of is raised later, with the module's name.
+            warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered")
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @contextmanager
@@ -84,27 +222,47 @@ def embeddings_require_grad(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def trial_tokens(embeddings: nn.Module) -> dict[str, Tensor]:
+def trial_tokens(embeddings: nn.Module, shape: tuple[int, int] = TRIAL_SHAPE) -> dict[str, Tensor]:
     """Arguments of a trial pass: different tokens that the embeddings know."""
     weight: Tensor = embeddings.weight  # type: ignore[assignment]
-    count = TRIAL_SHAPE[0] * TRIAL_SHAPE[1]
+    count = shape[0] * shape[1]
     vocabulary = int(getattr(embeddings, "num_embeddings", len(weight)))
-    ids = (torch.arange(count, device=weight.device) % vocabulary).view(TRIAL_SHAPE)
+    ids = (torch.arange(count, device=weight.device) % vocabulary).view(shape)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @torch.no_grad()
 def _refuse_foresight(model: nn.Module, tokens: dict[str, Tensor], logits: Tensor) -> None:
-    """Raise ValueError if another last token changes what is predicted at an earlier one."""
+    """Raise ValueError if later tokens change a prediction: another one, or padding after all."""
     ids = tokens["input_ids"].clone()
     ids[:, -1] = ids[:, 0]
-    other = model(**{**tokens, "input_ids": ids}, use_cache=False).logits
-    moved = (other - logits)[:, :-1].abs().max()
-    if moved > FORESIGHT * logits.abs().max():
+    changed = model(input_ids=ids, attention_mask=tokens["attention_mask"], use_cache=False).logits
+    _compare(model, changed[:, :-1], logits[:, :-1], "tokens that come later")
+    padded = nn.functional.pad(tokens["input_ids"], (0, len(PADDING)))
+    padded[:, -len(PADDING) :] = padded.new_tensor(PADDING)
+    try:
+        longer = model(input_ids=padded, use_cache=False).logits
+    except FAILURES as error:
+        raise _cannot_run(error) from error
+    _compare(model, longer[:, : logits.shape[1]], logits, "the padding after a text")
+
+
+PADDING = (0, 0, 0)
+"""Tokens of a batch beyond the end of a sequence, see ``estimators.model.tokens.collate``."""
+
+
+def _compare(model: nn.Module, found: Tensor, expected: Tensor, what: str) -> None:
+    coarse = expected.dtype not in (torch.float32, torch.float64) or any(
+        not p.is_floating_point() or p.dtype not in (torch.float32, torch.float64)
+        for p in (*model.parameters(), *model.buffers())
+        if p.numel() > 1 and p.dtype not in (torch.bool, torch.int64)
+    )
+    limit = COARSE_FORESIGHT if coarse else FORESIGHT
+    if (found - expected).abs().max() > limit * expected.abs().max():
         raise ValueError(
-            "The model is not causal: what it predicts for a token depends on tokens that come "
-            "later, so that its probabilities are none of what it would say. Give a model that "
-            "reads from left to right (is_decoder in its configuration)."
+            f"The model is not causal: what it predicts for a token depends on {what}, so that its "
+            f"probabilities are none of what it would say. Give a model that reads from left to "
+            f"right (is_decoder in its configuration)."
         )
 
 
@@ -116,6 +274,7 @@ class _Trial:
         self._shapes: dict[str, str] = {}
         self._opaque: set[str] = set()
         self._reached: set[str] = set()
+        self.changed: set[str] = set()
 
     def watch(self, name: str) -> Any:
         """A forward hook; runs without gradients, as a checkpointed block's first, do not count."""
@@ -131,10 +290,13 @@ class _Trial:
                 return
             if inputs[0].ndim != 3 or inputs[0].shape[:2] != TRIAL_SHAPE:
                 self._shapes[name] = f"of shape {tuple(inputs[0].shape)}"
+            if not _is_affine(module, inputs, output):
+                self.changed.add(name)
+            first = _first_tensor(output)
             if inputs[0].requires_grad and not _passes_gradients(module, inputs[0]):
                 self._opaque.add(name)
-            if isinstance(output, Tensor) and output.requires_grad:
-                output.register_hook(  # type: ignore[no-untyped-call]
+            if first is not None and first.requires_grad:
+                first.register_hook(  # type: ignore[no-untyped-call]
                     lambda _: self._reached.add(name)
                 )
 
@@ -151,12 +313,23 @@ class _Trial:
                 f"a quantisation that can be differentiated, e.g. bitsandbytes."
             )
 
+    def idle(self, names: Iterable[str]) -> list[str]:
+        """Of these modules those that did not run."""
+        return [name for name in names if self._runs[name] == 0]
+
+    def unusual(self, names: Iterable[str]) -> list[str]:
+        """Of these modules those that saw other rows than one a token, or none."""
+        rare = (n for n in names if self._runs[n] < 2 and n not in self.changed)
+        return [n for n in rare if self._runs[n] == 0 or n in self._shapes]
+
     def obstacle(self, name: str) -> str | None:
         """Why the module cannot be attributed, or None."""
         if self._runs[name] == 0:
             return "did not run in a trial pass"
         if self._runs[name] > 1:
             return "runs more than once in a forward pass"
+        if name in self.changed:
+            return "its output is not an affine map of its input"
         if name in self._shapes:
             return f"its inputs are {self._shapes[name]}, not [batch, token, feature]"
         if name not in self._reached:
@@ -164,12 +337,35 @@ class _Trial:
         return None
 
 
+def _is_affine(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> bool:
+    """Whether the module's output is ``x W + b``, as far as its weights are known."""
+    forward = type(module).forward
+    if forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if not isinstance(output, Tensor):
+        return False
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear) or not isinstance(weight, nn.Parameter):
+        return True
+    if not weight.is_floating_point() or weight.shape != (output.shape[-1], inputs[0].shape[-1]):
+        return True  # packed
+    with torch.no_grad():
+        expected = nn.Linear.forward(module, inputs[0])
+        return bool(torch.allclose(output, expected, rtol=1e-3, atol=1e-5))
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    """What a module gives, or the first of several."""
+    values = output if isinstance(output, (tuple, list)) else [output]
+    return next((value for value in values if isinstance(value, Tensor)), None)
+
+
 def _passes_gradients(module: nn.Module, inputs: Tensor) -> bool:
     """Whether the module's output has a derivative with respect to its inputs."""
     probe = inputs.detach().requires_grad_()
     try:
-        output = module.forward(probe)
-        if not output.requires_grad:
+        output = _first_tensor(module.forward(probe))
+        if output is None or not output.requires_grad:
             return False
         (gradient,) = torch.autograd.grad(output.float().sum(), probe, allow_unused=True)
     except RuntimeError:
@@ -178,4 +374,6 @@ def _passes_gradients(module: nn.Module, inputs: Tensor) -> bool:
 
 
 def _require_grad(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output if output.requires_grad else output.detach().requires_grad_(True)
+    if output.requires_grad:
+        return output
+    return output.detach().requires_grad_(True).clone()  # no leaf: models may scale it in place

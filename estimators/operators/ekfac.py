@@ -74,6 +74,9 @@ class CorrectedEigenvalues:
         ``d`` is 0 outside ``positions``, which are not needed therefore. All memory is taken before
         the sums are touched: running out of it leaves them alone.
         """
+        if a.shape[1] == 0:  # an expert that no token reached
+            self._examples[layer.name] += len(a)
+            return
         a, d = (pad_columns(widen(values)) for values in (a, d))
         left, right = self._rotations(layer.name, a)
         rotation = Rotation(a, d, left, right)
@@ -120,9 +123,18 @@ class CorrectedEigenvalues:
         return tensors
 
     def operator(self) -> dict[str, Tensor]:
-        """The tensors of an ``EigenbasisOperator``: bases and mean squares, in their precision."""
+        """The tensors of an ``EigenbasisOperator``: bases and mean squares, in their precision.
+
+        An expert that saw too few tokens to have a basis of its own saw too few for mean squares,
+        too: its eigenvalues are K-FAC's, of all experts of its kind together.
+        """
         tensors = dict(self._bases)
         for name, sums in self._sums.items():
+            if f"{name}.shared" in tensors:
+                sides = tensors[f"{name}.left_values"], tensors[f"{name}.right_values"]
+                rate = float(tensors[f"{name}.positions"])
+                tensors[f"{name}.eigenvalues"] = torch.outer(*sides) * rate
+                continue
             means = sums.total / int(self._examples[name])
             tensors[f"{name}.eigenvalues"] = means.to(tensors[f"{name}.right"].dtype).cpu()
         return tensors

@@ -119,6 +119,7 @@ def fit_factors(
                 progress=progress,
                 checkpoint=checkpoint,
             )
+            facts |= _tell_shared(fitted.tensors())
             write_whole(out, serialise_factors(options.estimator, fitted, facts))
             checkpoint.remove()
         finally:
@@ -127,6 +128,20 @@ def fit_factors(
             if not checkpoint.path.exists():
                 shutil.rmtree(folder)
     return len(sequences)
+
+
+def _tell_shared(factors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Log how many experts saw too few tokens; they, as an entry of the factors' header."""
+    shared = sorted(key.removesuffix(".shared") for key in factors if key.endswith(".shared"))
+    if not shared:
+        return {}
+    logger.warning(
+        "%d matrices of experts saw fewer tokens than they have features and have the curvature of "
+        "all experts of their kind together, e.g. %s; fit on more examples for their own.",
+        len(shared),
+        shared[0],
+    )
+    return {"shared_experts": json.dumps(shared)}
 
 
 def draw_sequences(

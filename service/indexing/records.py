@@ -32,6 +32,7 @@ def estimator_record(
         layer_patterns=list(selection.patterns),
         widest=selection.widest,
         embeddings=selection.embeddings,
+        norms=selection.norms,
         layers=[layer.name for layer in coverage.layers],
         attributed_share=coverage.attributed_share,
         skipped=[SkippedRecord(**asdict(module)) for module in coverage.skipped],

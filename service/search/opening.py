@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from estimators.contracts import Factors
-from estimators.model.layers import find_layers
+from estimators.model.layers import Coverage, find_layers
 from estimators.model.selection import LayerSelection
 from estimators.sketching.sketch import Sketch, SketchPlan
 from estimators.sketching.slices import SketchSlices
@@ -110,9 +111,11 @@ def open_index(
         patterns=tuple(manifest.estimator.layer_patterns),
         widest=manifest.estimator.widest,
         embeddings=manifest.estimator.embeddings,
+        norms=manifest.estimator.norms,
     )
     with loaded.turn:
-        loaded = replace(loaded, coverage=find_layers(loaded.model, wanted))
+        coverage = find_layers(loaded.model, wanted)
+    loaded = replace(loaded, coverage=only(coverage, manifest.estimator.layers))
     _check_model(manifest, loaded)
     check_link(folder)
     for record in manifest.files:
@@ -157,6 +160,16 @@ def open_index(
         scales=find_scales(folder),
         trace=traced,
     )
+
+
+def only(coverage: Coverage, names: Sequence[str]) -> Coverage:
+    """The layers of these names, if all of them are there.
+
+    Others were not attributed yet when an index was built: experts and routers of mixtures.
+    """
+    known = set(names)
+    layers = tuple(layer for layer in coverage.layers if layer.name in known)
+    return replace(coverage, layers=layers) if len(layers) == len(known) else coverage
 
 
 def _sketches(manifest: Manifest, loaded: LoadedModel, fitted: Factors) -> SketchSlices:

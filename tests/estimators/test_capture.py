@@ -324,10 +324,6 @@ def test_wrong_input_rank_is_refused():
     model = freeze(Toy(Flattens()))
     with pytest.raises(ValueError, match=r"body\.flat saw inputs of shape \(6, 4\).*\[batch"):
         hook_gradients(model, (whole_layer(model, "body.flat"),), TOY_BATCH)
-    with pytest.raises(
-        ValueError, match=r"body\.flat \(Linear\): its inputs are of shape \(8, 4\)"
-    ):
-        find_layers(model)
 
 
 def test_hooks_are_removed_even_after_an_error():

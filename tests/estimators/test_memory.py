@@ -90,7 +90,7 @@ def test_a_fit_that_runs_out_half_way_counts_nothing_twice(
     expected = fit_estimator(name, gpt2, layers, sequences, token_budget=40).tensors()
     failures = []
 
-    def failing(model, layers, batch, visit, label_seed, visit_terms):
+    def failing(model, layers, batch, visit, label_seed, visit_terms, places):
         # Each batch size fails at another layer, some before the first and some after the last.
         ends = {4: 3, 3: 0, 2: len(layers) - 1}
         reached = []
@@ -103,7 +103,7 @@ def test_a_fit_that_runs_out_half_way_counts_nothing_twice(
             visit(layer, a, d)
 
         return visit_gradients(
-            model, layers, batch, visit_or_fail, label_seed, visit_terms=visit_terms
+            model, layers, batch, visit_or_fail, label_seed, visit_terms=visit_terms, places=places
         )
 
     monkeypatch.setattr("estimators.curvature.fitting.visit_gradients", failing)

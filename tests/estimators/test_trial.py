@@ -10,6 +10,7 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     MixtralConfig,
+    PhimoeConfig,
     Qwen2MoeConfig,
 )
 
@@ -73,7 +74,7 @@ class Routed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         flat, result = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
         for number in (0, 1):  # the third is never chosen
-            chosen = torch.arange(len(flat)) % 2 == number
+            chosen = (torch.arange(x.shape[1]) % 2 == number).repeat(len(x))
             result[chosen] = self.experts[number](flat[chosen])
         return x + result.view_as(x)
 
@@ -132,15 +133,18 @@ def test_torchs_own_quantised_layers_are_refused_by_name():
         find_layers(freeze(model))
 
 
-def test_routed_experts_are_named_with_their_share():
-    coverage = find_layers(freeze(Toy(nn.Sequential(Routed(), nn.Linear(4, 5)))))
-    assert [layer.name for layer in coverage.layers] == ["body.1"]
-    reasons = {module.name: module.reason for module in coverage.skipped}
-    assert "of shape (4, 4), not [batch, token, feature]" in reasons["body.0.experts.0"]
-    assert "of shape (4, 4), not [batch, token, feature]" in reasons["body.0.experts.1"]
-    assert reasons["body.0.experts.2"] == "did not run in a trial pass"
-    shares = [m.share for m in coverage.skipped if "experts" in m.name]
-    assert shares == [20 / 105] * 3
+def test_routed_experts_are_attributed_whether_the_trial_reached_them_or_not():
+    model = freeze(Toy(nn.Sequential(Routed(), nn.Linear(4, 5)))).double()
+    coverage = find_layers(model)
+    names = [f"body.0.experts.{n}" for n in range(3)]
+    assert [layer.name for layer in coverage.layers] == [*names, "body.1"]
+    assert [layer.family for layer in coverage.layers] == ["body.0.experts.*"] * 3 + [None]
+    gradients = hook_gradients(model, coverage.layers, collate(SEQUENCES[:1]))
+    assert not gradients["body.0.experts.2"].any()
+    reached = [layer for layer in coverage.layers if not layer.name.endswith("2")]
+    (expected,) = dense.example_gradients(model, reached, SEQUENCES[:1])
+    found = {layer.name: gradients[layer.name][0] for layer in reached}
+    assert dense.worst_error(found, expected) < 1e-11
 
 
 MOE = {
@@ -155,9 +159,9 @@ MOE = {
 
 
 @pytest.mark.parametrize(
-    ("config", "shared"),
+    ("config", "others"),
     [
-        (MixtralConfig(**MOE, num_local_experts=4), 0),
+        (MixtralConfig(**MOE, num_local_experts=4), ["gate"]),
         (
             Qwen2MoeConfig(
                 **MOE,
@@ -165,31 +169,29 @@ MOE = {
                 moe_intermediate_size=8,
                 shared_expert_intermediate_size=12,
             ),
-            4,
+            [
+                "gate",
+                "shared_expert.gate_proj",
+                "shared_expert.up_proj",
+                "shared_expert.down_proj",
+                "shared_expert_gate",
+            ],
         ),
+        (PhimoeConfig(**MOE, num_local_experts=4), []),
     ],
 )
-def test_fused_experts_are_named_with_their_share_and_the_rest_is_exact(config, shared):
+def test_experts_routers_and_shared_experts_are_attributed(config, others):
     torch.manual_seed(0)
     model = freeze(AutoModelForCausalLM.from_config(config))
     coverage = find_layers(model)
-    attention = [f"model.layers.0.self_attn.{x}_proj" for x in "qkvo"]
-    assert [layer.name for layer in coverage.layers] == attention
-    skipped = {module.name: module for module in coverage.skipped}
-    experts = skipped["model.layers.0.mlp.experts"]
-    assert experts.reason == "not a linear layer"
-    width = 16 if shared == 0 else 8
-    assert experts.parameters == 4 * 3 * 8 * width
-    total = sum(p.numel() for p in model.parameters())
-    assert experts.share == experts.parameters / total
-    # The shared expert sees all tokens as one sequence: [token, feature].
-    flat = [m for m in coverage.skipped if "not [batch, token, feature]" in m.reason]
-    assert len(flat) == shared
-    gradients = hook_gradients(model, coverage.layers, collate(SEQUENCES))
-    warm = copy.deepcopy(model).requires_grad_(True)
-    for i, sequence in enumerate(SEQUENCES):
-        expected = dense.weight_gradients(warm, coverage.layers, dense.loss(warm, sequence))
-        assert dense.worst_error({n: g[i] for n, g in gradients.items()}, expected) < 1e-5
+    attention = {f"model.layers.0.self_attn.{x}_proj" for x in "qkvo"}
+    matrices = {f"mlp.experts.{x}_proj[{n}]" for x in ("gate_up", "down") for n in range(4)}
+    expected = attention | {f"model.layers.0.{name}" for name in matrices}
+    expected |= {f"model.layers.0.mlp.{name}" for name in others}
+    assert {layer.name for layer in coverage.layers} == expected
+    held = sum(layer.parameters for layer in coverage.layers)
+    assert coverage.attributed_share == held / sum(p.numel() for p in model.parameters())
+    assert sum(m.share for m in coverage.skipped) == pytest.approx(1 - coverage.attributed_share)
 
 
 def test_a_model_that_does_not_run_is_refused_with_the_cause():
@@ -232,3 +234,58 @@ def test_a_model_that_sees_later_tokens_is_refused(decoder):
         return
     with pytest.raises(ValueError, match="not causal: what it predicts for a token depends on"):
         find_layers(model)
+
+
+class SeesPadding(nn.Module):
+    """Every token sees how many there are, and no token sees a later one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.shape[1]
+
+
+def test_a_model_that_sees_padding_is_refused():
+    model = freeze(Toy(nn.Sequential(nn.Linear(4, 5), SeesPadding())))
+    with pytest.raises(ValueError, match="depends on the padding after a text"):
+        find_layers(model)
+
+
+class Several(nn.Linear):
+    """A linear layer that gives something else besides, as routers do."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = super().forward(x)
+        return logits, logits.argmax(-1)
+
+
+class TakesFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = Several(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.router(x)[0].softmax(-1)
+
+
+def test_a_linear_layer_that_gives_several_tensors_is_attributed():
+    model = freeze(Toy(nn.Sequential(TakesFirst(), nn.Linear(4, 5)))).double()
+    layers = find_layers(model).layers
+    assert [layer.name for layer in layers] == ["body.0.router", "body.1"]
+    gradients = hook_gradients(model, layers, collate(SEQUENCES))
+    for i, row in enumerate(dense.example_gradients(model, layers, SEQUENCES)):
+        assert dense.worst_error({n: g[i] for n, g in gradients.items()}, row) < 1e-11
+
+
+class Scaled(nn.Linear):
+    """Not what its class says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+def test_the_gradient_of_a_changed_linear_layer_is_still_its_own():
+    model = freeze(Toy(nn.Sequential(Scaled(4, 4), nn.Linear(4, 5)))).double()
+    layers = find_layers(model).layers
+    assert [layer.name for layer in layers] == ["body.0", "body.1"]
+    gradients = hook_gradients(model, layers, collate(SEQUENCES))
+    for i, row in enumerate(dense.example_gradients(model, layers, SEQUENCES)):
+        assert dense.worst_error({n: g[i] for n, g in gradients.items()}, row) < 1e-11

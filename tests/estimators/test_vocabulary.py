@@ -490,10 +490,33 @@ def test_batch_composition_changes_no_sketch(sketched, sequences, monkeypatch):
             assert float(norm[0]) == pytest.approx(float(norms[i]), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_scaled_embeddings_are_attributed_with_their_scale(name, request, sequences):
+    class Scaled(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            return 4 * super().forward(ids)
+
+    model = copy.deepcopy(request.getfixturevalue(name))
+    before = model.get_input_embeddings().weight
+    embedding = Scaled(*before.shape, _weight=before)
+    model.set_input_embeddings(embedding)
+    embedding.weight = before  # tied as before
+    layers = tuple(x for x in find_layers(model, WITH_EMBEDDINGS).layers if x.in_features == 11)
+    assert [layer.uses.scale for layer in layers] == ([4.0, 1.0] if name == "llama" else [4.0])
+    gradients, _ = query_gradients(model, layers, sequences)
+    warm = dense.trainable(model)
+    for i, sequence in enumerate(sequences):
+        weights = [warm.get_submodule(layer.name).weight for layer in layers]
+        expected = torch.autograd.grad(-dense.loss(warm, sequence), weights)
+        for layer, own in zip(layers, expected, strict=True):
+            assert dense.relative_error(gradients[layer.name][i], own) < 1e-11
+
+
 def test_what_cannot_be_attributed_is_named(llama, gpt2):
     class Scaled(nn.Embedding):
         def forward(self, ids: Tensor) -> Tensor:
-            return 2 * super().forward(ids)
+            rows = super().forward(ids)
+            return rows * torch.arange(1, rows.shape[-1] + 1)
 
     def reasons(model: nn.Module) -> dict[str, str]:
         skipped = find_layers(model, WITH_EMBEDDINGS).skipped

@@ -12,6 +12,7 @@ from transformers import (
     AutoTokenizer,
     GPTNeoXConfig,
     LlamaConfig,
+    MixtralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -23,7 +24,7 @@ from index.manifest import Manifest
 from scripts import build_index, fit_estimator
 from service.models import LoadedModel, load_model
 from service.scoring.exhaustive import exact_scores
-from service.search.opening import OpenIndex, open_index
+from service.search.opening import OpenIndex, only, open_index
 from service.search.query import Query
 from service.search.retrieval import Retriever
 from tests.estimators.test_peft import with_adapters
@@ -49,6 +50,9 @@ CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
         num_attention_heads=4,
         max_position_embeddings=CONTEXT,
         vocab_size=size,
+    ),
+    "mixtral": lambda size: MixtralConfig(
+        **GROUPED_QUERIES, vocab_size=size, num_local_experts=4, num_experts_per_tok=2
     ),
 }
 
@@ -91,11 +95,15 @@ def _save(workspace: Workspace, name: str, model: PreTrainedModel) -> Path:
         ("gpt2", ["--embeddings"], []),
         ("gpt2", ["--embeddings", "--estimator", "kfac"], ["--gradient-checkpointing"]),
         ("gpt2", ["--embeddings", "--estimator", "identity"], []),
+        ("gpt2", ["--norms"], ["--gradient-checkpointing"]),
         ("llama", [], []),
         ("llama", ["--widest", "20"], ["--dtype", "bfloat16", "--gradient-checkpointing"]),
         ("qwen2", [], []),
         ("gpt_neox", [], []),
         ("gpt_neox", ["--embeddings", "--widest", "30"], ["--dtype", "bfloat16"]),
+        ("mixtral", [], []),
+        ("mixtral", ["--embeddings", "--norms", "--widest", "20"], ["--gradient-checkpointing"]),
+        ("mixtral", ["--layers", "*experts*"], ["--dtype", "bfloat16"]),
         ("lora", ["--layers", "*lora_*"], []),
         ("lora", ["--layers", "*lora_*"], ["--dtype", "bfloat16"]),
         ("lora", ["--layers", "*.base_layer"], ["--gradient-checkpointing"]),
@@ -116,7 +124,8 @@ def test_from_fit_to_answer(name, fitting, both, folders, workspace, tmp_path):
     assert json_line(fitted.stdout)["layers"] == len(manifest.estimator.layers)
     assert (manifest.estimator.widest is not None) == ("--widest" in fitting)
     assert manifest.estimator.embeddings == ("--embeddings" in fitting)
-    split = [layer for layer in manifest.estimator.layers if "[" in layer]
+    assert manifest.estimator.norms == ("--norms" in fitting)
+    split = [layer for layer in manifest.estimator.layers if layer.endswith("]") and "," in layer]
     assert bool(split) == ("--widest" in fitting)
 
     loaded = load_model(str(folders[name]), dtype="bfloat16" if "bfloat16" in both else "auto")
@@ -152,3 +161,12 @@ def test_the_choice_of_layers_is_stored_with_the_factors(folders, workspace, tmp
     _, _, facts = load_factors(factors)
     wanted = LayerSelection(patterns=("*.1.mlp.*",), widest=50, embeddings=True)
     assert LayerSelection.from_facts(facts) == wanted
+
+
+def test_an_index_keeps_the_layers_that_it_was_built_with(folders):
+    coverage = load_model(str(folders["mixtral"])).coverage
+    before = [layer.name for layer in coverage.layers if ".self_attn." in layer.name]
+    assert [layer.name for layer in only(coverage, before).layers] == before
+    assert only(coverage, [*before, "model.layers.9"]) is coverage
+    every = [layer.name for layer in coverage.layers]
+    assert only(coverage, every) == coverage

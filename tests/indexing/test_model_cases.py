@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2LMHeadModel, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from estimators.model.tokens import Sequence1D
@@ -23,7 +23,7 @@ from service.indexing.plausibility import TextSample, measure_loss, tell_loss
 from service.models import load_model
 from service.settings import Settings
 from tests.model_cases import DOWN, VALUE_HEAD, Bench, change_json, config, renamed, without
-from tests.service_fixtures import Workspace, corpus_rows, make_model
+from tests.service_fixtures import Workspace, byte_level_tokenizer, corpus_rows, make_model
 
 TROUBLES = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 Sources = dict[str, Any]
@@ -501,3 +501,15 @@ def test_commands_take_a_tokenizer_and_the_index_remembers_it(
     engine = Engine(settings, Telemetry(settings))
     engine.load()
     assert engine.retriever("default").loaded.origin.tokenizer == str(trained.model)
+
+
+def test_a_model_that_states_no_context_gets_a_window_and_says_so(tmp_path):
+    tokenizer = byte_level_tokenizer([row["text"] for row in corpus_rows()])
+    tokenizer.model_max_length = int(1e30)  # what a tokenizer says that knows of no limit
+    torch.manual_seed(0)
+    sizes = BloomConfig(vocab_size=400, hidden_size=16, n_layer=1, n_head=2)
+    BloomForCausalLM(sizes).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert loaded.context == 2048
+    assert "does not say how many tokens it reads at once; it is given 2048" in loaded.notes[-1]

@@ -1,0 +1,1 @@
+"""Which architectures of transformers are attributed, and what share of their weights."""
