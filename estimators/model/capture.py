@@ -99,7 +99,7 @@ def visit_gradients(
     append_one: bool = True,
     visit_terms: TermsVisitor | None = None,
     places: Places | None = None,
-) -> Float[Tensor, "batch"]:
+) -> Float[Tensor, "sequence"]:
     """One forward and one backward pass of the batch's losses, handing each layer to ``visit``.
 
     The losses are summed over the batch, not averaged, so that each sequence's part of ``d`` is its

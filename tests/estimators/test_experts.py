@@ -15,7 +15,7 @@ from estimators.model.capture import freeze
 from estimators.model.layers import LinearLayer, find_layers
 from estimators.model.recomputation import recompute_blocks
 from estimators.model.selection import LayerSelection
-from estimators.model.tokens import Sequence1D, collate
+from estimators.model.tokens import Rejected, Sequence1D, collate
 from estimators.rescoring import (
     measure_queries,
     query_gradients,
@@ -318,7 +318,7 @@ def test_an_expert_that_no_token_reaches_is_no_error():
     assert dense.relative_error(asked.double() @ codes.double().T, scores) < 1e-5
 
 
-def test_experts_of_checkpointed_blocks_are_the_same():
+def mixtral() -> nn.Module:
     config = transformers.MixtralConfig(
         vocab_size=VOCABULARY,
         hidden_size=8,
@@ -330,7 +330,11 @@ def test_experts_of_checkpointed_blocks_are_the_same():
         max_position_embeddings=16,
     )
     torch.manual_seed(0)
-    model = freeze(transformers.AutoModelForCausalLM.from_config(config))
+    return freeze(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def test_experts_of_checkpointed_blocks_are_the_same():
+    model = mixtral()
     layers = find_layers(model).layers
     expected, _ = query_gradients(model, layers, sequences(3))
     recompute_blocks(model)
@@ -338,6 +342,34 @@ def test_experts_of_checkpointed_blocks_are_the_same():
     assert [layer.name for layer in again] == [layer.name for layer in layers]
     found, _ = query_gradients(model, again, sequences(3))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_pairs_of_which_one_was_preferred_pass_through_experts():
+    """Their gradient is the slope times the difference of both losses' gradients."""
+    model = mixtral().double()
+    layers = find_layers(model).layers
+    good, bad = sequences(2)
+    worse = Rejected(tokens=bad.tokens, counted=((2, len(bad.tokens)),), beta=0.5, margin=0.3)
+    pair = dataclasses.replace(good, counted=((2, len(good.tokens)),), rejected=worse)
+    apart, _ = query_gradients(model, layers, [member for member, _ in pair.members])
+    generator = torch.Generator().manual_seed(0)
+    directions = {
+        name: torch.randn(value.shape[1:], generator=generator, dtype=value.dtype)
+        for name, value in apart.items()
+    }
+    products = [
+        sum(float((apart[name][i] * d).sum()) for name, d in directions.items()) for i in (0, 1)
+    ]
+    expected = worse.slope * (products[1] - products[0])  # these are gradients of log p
+    for batch in (collate([pair]), collate([pair, good])):
+        parts = score_batch(model, layers, directions, batch)
+        assert float(parts.total[0]) == pytest.approx(expected, rel=1e-5)
+        assert float(parts.by_position[0].sum()) == pytest.approx(expected, rel=1e-5)
+    chosen = parts.by_position[0, : len(good.tokens)].sum()
+    assert float(chosen) == pytest.approx(-worse.slope * products[0], rel=1e-5)
+    alone = fit_estimator("ekfac", model, layers, [pair, good]).tensors()
+    again = fit_estimator("ekfac", model, layers, [pair, good], token_budget=1).tensors()
+    assert all(torch.allclose(alone[name], again[name], atol=1e-6) for name in alone)
 
 
 class Shaped(nn.Module):
