@@ -4,6 +4,7 @@
 """
 
 import pytest
+import torch
 
 from scripts.bench.coverage.architectures import architectures
 from scripts.bench.coverage.checks import CLOSE, check
@@ -36,3 +37,8 @@ def test_every_architecture_is_exact_or_refused_by_a_sentence(kind):
     row = check(kind)
     assert row.status.startswith(NEVER_WRONG)
     assert "\n" not in row.status
+
+
+def test_checks_leave_the_default_precision_alone():
+    check("mixtral")
+    assert torch.get_default_dtype() == torch.float32

@@ -238,8 +238,12 @@ def _wide(value: Any) -> Any:
 @contextmanager
 def in_float64() -> Iterator[None]:
     """Let models compute in float64 where their code rounds to float32."""
-    with _Widened():
-        yield
+    usual = torch.get_default_dtype()
+    try:
+        with _Widened():
+            yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def widened(model: nn.Module) -> nn.Module:
