@@ -241,7 +241,8 @@ def _refuse_foresight(model: nn.Module, tokens: dict[str, Tensor], logits: Tenso
     padded = nn.functional.pad(tokens["input_ids"], (0, len(PADDING)))
     padded[:, -len(PADDING) :] = padded.new_tensor(PADDING)
     try:
-        longer = model(input_ids=padded, use_cache=False).logits
+        everything = torch.ones_like(padded)  # as batches are given
+        longer = model(input_ids=padded, attention_mask=everything, use_cache=False).logits
     except FAILURES as error:
         raise _cannot_run(error) from error
     _compare(model, longer[:, : logits.shape[1]], logits, "the padding after a text")
