@@ -178,6 +178,39 @@ def test_a_finished_build_is_not_repeated(built: Built) -> None:
     assert (w.index / "manifest.json").read_bytes() == before
 
 
+def test_examples_are_shown_with_what_counts_and_nothing_is_written(
+    built: Built, tmp_path: Path
+) -> None:
+    w = built.workspace
+    for name, text in (("a", "The bridge of Porto"), ("b", "The market of Lyon")):
+        row = json.dumps({"id": name, "prompt": text[:10], "completion": text[10:]})
+        (tmp_path / f"{name}.jsonl").write_text(row + "\n")
+    result = invoke(
+        build_index,
+        *("--model", w.model, "--factors", w.factors, "--out", tmp_path / "index"),
+        *("--data", tmp_path / "b.jsonl", "--data", tmp_path / "[a].jsonl", "--id-column", "id"),
+        *("--show", 5),
+    )
+    assert result.code == 0, result.stderr
+    assert result.stdout == ""
+    first, shown, second, last = result.stderr.splitlines()[-4:]
+    assert (first[:3], second[:3]) == ("b: ", "a: ")
+    assert shown.endswith("The market⟦ of Lyon⟧")
+    assert last.endswith("The bridge⟦ of Porto⟧")
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_column_of_no_role_is_one_sentence(built: Built, tmp_path: Path) -> None:
+    w = built.workspace
+    command = (
+        *("--model", w.model, "--data", w.corpus, "--factors", w.factors),
+        *("--out", tmp_path / "index"),
+    )
+    assert "got 'messages'" in sentence(invoke(build_index, *command, "--column", "messages"))
+    told = sentence(invoke(build_index, *command, "--column", "talk=messages"))
+    assert "No column can be named for 'talk'" in told
+
+
 def test_slices_are_added_to_a_finished_index_and_never_taken_away(
     built: Built, tmp_path: Path
 ) -> None:
