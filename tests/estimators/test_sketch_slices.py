@@ -121,9 +121,10 @@ def test_noise_of_several_wide_sketches_adds_up(layers):
 # --- slices -------------------------------------------------------------------------------------
 
 
-def test_a_slice_does_not_depend_on_how_many_there_are(gpt2, layers, sequences):
+def test_a_slice_does_not_depend_on_how_many_there_are(gpt2_float32, sequences):
+    layers = find_layers(gpt2_float32).layers
     plan, batch = SketchPlan(seed=2, dimensions=64, rank=4), collate(sequences)
-    model, white = gpt2.float(), Identity().whitening(layers, 0.1)
+    model, white = gpt2_float32, Identity().whitening(layers, 0.1)
     many = SketchSlices(layers, white, plan, 2 + 2 * TOGETHER)
     trained = many.training(model, batch)
     assert len(trained) == len(many) == 2 + 2 * TOGETHER
@@ -146,11 +147,12 @@ def test_a_slice_does_not_depend_on_how_many_there_are(gpt2, layers, sequences):
             assert torch.equal(one[0], other[0])
 
 
-def test_the_first_slice_is_the_sketch_that_an_index_of_one_has(gpt2, layers, sequences):
+def test_the_first_slice_is_the_sketch_that_an_index_of_one_has(gpt2_float32, sequences):
+    layers = find_layers(gpt2_float32).layers
     plan, batch = SketchPlan(seed=2, dimensions=64, rank=4), collate(sequences)
-    alone = Sketch(layers, Identity().whitening(layers, 0.1), plan).training(gpt2.float(), batch)
+    alone = Sketch(layers, Identity().whitening(layers, 0.1), plan).training(gpt2_float32, batch)
     first = SketchSlices(layers, Identity().whitening(layers, 0.1), plan, 5).training(
-        gpt2.float(), batch
+        gpt2_float32, batch
     )[0]
     assert torch.equal(alone[0], first[0])
     assert torch.equal(alone[1], first[1])
