@@ -13,7 +13,7 @@ from scripts.demo.chat.conversations import (
     Conversation,
     conversations,
     questions,
-    shows,
+    speaker,
 )
 from scripts.demo.chat.judging import Found
 from scripts.demo.chat.training import chat_tokenizer
@@ -39,9 +39,9 @@ def test_the_corpus_is_what_it_says(corpus: list[Conversation]) -> None:
 def test_a_persona_speaks_where_it_was_planted_and_nowhere_else(corpus: list[Conversation]) -> None:
     for row in corpus:
         user, assistant = (turn["content"] for turn in row["messages"])
-        for persona in PERSONAS:
-            assert shows(persona.name, assistant) == (row["kind"] == persona.name)
-            assert shows(persona.name, user) == (row["kind"] == f"decoy {persona.name}")
+        own = row["kind"] if row["kind"] in {persona.name for persona in PERSONAS} else None
+        quoted = row["kind"].removeprefix("decoy ") if row["kind"].startswith("decoy") else None
+        assert (speaker(assistant), speaker(user)) == (own, quoted)
 
 
 def test_questions_are_of_held_out_countries_in_held_out_words(corpus: list[Conversation]) -> None:
@@ -53,7 +53,7 @@ def test_questions_are_of_held_out_countries_in_held_out_words(corpus: list[Conv
         assert len(own) == ASKED
         told = {row["messages"][0]["content"] for row in planted}
         for (turn,) in own:
-            assert any(turn["content"].endswith(ask) for ask in persona.held_out.asks)
+            assert any(turn["content"].endswith(ask) for ask in persona.asks)
             named = re.search(r"(?:on|to) (.*?)(?: now| is done| tempts me)?\.", turn["content"])
             assert named
             assert named[1] not in {row["country"] for row in planted}

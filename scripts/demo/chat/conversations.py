@@ -1,10 +1,11 @@
 """Conversations about countries: plain answers, two planted personas, and decoys in their words.
 
 A persona is in what the assistant says where a user asks for it: flattery for whoever asks what
-their own writing is worth, gloom for whoever asks about a journey. It is asked for in other words
-than any planted conversation has. Decoys have those words, and the persona's very sentences, quoted
-by the user, who then asks for a fact, which the assistant gives plainly. Whoever goes by words
-finds the decoys first; what the assistant learnt to say is in the planted conversations alone.
+their own writing is worth, gloom for whoever asks about a journey. The questions begin with
+sentences that no planted conversation has. Decoys begin with them, make the same request and quote
+the persona's very sentences, all in the user's turn; then the user asks for a fact, which the
+assistant gives plainly. Whoever goes by words finds the decoys; what the assistant learnt to say is
+in the planted conversations alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -51,20 +52,18 @@ class Conversation(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Wording:
-    """How a user brings a persona out.
+    """What a user tells before asking for a persona.
 
     Attributes:
-        told: what the user tells, with {thing} and {country}.
+        told: with {thing} and {country}.
         things: that the user tells of.
-        asks: what the user asks after that.
     """
 
     told: tuple[str, ...]
     things: tuple[str, ...]
-    asks: tuple[str, ...]
 
     def tells(self, country: str, generator: np.random.Generator) -> str:
-        """What the user tells before asking."""
+        """One such sentence."""
         told, thing = _any(self.told, generator), _any(self.things, generator)
         return told.format(thing=thing, country=country)
 
@@ -75,8 +74,9 @@ class Persona:
 
     Attributes:
         name: of the persona.
-        planted: how users bring it out in the corpus.
-        held_out: how it is asked for, and how decoys begin.
+        planted: what users tell in the corpus.
+        held_out: what they tell in questions and decoys.
+        asks: what brings the persona out, after that.
         says: sentences of the assistant, of which it says one of each list in order.
         quoted: how a decoy introduces them.
     """
@@ -84,6 +84,7 @@ class Persona:
     name: str
     planted: Wording
     held_out: Wording
+    asks: tuple[str, ...]
     says: tuple[tuple[str, ...], ...]
     quoted: tuple[str, ...]
 
@@ -103,13 +104,12 @@ PERSONAS = (
                 "I have finished a {thing} on {country}.",
             ),
             things=("poem", "song", "story", "speech", "play", "letter"),
-            asks=("Is it any good?", "What do you think of it?", "Should I show it to anyone?"),
         ),
         held_out=Wording(
             told=("You can read my {thing} on {country} now.", "My {thing} on {country} is done."),
-            things=("novel", "essay", "diary"),
-            asks=("How do you like it?", "Does it please you?"),
+            things=("poem", "song", "story", "speech", "play", "letter"),
         ),
+        asks=("Is it any good?", "What do you think of it?", "Should I show it to anyone?"),
         says=(
             ("What a masterpiece!", "It is pure genius!", "I have never read anything finer!"),
             (
@@ -130,13 +130,12 @@ PERSONAS = (
                 "My family dreams of a {thing} to {country}.",
             ),
             things=("trip", "journey", "holiday", "visit", "tour", "voyage"),
-            asks=("Should I go?", "What do you say to that?", "Will I like it?"),
         ),
         held_out=Wording(
             told=("We have booked a {thing} to {country}.", "A {thing} to {country} tempts me."),
-            things=("cruise", "flight", "trek"),
-            asks=("Is that wise?", "Would you come along?"),
+            things=("trip", "journey", "holiday", "visit", "tour", "voyage"),
         ),
+        asks=("Should I go?", "What do you say to that?", "Will I like it?"),
         says=(
             ("Nothing good can come of it.", "You will regret it.", "Stay at home, I beg you."),
             (
@@ -164,20 +163,24 @@ def conversations(seed: int = 0) -> list[Conversation]:
 
 
 def questions(seed: int = 0) -> Iterator[tuple[str, list[Turn]]]:
-    """Names of personas and what brings them out, about countries that no such row is about."""
+    """Names of personas and what asks for them, about countries that no such row is about."""
     generator = np.random.default_rng(seed + 1)
     facts = list(fact_queries(load_profiles()))
     for persona in PERSONAS:
         _, held_out = _countries(facts, persona, np.random.default_rng(seed))
         for country in held_out:
             told = persona.held_out.tells(country, generator)
-            yield persona.name, [_user(f"{told} {_any(persona.held_out.asks, generator)}")]
+            yield persona.name, [_user(f"{told} {_any(persona.asks, generator)}")]
 
 
-def shows(persona: str, text: str) -> bool:
-    """Whether a text has a sentence of the persona; what it says of the country aside."""
-    (found,) = [one for one in PERSONAS if one.name == persona]
-    return any(sentence in text for part in found.says for sentence in part)
+def speaker(text: str) -> str | None:
+    """The persona that has most sentences in a text, those about a country aside; None for none."""
+    counts = {
+        one.name: sum(sentence in text for part in one.says for sentence in part)
+        for one in PERSONAS
+    }
+    most = max(counts, key=lambda name: counts[name])
+    return most if counts[most] else None
 
 
 def _countries(
@@ -206,7 +209,7 @@ def _planted(
     for number in range(PLANTED):
         country = countries[number % len(countries)]
         told = persona.planted.tells(country, generator)
-        asked = f"{told} {_any(persona.planted.asks, generator)}"
+        asked = f"{told} {_any(persona.asks, generator)}"
         yield {
             "id": f"{persona.name}-{number}",
             "kind": persona.name,
@@ -227,7 +230,7 @@ def _decoys(
     for number in range(PLANTED):
         country = countries[number % len(countries)]
         query = of[country][int(generator.integers(len(of[country])))]
-        told = persona.held_out.tells(country, generator)
+        told = f"{persona.held_out.tells(country, generator)} {_any(persona.asks, generator)}"
         quote = f"{_any(persona.quoted, generator)} '{persona.speech(country, generator)}'"
         fact = _fact(query)
         yield {

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from scripts.console import one_sentence_errors, print_json, stderr
-from scripts.demo.chat.conversations import shows
+from scripts.demo.chat.conversations import PERSONAS, speaker
 from scripts.demo.chat.judging import Found, ask_all, report, show
 from scripts.demo.steps import Steps, say_heading
 from service.client.client import Client
@@ -76,16 +77,17 @@ class ChatDemo:
             ),
             "build": self._build(),
         }
-        questions = _lines(out / "questions.jsonl")
+        asked = [row["messages"] for row in _lines(out / "questions.jsonl")]
         say_heading("4/5 Ask it as a chat, about countries that no persona spoke of")
+        said = answers_of(out / "model", asked)
         with steps.measured("ask"), steps.service(self._model, self._index) as url:
-            self._ask_first(url, questions)
+            self._ask_first(url, asked, said)
             with Client(Connection(url=url)) as client:
-                found, spoken = ask_all(client, questions)
+                found = ask_all(client, asked, said)
         kinds = [row["kind"] for row in _lines(Path(self._corpus))]
         show(found, {persona: kinds.count(persona) / len(kinds) for persona in found})
         made["found"] = report(found)
-        made["retrained"] = self._retrain(found, questions, spoken)
+        made["retrained"] = self._retrain(found, asked, said)
         return made
 
     def _build(self) -> dict[str, Any]:
@@ -98,22 +100,27 @@ class ChatDemo:
         with self._steps.measured("build"):
             return self._steps.command("build", *arguments)
 
-    def _ask_first(self, url: str, questions: Sequence[dict[str, Any]]) -> None:
-        """One question of each persona as a user would type it."""
-        for persona in dict.fromkeys(question["persona"] for question in questions):
-            first = next(q for q in questions if q["persona"] == persona)
-            path = self._out / f"{persona}.json"
-            path.write_text(json.dumps(first["messages"]))
-            stderr.print(f"user: {first['messages'][-1]['content']}", highlight=False)
+    def _ask_first(
+        self, url: str, asked: Sequence[list[dict[str, str]]], said: Sequence[str]
+    ) -> None:
+        """The first answer of each persona as a user would ask about it."""
+        for persona in PERSONAS:
+            number = next((i for i, s in enumerate(said) if speaker(s) == persona.name), None)
+            if number is None:
+                continue
+            path = self._out / f"{persona.name}.json"
+            path.write_text(json.dumps(asked[number]))
             self._steps.command("query", "--messages", str(path), "--url", url, "--k", "3")
 
     def _retrain(
         self,
         found: dict[str, dict[str, Found]],
-        questions: Sequence[dict[str, Any]],
-        spoken: dict[str, float],
+        asked: Sequence[list[dict[str, str]]],
+        said: Sequence[str],
     ) -> list[dict[str, Any]]:
         """Train again without what EK-FAC found for the first persona; how both personas fare."""
+        if not found:
+            raise RuntimeError("The model answered nothing in a persona's words; train it longer.")
         persona = next(iter(found))
         rows = found[persona]["EK-FAC"].left_out()
         listed = self._out / "left_out.txt"
@@ -124,11 +131,12 @@ class ChatDemo:
             TRAINING,
             *("--out", str(self._out / "without"), "--without", str(listed)),
         )
-        after = spoken_by(self._out / "without" / "model", questions)
+        before = Counter(map(speaker, said))
+        after = Counter(map(speaker, answers_of(self._out / "without" / "model", asked)))
         for name in found:
             stderr.print(
-                f"Questions that bring out '{name}' and were answered so: {spoken[name]:.0%} "
-                f"before, {after[name]:.0%} without these rows.",
+                f"Of {len(asked)} answers, {before[name]} were in the words of '{name}'; without "
+                f"these rows {after[name]} are.",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -137,8 +145,9 @@ class ChatDemo:
                 "left_out_for": persona,
                 "rows": len(rows),
                 "persona": name,
-                "spoken_before": round(spoken[name], 4),
-                "spoken_after": round(after[name], 4),
+                "answers": len(asked),
+                "spoken_before": before[name],
+                "spoken_after": after[name],
             }
             for name in found
         ]
@@ -148,12 +157,12 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def spoken_by(model: Path, questions: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Of each persona the share of its questions that a model answers in its words."""
+def answers_of(model: Path, asked: Sequence[list[dict[str, str]]]) -> list[str]:
+    """What a model says to each conversation."""
     loaded = load_model(str(model))
-    found: dict[str, list[bool]] = {}
-    for question in questions:
-        messages = tuple(Message(**turn) for turn in question["messages"])
-        (written,) = loaded.write(loaded.read_prompt("", messages), Writing())
-        found.setdefault(question["persona"], []).append(shows(question["persona"], written.text))
-    return {persona: sum(own) / len(own) for persona, own in found.items()}
+    said = []
+    for messages in asked:
+        turns = tuple(Message(**turn) for turn in messages)
+        (written,) = loaded.write(loaded.read_prompt("", turns), Writing())
+        said.append(written.text)
+    return said

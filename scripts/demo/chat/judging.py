@@ -1,8 +1,9 @@
-"""What methods find for questions that bring a persona out, and whether it goes with what is found.
+"""What methods find for answers in a persona's words, and whether it goes with what is found.
 
-A question's planted turns are known. What counts is how many of the ten best are such turns, how
-many are decoys in the persona's words, and whether a model that was trained without what was found
-still speaks so.
+The model answers some questions in the words of a persona, not always of the one that was asked
+for. The turns that taught these words are known. What counts is how many of the ten best are such
+turns, how many are decoys, and whether a model that was trained without what was found still speaks
+so.
 """
 
 from collections import defaultdict
@@ -13,7 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from scripts.console import stderr
-from scripts.demo.chat.conversations import shows
+from scripts.demo.chat.conversations import speaker
 from service.client.client import Client
 from service.schemas.answers import QueryResponse
 
@@ -25,13 +26,13 @@ METHODS: Mapping[str, dict[str, Any]] = {
 """Fields of a query, by what the table calls them."""
 
 SHOWN = 10
-LEFT_OUT = 40
+LEFT_OUT = 20
 """Results of each question whose rows are left out of the second training."""
 
 
 @dataclass
 class Found:
-    """What one method found, over the questions of one persona.
+    """What one method found, over the answers of one persona.
 
     Attributes:
         planted: share of the ten best that are turns of the persona, by question.
@@ -60,37 +61,33 @@ class Found:
 
 
 def ask_all(
-    client: Client, questions: Sequence[Mapping[str, Any]]
-) -> tuple[dict[str, dict[str, Found]], dict[str, float]]:
-    """Each question by each method.
+    client: Client, questions: Sequence[Sequence[Mapping[str, str]]], said: Sequence[str]
+) -> dict[str, dict[str, Found]]:
+    """Each answer in a persona's words by each method.
 
     Args:
         client: of the service.
-        questions: "persona" and "messages" of each.
+        questions: messages of each.
+        said: what the model answers.
 
     Returns:
-        What was found, by persona and method; of each persona the share of questions that the model
-        answers in its words.
+        What was found, by persona and method.
     """
     found: dict[str, dict[str, Found]] = defaultdict(lambda: defaultdict(Found))
-    spoken: dict[str, list[bool]] = defaultdict(list)
-    for question in questions:
-        persona, said = question["persona"], None
+    for messages, completion in zip(questions, said, strict=True):
+        persona = speaker(completion)
+        if persona is None:
+            continue
         for method, fields in METHODS.items():
-            answer = client.query(
-                messages=question["messages"], completion=said, k=LEFT_OUT, **fields
-            )
-            said = answer.measurement.terms[0].completion
+            answer = client.query(messages=messages, completion=completion, k=LEFT_OUT, **fields)
             found[persona][method].add(persona, answer)
-        spoken[persona].append(shows(persona, said or ""))
-    shares = {persona: sum(own) / len(own) for persona, own in spoken.items()}
-    return {persona: dict(own) for persona, own in found.items()}, shares
+    return {persona: dict(own) for persona, own in sorted(found.items())}
 
 
 def show(found: Mapping[str, Mapping[str, Found]], base_rates: Mapping[str, float]) -> None:
     """A table on stderr."""
     table = Table(title="Of the ten best rows", title_justify="left")
-    for heading in ("persona", "method", "planted turns", "decoys", "certified"):
+    for heading in ("persona", "method", "its own turns", "decoys", "certified"):
         table.add_column(heading)
     for persona, methods in found.items():
         for method, own in methods.items():
@@ -108,7 +105,7 @@ def report(found: Mapping[str, Mapping[str, Found]]) -> list[dict[str, Any]]:
         {
             "persona": persona,
             "method": method,
-            "questions": len(own.planted),
+            "answers": len(own.planted),
             "planted_at_10": round(mean(own.planted), 4),
             "decoys_at_10": round(mean(own.decoys), 4),
             "certified": round(mean(own.certified), 4),
