@@ -210,11 +210,16 @@ def _report(manifest: Manifest, out: Path, seconds: float) -> dict[str, Any]:
     for failed in manifest.failed:
         stderr.print(f"row {failed.row} is not indexed: {failed.reason}", highlight=False)
     data = manifest.parts[-1].data
+    merged, truncated = 0, 0
+    if data.reading is not None:
+        merged, truncated = data.reading.merged_rows, data.reading.truncated_rows
     for count, text in (
         (data.empty_rows, "without a token to predict, kept but never to be found"),
         (data.null_rows, "with null instead of text, kept as empty"),
         (data.replaced_rows, "with U+FFFD, the mark of bytes that are not UTF-8"),
         (data.duplicate_rows, "with the same tokens as an earlier row"),
+        (merged, "whose prompt and completion share a token, which counts"),
+        (truncated, "that were cut off because they are too long"),
     ):
         if count:
             stderr.print(f"rows {text}: {count:,}", highlight=False, soft_wrap=True)

@@ -4,8 +4,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from estimators.model.tokens import Spans
 from service.corpus.sources import kind_of
 
@@ -73,8 +71,9 @@ def render(
         return tokenizer.apply_chat_template(
             list(messages), tools=tools, add_generation_prompt=asks, **options
         )
-    except (TemplateError, KeyError, TypeError) as error:
-        raise ValueError(f"The model's chat template cannot render it ({error})") from error
+    except Exception as error:  # a template raises whatever its author happened to write
+        said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise ValueError(f"The model's chat template refuses it ({said})") from error
 
 
 def tokens_of(

@@ -105,8 +105,8 @@ class RowReader:
         try:
             return self._readers[self.format](row, number)
         except _Unreadable as error:
-            hint = self._hint(number)
-            raise ValueError(f"Row {number} of the corpus {error}. {hint}{error.advice}") from error
+            told = f"{error}. {self._hint(number)}{error.advice}".rstrip()
+            raise ValueError(f"Row {number} of the corpus {told}") from error
 
     def weight(self, row: Row, number: int) -> float:
         """Times which the row counts.

@@ -120,6 +120,8 @@ def test_what_the_assistant_said_must_be_certain(chat, tmp_path):
         read(chat["forgetful"], tmp_path, [{"messages": TALKS[0]}])
     with pytest.raises(ValueError, match="has no chat template"):
         read(chat["none"], tmp_path, [{"messages": TALKS[0]}])
+    with pytest.raises(ValueError, match=r"Row 1 .*chat template refuses it \(int .*\)\.$"):
+        read(chat["plain"], tmp_path, [{"messages": TALKS[0]}, {"messages": [{"role": 3}]}])
 
 
 @pytest.mark.parametrize(
