@@ -159,6 +159,7 @@ class ReadingRecord(Record):
         truncate: whether rows that are too long were cut off.
         beta: of DPO's loss.
         reference: the model that DPO compared with, where it was not in the rows.
+        weights: times which the rows of each source count, where they do not count once.
         counted_tokens: of all rows, those whose loss counts.
         merged_rows: whose prompt and completion share a token, which counts.
         truncated_rows: that were cut off.
@@ -171,6 +172,7 @@ class ReadingRecord(Record):
     truncate: bool = False
     beta: float | None = None
     reference: str | None = None
+    weights: list[float] = []
     counted_tokens: int
     merged_rows: int = 0
     truncated_rows: int = 0

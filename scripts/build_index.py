@@ -57,6 +57,7 @@ def main(
     truncate: options.Truncate = False,
     beta: options.Beta = 0.1,
     reference: options.Reference = None,
+    source_weight: options.SourceWeight = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Cut longer texts into windows of so many tokens.")
     ] = None,
@@ -153,6 +154,7 @@ def main(
         truncate=truncate,
         beta=beta,
         reference=reference,
+        source_weight=source_weight,
     )
     chosen = BuildOptions(
         max_tokens=max_tokens,

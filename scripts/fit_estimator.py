@@ -56,6 +56,7 @@ def main(
     truncate: options.Truncate = False,
     beta: options.Beta = 0.1,
     reference: options.Reference = None,
+    source_weight: options.SourceWeight = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Cut longer texts into windows of so many tokens.")
     ] = None,
@@ -106,6 +107,7 @@ def main(
         truncate=truncate,
         beta=beta,
         reference=reference,
+        source_weight=source_weight,
     )
     chosen = FitOptions(
         estimator=estimator,

@@ -146,6 +146,13 @@ Reference = Annotated[
         "log-probabilities."
     ),
 ]
+SourceWeight = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="Times which the rows of each --data count, e.g. epochs or mixture weights; once for "
+        "each, in the same order."
+    ),
+]
 Limit = Annotated[int | None, typer.Option(help="Read only this many rows.")]
 TokenBudget = Annotated[
     int,
@@ -203,6 +210,7 @@ def corpus_source(
     truncate: bool,
     beta: float,
     reference: str | None,
+    source_weight: list[float] | None,
 ) -> "CorpusSource":
     """The corpus that the options name.
 
@@ -226,6 +234,7 @@ def corpus_source(
         truncate=truncate,
         beta=beta,
         reference=reference,
+        weights=tuple(source_weight or ()),
     )
 
 

@@ -91,13 +91,14 @@ def read_examples(
         )
     dirt = dirt or Dirt()
     reader = RowReader(source, loaded, max_tokens)
-    for number, row in enumerate(read_rows(source)):
+    for number, (row, weight) in enumerate(read_rows(source)):
         documents = reader.read(row, number)
         dirt.format = reader.format
         for place, said in enumerate(documents):
             dirt.count(said)
             packed = f"#p{place}" if len(documents) > 1 else ""
             example = _example(number, row, said, reader, source, packed)
+            example = replace(example, weight=weight * example.weight)
             dirt.truncated_rows += _longest(said) > max_tokens and (
                 source.truncate or said.preference is not None
             )

@@ -22,16 +22,22 @@ from service.corpus.sources import (
 )
 
 
-def read_rows(source: CorpusSource) -> Iterator[dict[str, Any]]:
-    """All rows in order, those of each file after those of the one before.
+def read_rows(source: CorpusSource) -> Iterator[tuple[dict[str, Any], float]]:
+    """All rows in order, those of each file after those of the one before, with their weights.
 
     Raises:
         ValueError: something cannot be read; names it and says why.
     """
     # What the library's readers log as errors, they raise as well.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
-    places = [(place, corpus_file(place)) for place in places_of(source.data)]
-    everything = itertools.chain.from_iterable(_rows(source, *place) for place in places)
+    places = [
+        (place, corpus_file(place), weight)
+        for named, weight in source.weighted
+        for place in places_of(named)
+    ]
+    everything = (
+        (row, weight) for place, path, weight in places for row in _rows(source, place, path)
+    )
     yield from itertools.islice(everything, source.limit)
 
 

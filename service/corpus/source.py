@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -61,6 +62,7 @@ class CorpusSource:
         truncate: cut a row that is too long off instead of reading its rest as further windows.
         beta: of DPO's loss, for pairs of which one was preferred.
         reference: folder or name of the model that DPO compared with.
+        weights: times which the rows of each entry of ``data`` count; empty where all count once.
     """
 
     data: str | tuple[str, ...]
@@ -77,6 +79,7 @@ class CorpusSource:
     truncate: bool = False
     beta: float = 0.1
     reference: str | None = None
+    weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.format is not None and self.format not in get_args(Format):
@@ -88,13 +91,32 @@ class CorpusSource:
                     f"No column can be named for '{role}'; what columns hold is one of "
                     f"{', '.join(ROLES)}."
                 )
+        if self.weights and len(self.weights) != len(self.entries):
+            raise ValueError(
+                f"Of {len(self.entries)} sources {len(self.weights)} have a weight; give one for "
+                f"each, in the same order."
+            )
+        if not all(0 <= weight < math.inf for weight in self.weights):
+            raise ValueError(
+                f"A source's weight is a number of at least 0, got {min(self.weights)}."
+            )
         if self.truncate and self.overlap:
             raise ValueError("A row that is cut off has no windows to overlap; leave one out.")
 
     @property
+    def entries(self) -> tuple[str, ...]:
+        """Files, patterns, folders and names as given."""
+        return (self.data,) if isinstance(self.data, str) else self.data
+
+    @property
+    def weighted(self) -> list[tuple[str, float]]:
+        """The entries with their weights."""
+        return list(zip(self.entries, self.weights or [1.0] * len(self.entries), strict=True))
+
+    @property
     def name(self) -> str:
         """What was given, for people."""
-        return self.data if isinstance(self.data, str) else ", ".join(self.data)
+        return ", ".join(self.entries)
 
     def column_of(self, role: str) -> str:
         """The name of the column with this role."""
@@ -107,7 +129,7 @@ class CorpusSource:
         usual = {f.name: f.default for f in fields(self)} | {"columns": {}}
         recent = (
             *("format", "columns", "append_eos", "overlap", "truncate"),
-            *("beta", "reference"),
+            *("beta", "reference", "weights"),
         )
         return {
             key: value

@@ -140,7 +140,7 @@ class _Tally:
         """How rows were read; None for texts read in the usual way."""
         facts = self.source.facts
         found = self.dirt.format or "text"
-        recent = {"append_eos", "columns", "overlap", "truncate"}
+        recent = {"append_eos", "columns", "overlap", "truncate", "weights"}
         if found == "text" and not recent & set(facts):
             return None
         return ReadingRecord(
@@ -151,6 +151,7 @@ class _Tally:
             truncate=self.source.truncate,
             beta=self.source.beta if found == "preference" else None,
             reference=self.source.reference,
+            weights=list(self.source.weights),
             counted_tokens=self.counted,
             merged_rows=self.dirt.merged_rows,
             truncated_rows=self.dirt.truncated_rows,

@@ -597,3 +597,18 @@ def test_what_is_wrong_in_one_of_several_files_names_that_file(loaded: Any, tmp_
     source = CorpusSource(data=str(tmp_path / "s-*.jsonl"))
     with pytest.raises(ValueError, match=r"corpus '.*s-1\.jsonl': line 2 is not JSON"):
         list(read_examples(source, loaded, CONTEXT))
+
+
+def test_sources_may_count_more_than_once(loaded: Any, tmp_path: Path) -> None:
+    write(tmp_path, {"a-0.jsonl": FIRST, "a-1.jsonl": LAST, "b.jsonl": lines({"text": "z z"})})
+    data = (str(tmp_path / "a-*.jsonl"), str(tmp_path / "b.jsonl"))
+    source = CorpusSource(data=data, weights=(3.0, 0.5))
+    found = list(read_examples(source, loaded, CONTEXT))
+    assert [example.weight for example in found] == [3.0] * 6 + [0.5]
+    plain = CorpusSource(data=data)
+    assert fingerprint_source(source) != fingerprint_source(plain)
+    assert [e.weight for e in read_examples(plain, loaded, CONTEXT)] == [1.0] * 7
+    with pytest.raises(ValueError, match="Of 2 sources 1 have a weight"):
+        CorpusSource(data=data, weights=(1.0,))
+    with pytest.raises(ValueError, match=r"at least 0, got -1\.0"):
+        CorpusSource(data=data, weights=(1.0, -1.0))
