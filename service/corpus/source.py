@@ -166,5 +166,5 @@ def _hashes(place: str) -> list[str]:
 def describe(source: CorpusSource) -> str:
     """The source as one line for the manifest: a file's name or the data set's."""
     if not isinstance(source.data, str):
-        return ", ".join(describe(replace(source, data=one)) for one in source.data)
+        return ", ".join(describe(replace(source, data=one, weights=())) for one in source.data)
     return Path(source.data).name if suffix_of(source.data) else f"{source.data} ({source.split})"
