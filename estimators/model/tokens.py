@@ -14,6 +14,13 @@ Spans: TypeAlias = tuple[tuple[int, int], ...]
 """Stretches of tokens, each from its first to before its second number; ascending, apart."""
 
 
+def spans_of(mask: Sequence[int | bool]) -> Spans:
+    """The stretches where a mask is true."""
+    edges = [0, *(int(bool(m)) for m in mask), 0]
+    changes = [i for i in range(len(edges) - 1) if edges[i] != edges[i + 1]]
+    return tuple(zip(changes[::2], changes[1::2], strict=True))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rejected:
     """What was worse than a sequence, and what DPO's loss makes of the two.

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from estimators.model.tokens import Spans
+from estimators.model.tokens import Spans, spans_of
 from service.corpus.sources import kind_of
 
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -120,10 +120,3 @@ def assistant_turns(
             )
         spans.append((len(before), len(after)))
     return whole, tuple(span for span in spans if span[0] < span[1])
-
-
-def spans_of(mask: Sequence[int | bool]) -> Spans:
-    """The stretches where a mask is true."""
-    edges = [0, *(int(bool(m)) for m in mask), 0]
-    changes = [i for i in range(len(edges) - 1) if edges[i] != edges[i + 1]]
-    return tuple(zip(changes[::2], changes[1::2], strict=True))

@@ -4,8 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from estimators.model.tokens import Spans
-from service.corpus.chat import spans_of
+from estimators.model.tokens import Spans, spans_of
 from service.corpus.sources import kind_of
 
 UNCOUNTED = -100

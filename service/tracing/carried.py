@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from estimators.model.layers import plain_name
 from estimators.model.progress import Progress
-from estimators.run.recorded import Row
+from estimators.model.tokens import Spans, spans_of
+from estimators.run.recorded import UNCOUNTED, Row
 from estimators.storage import fingerprint_tensors
 from index.files import sha256_of, write_whole
 from service.checkpoints import ModelSource
@@ -32,10 +33,12 @@ class CarriedRow:
     Attributes:
         id: in the run.
         content: hash of its tokens.
+        counted: stretches of tokens that counted; None in traces that do not say.
     """
 
     id: str
     content: bytes
+    counted: Spans | None = None
 
 
 def content_hash(tokens: bytes) -> bytes:
@@ -58,7 +61,10 @@ def carry(
         For the trace's manifest: where run and model lie, and hashes of the rows and of all weights
         after the last step.
     """
-    lines = [json.dumps({"id": r.id, "content": _content(r).hex()}) + "\n" for r in run.rows]
+    lines = [
+        json.dumps({"id": r.id, "content": _content(r).hex(), "counted": _counted(r)}) + "\n"
+        for r in run.rows
+    ]
     write_whole(out / ROWS, "".join(lines).encode())
     source = source_of(model, source or run.model)
     return {
@@ -79,7 +85,16 @@ def read_carried(out: Path, sha256: str) -> Sequence[CarriedRow]:
     if not path.is_file() or sha256_of(path) != sha256:
         raise RunMismatch(f"{path} is missing or was changed; trace the run again.")
     items = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [CarriedRow(id=item["id"], content=bytes.fromhex(item["content"])) for item in items]
+    return [
+        CarriedRow(
+            id=item["id"],
+            content=bytes.fromhex(item["content"]),
+            counted=None
+            if (spans := item.get("counted")) is None
+            else tuple((start, stop) for start, stop in spans),
+        )
+        for item in items
+    ]
 
 
 def last_weights_sha256(run: RecordedRun, model: nn.Module) -> str:
@@ -120,6 +135,12 @@ class Timed:
     def seconds(self, items: int) -> float:
         """Of so many items."""
         return self._seconds * items / max(self._items, 1)
+
+
+def _counted(row: Row) -> Spans:
+    """Of the tokens after the first, which nothing precedes."""
+    mask = [False, *(label != UNCOUNTED for label in row.labels[1:])]
+    return spans_of(mask[: len(row.tokens)])
 
 
 def _content(row: Row) -> bytes:

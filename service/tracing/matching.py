@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from estimators.grounds import training_sequence
 from index.examples import ExampleStore
 from service.tracing.carried import CarriedRow, content_hash
 
@@ -24,6 +25,7 @@ class Matching:
         rows: of the index.
         lacking: of each row of the run, whether the index has it not.
         changed: rows that are lacking although the index has their id, with other tokens.
+        otherwise: rows of the index of which other tokens count than the run counted.
     """
 
     run_rows: Int[np.ndarray, "pair"]
@@ -32,6 +34,7 @@ class Matching:
     rows: int
     lacking: Bool[np.ndarray, "run_row"]
     changed: int
+    otherwise: int = 0
 
     @classmethod
     def of(cls, carried: Sequence[CarriedRow], examples: ExampleStore) -> "Matching":
@@ -61,6 +64,11 @@ class Matching:
             rows=len(examples),
             lacking=lacking,
             changed=len(missed.intersection(examples.ids())) if missed else 0,
+            otherwise=sum(
+                carried[number].counted
+                not in (None, training_sequence(examples, place).target_spans)
+                for number, place, _ in pairs
+            ),
         )
 
     @property
@@ -84,3 +92,10 @@ class Matching:
         sizes = np.abs(totals)
         whole = float(sizes.sum())
         return float(sizes[self.lacking].sum()) / whole if whole else 0.0
+
+
+def _otherwise(row: CarriedRow, examples: ExampleStore, place: int) -> bool:
+    """Whether other tokens of a row of the index count than the run counted, as far as is known."""
+    if row.counted is None:
+        return False
+    return row.counted != training_sequence(examples, place).target_spans

@@ -175,6 +175,12 @@ class ServedTrace:
                 f"{matching.copies:,} rows of the index have the same tokens as others, so that "
                 f"the run does not tell them apart; they share the influence equally."
             )
+        if matching.otherwise:
+            told.append(
+                f"Of {matching.otherwise:,} rows of the index other tokens count than the run "
+                f"counted, so that their gradients are not the run's: build the index from "
+                f"conversations, completions or labels, as the run was trained."
+            )
         if left_out > 1e-3:
             told.append(
                 f"The question was traced through directions that it shares with others, which "

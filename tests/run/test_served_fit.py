@@ -1,6 +1,7 @@
 """A trace fits the model and the index that it is served with, or is refused in a sentence."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,11 @@ def test_rows_are_matched_by_their_tokens(tmp_path: Path) -> None:
     assert matching.lacking.tolist() == [False, False, True, True, False]
     assert (matching.unread, matching.copies, matching.changed) == (2, 2, 1)
     assert matching.lost(totals) == pytest.approx(48 / 55)
+    assert matching.otherwise == 0  # it is not known what counted
+    carried[0] = replace(carried[0], counted=((1, 3),))
+    assert Matching.of(carried, store).otherwise == 0
+    carried[0] = replace(carried[0], counted=((2, 3),))
+    assert Matching.of(carried, store).otherwise == 1
 
 
 def test_an_index_of_other_texts_is_refused(served: ServedRun, tmp_path: Path) -> None:
