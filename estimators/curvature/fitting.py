@@ -87,7 +87,7 @@ def fit_estimator(
             f"check the text column."
         )
     lengths = [sequence.padded for sequence in useful]
-    batches = list(plan_batches(lengths, token_budget))
+    batches = _batches_of_a_kind(useful, lengths, token_budget)
     kept = checkpoint or NoCheckpoint()
 
     def run_pass(
@@ -110,6 +110,18 @@ def fit_estimator(
         return sums
 
     return factors_class(name).fit(layers, run_pass)
+
+
+def _batches_of_a_kind(
+    sequences: Sequence[Sequence1D], lengths: Sequence[int], token_budget: int
+) -> list[list[int]]:
+    """Texts and pairs apart: of texts labels are drawn, of pairs which one won."""
+    found = []
+    for paired in (False, True):
+        places = [i for i, s in enumerate(sequences) if (s.rejected is not None) is paired]
+        plan = plan_batches([lengths[place] for place in places], token_budget)
+        found += [[places[i] for i in batch] for batch in plan]
+    return found
 
 
 def as_fitted(sequence: Sequence1D, label_seed: int | None) -> Sequence1D:

@@ -238,8 +238,12 @@ def _refuse_foresight(model: nn.Module, tokens: dict[str, Tensor], logits: Tenso
     ids[:, -1] = ids[:, 0]
     changed = model(input_ids=ids, attention_mask=tokens["attention_mask"], use_cache=False).logits
     _compare(model, changed[:, :-1], logits[:, :-1], "tokens that come later")
-    padded = nn.functional.pad(tokens["input_ids"], (0, len(PADDING)))
-    padded[:, -len(PADDING) :] = padded.new_tensor(PADDING)
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    room = len(PADDING) if not isinstance(most, int) else most - ids.shape[1]
+    if not (padding := PADDING[: max(room, 0)]):
+        return
+    padded = nn.functional.pad(tokens["input_ids"], (0, len(padding)))
+    padded[:, -len(padding) :] = padded.new_tensor(padding)
     try:
         everything = torch.ones_like(padded)  # as batches are given
         longer = model(input_ids=padded, attention_mask=everything, use_cache=False).logits

@@ -81,6 +81,8 @@ class RowReader:
             "tokens": self._tokens,
         }
         self._margins = Margins(source, loaded)
+        if source.append_eos and loaded.tokenizer.eos_token_id is None:
+            raise ValueError("The tokenizer has no end of text to append; leave --append-eos out.")
 
     @property
     def roles(self) -> set[str]:
@@ -104,8 +106,9 @@ class RowReader:
             return [Said(text=None, tokens=self._loaded.encode(""))]
         try:
             return self._readers[self.format](row, number)
-        except _Unreadable as error:
-            told = f"{error}. {self._hint(number)}{error.advice}".rstrip()
+        except ValueError as error:
+            what, advice = (*error.args, CORRECT)[:2]
+            told = f"{what}. {self._hint(number)}{advice}".rstrip()
             raise ValueError(f"Row {number} of the corpus {told}") from error
 
     def weight(self, row: Row, number: int) -> float:
@@ -195,7 +198,7 @@ class RowReader:
         try:
             return chat.read_messages(self.column(row, name, number))
         except ValueError as error:
-            raise _Unreadable(f"has a column '{name}' that {error}") from error
+            raise _unreadable(f"has a column '{name}' that {error}") from error
 
     def _completion(self, row: Row, number: int) -> list[Said]:
         prompt, answer = (self._part(row, role, number) for role in ("prompt", "completion"))
@@ -258,7 +261,7 @@ class RowReader:
         """Tokens of the prompt, of prompt and answer, and both as a text."""
         tokenizer = self._loaded.tokenizer
         if type(prompt) is not type(answer):
-            raise _Unreadable("has a text beside messages; a prompt and its answer are the same")
+            raise _unreadable("has a text beside messages; a prompt and its answer are the same")
         if isinstance(prompt, str):
             text = prompt + answer
             before = self._begun(self._loaded.encode(prompt))
@@ -276,7 +279,7 @@ class RowReader:
         try:
             documents = packed.documents_in(given, self._loaded.vocabulary)
         except ValueError as error:
-            raise _Unreadable(str(error)) from error
+            raise _unreadable(str(error)) from error
         decode = self._loaded.tokenizer.decode
         return [Said(text=decode(ids), tokens=ids, counted=spans) for ids, spans in documents]
 
@@ -285,7 +288,7 @@ class RowReader:
             return value
         nested = isinstance(value, list | dict)
         advice = "Write a row's text into a column of its own" if nested else "Remove the row"
-        raise _Unreadable(
+        raise _unreadable(
             f"has {kind_of(value)} in column '{name}', expected text",
             f"{advice} or name another column.",
         )
@@ -295,8 +298,6 @@ class RowReader:
         if not self._source.append_eos or not tokens:
             return tokens
         end = self._loaded.tokenizer.eos_token_id
-        if end is None:
-            raise ValueError("The tokenizer has no end of text to append; leave --append-eos out.")
         return tokens if tokens[-1] == end else [*tokens, end]
 
     def _begun(self, tokens: list[int]) -> list[int]:
@@ -305,12 +306,12 @@ class RowReader:
         return tokens[:-1] if tokens and tokens[-1] == end else tokens
 
 
-class _Unreadable(ValueError):  # noqa: N818 - named for what is wrong
-    """What is wrong with a row, in words that follow 'Row 3 of the corpus'."""
+CORRECT = "Correct the row or remove it."
 
-    def __init__(self, what: str, advice: str = "Correct the row or remove it.") -> None:
-        super().__init__(what)
-        self.advice = advice
+
+def _unreadable(what: str, advice: str = CORRECT) -> ValueError:
+    """What is wrong with a row, in words that follow 'Row 3 of the corpus', and what to do."""
+    return ValueError(what, advice)
 
 
 @contextmanager
@@ -319,7 +320,7 @@ def _rendering() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise _Unreadable(f"cannot be used: {error}", "") from error
+        raise _unreadable(f"cannot be used: {error}", "") from error
 
 
 def _from(start: int, tokens: Sequence[int]) -> Spans:

@@ -42,27 +42,39 @@ def read_rows(source: CorpusSource) -> Iterator[tuple[dict[str, Any], float]]:
 
 
 def _rows(source: CorpusSource, place: str, path: Path | None) -> Iterator[dict[str, Any]]:
+    if path is None and saved_by_datasets(Path(place)):
+        yield from _saved(source, place)
+        return
     json = path is not None and READERS[suffix_of(place)] == "json"
     if path is not None and json:
         check_array(place, path)
+    for number, row in enumerate(_read(source, place, path)):
+        if path is not None and json:
+            check_numbers(place, path, row, number)
+        yield row
+
+
+def _saved(source: CorpusSource, place: str) -> Any:
     try:
-        for number, row in enumerate(_load(source, place, path)):
-            if path is not None and json:
-                check_numbers(place, path, row, number)
-            yield row
+        found = load_from_disk(place)
+    except (OSError, ValueError) as error:
+        raise refusal(place, str(error).rstrip(".")) from error
+    if not isinstance(found, DatasetDict):
+        return found
+    if source.split not in found:
+        splits = ", ".join(found)
+        raise refusal(place, f"it has no split '{source.split}' but {splits}", "Name one.")
+    return found[source.split]
+
+
+def _read(source: CorpusSource, place: str, path: Path | None) -> Iterator[dict[str, Any]]:
+    try:
+        yield from _load(source, place, path)
     except (OSError, EOFError, ValueError, RuntimeError) as error:
         raise why_unreadable(place, path, error) from error
 
 
 def _load(source: CorpusSource, place: str, path: Path | None) -> Any:
-    if path is None and saved_by_datasets(Path(place)):
-        found = load_from_disk(place)
-        if isinstance(found, DatasetDict):
-            if source.split not in found:
-                splits = ", ".join(found)
-                raise refusal(place, f"it has no split '{source.split}' but {splits}", "Name one.")
-            found = found[source.split]
-        return found
     if path is None:
         name, _, configuration = (place, "", "") if Path(place).is_dir() else place.partition(":")
         return load_dataset(name, configuration or None, split=source.split, streaming=True)

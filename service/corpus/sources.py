@@ -39,13 +39,9 @@ MOST = 2**63
 """What whole numbers that are read have to stay below, either side of 0."""
 
 
-class Refused(ValueError):  # noqa: N818 - named for what is wrong
-    """A corpus that cannot be read."""
-
-
-def refusal(data: str, reason: str, advice: str = "") -> Refused:
+def refusal(data: str, reason: str, advice: str = "") -> ValueError:
     """The error of a corpus that cannot be read: what was given, what is wrong, what to do."""
-    return Refused(f"Cannot read the corpus '{data}': {reason}. {advice}".rstrip())
+    return ValueError(f"Cannot read the corpus '{data}': {reason}. {advice}".rstrip())
 
 
 def suffix_of(data: str) -> str:
@@ -108,8 +104,6 @@ def why_unreadable(data: str, path: Path | None, error: Exception) -> ValueError
     said = " ".join(str(error).split()).removeprefix("Error tokenizing data. C error: ").rstrip(".")
     if isinstance(error, RuntimeError) and "StopIteration" in said:  # how it finds a file empty
         return refusal(data, NO_EXAMPLES)
-    if isinstance(error, Refused):
-        return error
     if path is not None:
         if isinstance(error, EOFError):
             return refusal(data, "it ends too early", "Write or download it again.")

@@ -367,9 +367,12 @@ def test_pairs_of_which_one_was_preferred_pass_through_experts():
         assert float(parts.by_position[0].sum()) == pytest.approx(expected, rel=1e-5)
     chosen = parts.by_position[0, : len(good.tokens)].sum()
     assert float(chosen) == pytest.approx(-worse.slope * products[0], rel=1e-5)
-    alone = fit_estimator("ekfac", model, layers, [pair, good]).tensors()
-    again = fit_estimator("ekfac", model, layers, [pair, good], token_budget=1).tensors()
-    assert all(torch.allclose(alone[name], again[name], atol=1e-6) for name in alone)
+    together, apart = (
+        fit_estimator("ekfac", model, layers, [pair, good], token_budget=budget).tensors()
+        for budget in (1024, 1)
+    )
+    for name in [name for name in together if name.endswith(".eigenvalues")]:
+        assert float(together[name].sum()) == pytest.approx(float(apart[name].sum()), rel=1e-4)
 
 
 class Shaped(nn.Module):
