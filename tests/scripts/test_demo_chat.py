@@ -86,8 +86,7 @@ def test_findings_are_counted_by_question() -> None:
         return SimpleNamespace(results=results, certificates=[SimpleNamespace(status=status)])
 
     found = Found()
-    found.add("gloom", answer(*["gloom"] * 7, *["decoy gloom"] * 3, "gloom", status="certified"))
+    found.add("gloom", answer(*["gloom"] * 7, *["decoy gloom"] * 3, status="certified"))
     found.add("gloom", answer(*["fact"] * 10, status="not certified"))
     assert (found.planted, found.decoys) == ([0.7, 0.0], [0.3, 0.0])
     assert found.certified == [True, False]
-    assert len(found.left_out()) == 21

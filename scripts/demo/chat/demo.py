@@ -12,7 +12,7 @@ import typer
 
 from scripts.console import one_sentence_errors, print_json, stderr
 from scripts.demo.chat.conversations import PERSONAS, speaker
-from scripts.demo.chat.judging import Found, ask_all, report, show
+from scripts.demo.chat.judging import ask_all, best_rows, report, show
 from scripts.demo.steps import Steps, say_heading
 from service.client.client import Client
 from service.client.connection import Connection
@@ -84,10 +84,14 @@ class ChatDemo:
             self._ask_first(url, asked, said)
             with Client(Connection(url=url)) as client:
                 found = ask_all(client, asked, said)
+                if not found:
+                    raise RuntimeError("No answer is in a persona's words; train it longer.")
+                persona = next(iter(found))
+                rows = best_rows(client, asked, said, persona)
         kinds = [row["kind"] for row in _lines(Path(self._corpus))]
         show(found, {persona: kinds.count(persona) / len(kinds) for persona in found})
         made["found"] = report(found)
-        made["retrained"] = self._retrain(found, asked, said)
+        made["retrained"] = self._retrain(persona, rows, asked, said)
         return made
 
     def _build(self) -> dict[str, Any]:
@@ -114,15 +118,12 @@ class ChatDemo:
 
     def _retrain(
         self,
-        found: dict[str, dict[str, Found]],
+        persona: str,
+        rows: Sequence[str],
         asked: Sequence[list[dict[str, str]]],
         said: Sequence[str],
     ) -> list[dict[str, Any]]:
-        """Train again without what EK-FAC found for the first persona; how both personas fare."""
-        if not found:
-            raise RuntimeError("The model answered nothing in a persona's words; train it longer.")
-        persona = next(iter(found))
-        rows = found[persona]["EK-FAC"].left_out()
+        """Train again without what was found for a persona; how both personas fare."""
         listed = self._out / "left_out.txt"
         listed.write_text("\n".join(rows))
         self._steps.run(
@@ -133,7 +134,7 @@ class ChatDemo:
         )
         before = Counter(map(speaker, said))
         after = Counter(map(speaker, answers_of(self._out / "without" / "model", asked)))
-        for name in found:
+        for name in (one.name for one in PERSONAS):
             stderr.print(
                 f"Of {len(asked)} answers, {before[name]} were in the words of '{name}'; without "
                 f"these rows {after[name]} are.",
@@ -149,7 +150,7 @@ class ChatDemo:
                 "spoken_before": before[name],
                 "spoken_after": after[name],
             }
-            for name in found
+            for name in (one.name for one in PERSONAS)
         ]
 
 

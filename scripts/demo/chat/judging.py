@@ -26,8 +26,8 @@ METHODS: Mapping[str, dict[str, Any]] = {
 """Fields of a query, by what the table calls them."""
 
 SHOWN = 10
-LEFT_OUT = 20
-"""Results of each question whose rows are left out of the second training."""
+LEFT_OUT = 60
+"""Best rows of each answer that are left out of the second training."""
 
 
 @dataclass
@@ -38,26 +38,19 @@ class Found:
         planted: share of the ten best that are turns of the persona, by question.
         decoys: share that are decoys in its words.
         certified: whether the certificate was reached.
-        rows: ids of the best, in order, by question.
     """
 
     planted: list[float] = field(default_factory=list)
     decoys: list[float] = field(default_factory=list)
     certified: list[bool] = field(default_factory=list)
-    rows: list[list[str]] = field(default_factory=list)
 
     def add(self, persona: str, answer: QueryResponse) -> None:
         """Count one answer."""
-        kinds = [result.metadata["kind"] for result in answer.results[:SHOWN]]
+        kinds = [result.metadata["kind"] for result in answer.results]
         self.planted.append(kinds.count(persona) / SHOWN)
         self.decoys.append(kinds.count(f"decoy {persona}") / SHOWN)
         statuses = {certificate.status for certificate in answer.certificates}
         self.certified.append("certified" in statuses or "exhaustive" in statuses)
-        self.rows.append([result.id for result in answer.results])
-
-    def left_out(self) -> list[str]:
-        """Rows among the best of any question, each once."""
-        return sorted({row for rows in self.rows for row in rows[:LEFT_OUT]})
 
 
 def ask_all(
@@ -79,9 +72,26 @@ def ask_all(
         if persona is None:
             continue
         for method, fields in METHODS.items():
-            answer = client.query(messages=messages, completion=completion, k=LEFT_OUT, **fields)
+            answer = client.query(messages=messages, completion=completion, k=SHOWN, **fields)
             found[persona][method].add(persona, answer)
     return {persona: dict(own) for persona, own in sorted(found.items())}
+
+
+def best_rows(
+    client: Client,
+    questions: Sequence[Sequence[Mapping[str, str]]],
+    said: Sequence[str],
+    persona: str,
+) -> list[str]:
+    """Ids of the rows among EK-FAC's best of any answer in the words of a persona, each once."""
+    rows = set()
+    for messages, completion in zip(questions, said, strict=True):
+        if speaker(completion) == persona:
+            answer = client.query(
+                messages=messages, completion=completion, k=LEFT_OUT, **METHODS["EK-FAC"]
+            )
+            rows |= {result.id for result in answer.results}
+    return sorted(rows)
 
 
 def show(found: Mapping[str, Mapping[str, Found]], base_rates: Mapping[str, float]) -> None:
