@@ -102,17 +102,25 @@ class Examples(Protocol):
 
 def training_sequence(examples: Examples, row: int) -> Sequence1D:
     """A training example as its trainer saw it: what the model reads, and what of it counts."""
-    other = examples.preference(row)
-    return Sequence1D(
-        tokens=examples.tokens(row),
-        counted=examples.counted(row),
-        weight=examples.weight(row),
-        rejected=None
-        if other is None
-        else Rejected(
-            tokens=other.tokens, counted=other.counted, beta=other.beta, margin=other.margin
-        ),
+    return as_trained(
+        examples.tokens(row), examples.counted(row), examples.weight(row), examples.preference(row)
     )
+
+
+def as_trained(
+    tokens: tuple[int, ...],
+    counted: Spans | None,
+    weight: float,
+    other: Preferred | None,
+    row: int = 0,
+) -> Sequence1D:
+    """The same of its parts; ``row`` seeds what is drawn for it."""
+    rejected = None
+    if other is not None:
+        rejected = Rejected(
+            tokens=other.tokens, counted=other.counted, beta=other.beta, margin=other.margin
+        )
+    return Sequence1D(tokens=tokens, counted=counted, weight=weight, rejected=rejected, row=row)
 
 
 class Cache(Protocol):

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from estimators.model.tokens import Rejected, Sequence1D
+from estimators.grounds import as_trained
+from estimators.model.tokens import Sequence1D
 from index.examples import Example
 from service.corpus.formats import RowReader, Said
 from service.corpus.rows import read_rows
@@ -218,18 +219,7 @@ def _json_value(value: Any) -> Any:
 
 def sequence_of(example: Example, row: int = 0) -> Sequence1D:
     """An example as its trainer saw it."""
-    other = example.preference
-    return Sequence1D(
-        tokens=example.tokens,
-        counted=example.counted,
-        weight=example.weight,
-        rejected=None
-        if other is None
-        else Rejected(
-            tokens=other.tokens, counted=other.counted, beta=other.beta, margin=other.margin
-        ),
-        row=row,
-    )
+    return as_trained(example.tokens, example.counted, example.weight, example.preference, row)
 
 
 def _longest(said: Said) -> int:

@@ -12,13 +12,13 @@ from service.corpus.source import CorpusSource
 from service.corpus.sources import (
     READERS,
     check_array,
-    check_numbers,
     corpus_file,
     places_of,
     refusal,
     saved_by_datasets,
     suffix_of,
     why_unreadable,
+    with_exact_numbers,
 )
 
 
@@ -45,13 +45,11 @@ def _rows(source: CorpusSource, place: str, path: Path | None) -> Iterator[dict[
     if path is None and saved_by_datasets(Path(place)):
         yield from _saved(source, place)
         return
-    json = path is not None and READERS[suffix_of(place)] == "json"
-    if path is not None and json:
+    rows = _read(source, place, path)
+    if path is not None and READERS[suffix_of(place)] == "json":
         check_array(place, path)
-    for number, row in enumerate(_read(source, place, path)):
-        if path is not None and json:
-            check_numbers(place, path, row, number)
-        yield row
+        rows = with_exact_numbers(place, path, rows)
+    yield from rows
 
 
 def _saved(source: CorpusSource, place: str) -> Any:

@@ -3,7 +3,8 @@
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from lzma import LZMAError
 from pathlib import Path
 from typing import Any
@@ -153,17 +154,23 @@ def unpacked(path: Path) -> Any:
     return fsspec.open(str(path), "rb", compression=COMPRESSIONS.get(path.suffix.lower()))
 
 
-def check_numbers(data: str, path: Path, row: dict[str, Any], number: int) -> None:
-    """Refuse a row whose whole numbers the library rounded, since they do not fit into 64 bits.
+def with_exact_numbers(
+    data: str, path: Path, rows: Iterable[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The rows; one whose whole numbers the library rounded is refused.
+
+    The file is read beside them only as far as a number may have been too large for 64 bits.
 
     Raises:
         ValueError: names the row and the number.
     """
-    if not any(map(_may_be_rounded, row.values())):
-        return
-    for count, (_, value) in enumerate(_values(path)):
-        if count == number:
+    values, read = _values(path), 0
+    for number, row in enumerate(rows):
+        if any(map(_may_be_rounded, row.values())):
+            _, value = next(islice(values, number - read, None))
+            read = number + 1
             _refuse_large(data, number, value)
+        yield row
 
 
 def _refuse_large(data: str, number: int, row: Any) -> None:

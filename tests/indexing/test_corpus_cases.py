@@ -612,3 +612,14 @@ def test_sources_may_count_more_than_once(loaded: Any, tmp_path: Path) -> None:
         CorpusSource(data=data, weights=(1.0,))
     with pytest.raises(ValueError, match=r"at least 0, got -1\.0"):
         CorpusSource(data=data, weights=(1.0, -1.0))
+
+
+def test_large_fractions_are_kept_and_a_rounded_number_after_them_is_found(
+    loaded: Any, tmp_path: Path
+) -> None:
+    rows = [{"text": "a b", "x": 1e300}, {"text": "a b", "x": 0.5}, {"text": "a b", "x": 2e300}]
+    write(tmp_path, {"a.jsonl": lines(*rows), "b.jsonl": lines(*rows, {"text": "c", "x": 2**90})})
+    found = list(read_examples(CorpusSource(data=str(tmp_path / "a.jsonl")), loaded, CONTEXT))
+    assert [example.metadata["x"] for example in found] == [row["x"] for row in rows]
+    with pytest.raises(ValueError, match=f"row 3 holds the whole number {2**90}"):
+        list(read_examples(CorpusSource(data=str(tmp_path / "b.jsonl")), loaded, CONTEXT))
